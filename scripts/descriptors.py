@@ -1,0 +1,255 @@
+"""Descriptor files (HDF5): the one place that writes, opens and checks them.
+
+A file holds up to three groups, `query`, `reference` and `train`: float32 [rows, dim], with their ids, row by row, in
+`query_ids`, `reference_ids`, `train_ids`. Also read: the competition's files (the same keys, ids of type S6, S7), the
+older form with `vectors` and `image_names` (Q..., R..., T...), and float16 rows.
+"""
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+GROUPS = ("query", "reference", "train")
+BLOCK = 65536  # rows read or written at a time: 64 MiB at 256 dimensions
+UNIT_TOLERANCE = 1e-3  # float16 rows deviate from unit length by up to 5e-4
+
+
+class InputError(Exception):
+    """A wrong input. Its text is one line that names the file, row or flag; command lines print it and exit with 2."""
+
+
+def first_three(names):
+    """Sequence of names -> "a, b, c and 4 more"."""
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary name beside `path`, renamed to `path` at the end, removed if anything fails on the way."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def duplicates(ids):
+    """Those of the ids [n] that occur more than once, each once, sorted."""
+    names, counts = np.unique(ids, return_counts=True)
+    return names[counts > 1]
+
+
+def check_finite(path, name, block, ids):
+    """Raise InputError naming the ids [n] of the rows in block [n, d] that hold NaN or infinity."""
+    if not np.isfinite(block).all():
+        bad = ids[~np.isfinite(block).all(axis=1)]
+        raise InputError(f"{path}: NaN or infinity in `{name}`, ids {first_three(bad)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_descriptors(path, groups, attrs, keep=()):
+    """Write a descriptor file, sorted by id, under a temporary name that replaces `path` when it is complete.
+
+    Args:
+        path: file to write.
+        groups: name -> (vectors [n, d], array or memmap of any float type, ids [n] of str); names from GROUPS.
+        attrs: attributes of the file; dicts and lists become JSON. `checkpoint_sha256` is also set on each group.
+        keep: names of groups to copy, as they are, from the file that is already at `path`.
+
+    Rows are sorted and written in blocks of BLOCK: memory stays bounded if `vectors` is a memmap.
+
+    Raises:
+        InputError: ids that occur twice, as many ids as rows not given, other dimensions than the rest, rows with NaN
+            or infinity.
+    """
+    with replacing(path) as temporary, h5py.File(temporary, "w") as out:
+        if keep:
+            with open_h5(path) as old:
+                for name in keep:
+                    for key in (name, f"{name}_ids"):
+                        if key not in old:
+                            raise InputError(f"{path} has no `{key}` to keep")
+                        old.copy(key, out)
+        for name, (vectors, ids) in groups.items():
+            write_group(path, out, name, vectors, np.asarray(ids, dtype=str))
+            if "checkpoint_sha256" in attrs:
+                out[name].attrs["checkpoint_sha256"] = attrs["checkpoint_sha256"]
+        check_dims(path, {name: out[name].shape for name in GROUPS if name in out})
+        for key, value in attrs.items():
+            out.attrs[key] = json.dumps(value) if isinstance(value, (dict, list, tuple)) else value
+
+
+def write_group(path, out, name, vectors, ids):
+    """Write vectors [n, d] as `name` and ids [n] as `name`_ids to the open file `out`, sorted by id."""
+    if vectors.ndim != 2 or len(vectors) != len(ids):
+        raise InputError(f"{path}: `{name}` of shape {vectors.shape} with {len(ids)} ids")
+    if len(twice := duplicates(ids)):
+        raise InputError(f"{path}: duplicate ids in `{name}`: {first_three(twice)}")
+    order = np.argsort(ids)
+    rows = out.create_dataset(name, vectors.shape, np.float32)
+    for start in range(0, len(ids), BLOCK):
+        part = order[start:start + BLOCK]
+        block = np.asarray(vectors[part], dtype=np.float32)
+        check_finite(path, name, block, ids[part])
+        rows[start:start + len(part)] = block
+    ids = ids[order]
+    if all(map(str.isascii, ids)):
+        out[f"{name}_ids"] = ids.astype(np.bytes_)
+    else:
+        out.create_dataset(f"{name}_ids", data=ids.astype(object), dtype=h5py.string_dtype())
+
+
+def check_dims(path, shapes):
+    """Raise InputError if the shapes (name -> (rows, dim)) of the groups of one file differ in dim."""
+    if len({dim for _, dim in shapes.values()}) > 1:
+        raise InputError(f"{path}: dimensions differ: " + ", ".join(f"`{name}` {s}" for name, s in shapes.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def open_h5(path):
+    """Open an HDF5 file for reading; InputError if there is none or it is something else."""
+    if not Path(path).is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        return h5py.File(path, "r")
+    except OSError:
+        raise InputError(f"{path}: not an HDF5 file") from None
+
+
+def read_ids(dataset):
+    """Ids of any stored form (fixed width or variable, ASCII or UTF-8) -> array [n] of str."""
+    if h5py.check_string_dtype(dataset.dtype) is None:
+        raise InputError(f"{dataset.file.filename}: `{dataset.name.strip('/')}` holds {dataset.dtype}, not strings")
+    ids = dataset[:]
+    try:
+        return np.char.decode(ids.astype(np.bytes_) if ids.dtype == object else ids, "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{dataset.file.filename}: `{dataset.name.strip('/')}` is not UTF-8: {error.object}") from None
+
+
+class Rows:
+    """One group of an open descriptor file. Nothing but the ids is in memory; rows are read, and checked, in blocks.
+
+    Attributes: ids [n] of str, shape (n, dim), deviation: largest | |row| - 1 | of the rows read so far, checkpoint:
+    sha256 of the checkpoint that made them, or None.
+    """
+
+    def __init__(self, name, dataset, ids, rows=None):
+        self.name, self.dataset, self.ids, self.rows = name, dataset, ids, rows
+        self.path, self.deviation = dataset.file.filename, 0.0
+        self.checkpoint = dataset.attrs.get("checkpoint_sha256")
+        self.check()
+        self.shape = (len(ids), dataset.shape[1])
+
+    def __len__(self):
+        return len(self.ids)
+
+    def check(self):
+        """Raise InputError for a wrong shape or type, a wrong number of ids, duplicate ids, no rows."""
+        data, where = self.dataset, f"{self.path}: `{self.name}`"
+        if data.ndim != 2 or data.dtype.kind != "f":
+            raise InputError(f"{where} should be a matrix of floats, is {data.dtype} of shape {data.shape}")
+        if self.rows is None and len(self.ids) != len(data):
+            raise InputError(f"{where} of shape {data.shape} with {len(self.ids)} ids")
+        if not len(self.ids):
+            raise InputError(f"{where} of shape {data.shape} is empty")
+        if len(twice := duplicates(self.ids)):
+            raise InputError(f"{where} has duplicate ids: {first_three(twice)}")
+        if data.dtype != np.float32:
+            print(f"{where} is {data.dtype}, read as float32", file=sys.stderr)
+
+    def read(self, start=0, stop=None):
+        """Rows start..stop as float32 [n, dim]. Raises InputError naming the ids of rows with NaN or infinity."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        if self.rows is None:
+            block = self.dataset[start:stop]
+        else:
+            rows = self.rows[start:stop]
+            block = self.dataset[rows[0]:rows[-1] + 1][rows - rows[0]]
+        block = block.astype(np.float32, copy=False)
+        check_finite(self.path, self.name, block, self.ids[start:stop])
+        norms = np.sqrt(np.einsum("ij,ij->i", block, block))
+        self.deviation = max(self.deviation, float(np.abs(norms - 1).max(initial=0)))
+        return block
+
+    def blocks(self, size=BLOCK):
+        """Iterate over (start, float32 [up to size, dim])."""
+        for start in range(0, len(self), size):
+            yield start, self.read(start, start + size)
+
+
+class Descriptors:
+    """Open a descriptor file for reading; a context manager. `descriptors["query"]` is a Rows.
+
+    Attributes: path, attrs (dict), groups: name -> Rows of the groups it holds.
+
+    Raises:
+        InputError: no such file, not HDF5, none of the known keys, ids missing or wrong in number, duplicate ids, empty
+            groups, dimensions that differ between groups; on access: the group is not there.
+    """
+
+    def __init__(self, path):
+        self.path, self.file = path, open_h5(path)
+        try:
+            self.attrs = dict(self.file.attrs)
+            self.groups = self.find_groups()
+            check_dims(path, {name: rows.shape for name, rows in self.groups.items()})
+        except BaseException:
+            self.file.close()
+            raise
+
+    def find_groups(self):
+        """name -> Rows, in either form."""
+        file = self.file
+        if "vectors" in file and "image_names" in file:
+            names, groups = read_ids(file["image_names"]), {}
+            if len(names) != len(file["vectors"]):
+                raise InputError(f"{self.path}: `vectors` of shape {file['vectors'].shape} with {len(names)} names")
+            letters = names.astype("U1")
+            for name in GROUPS:
+                rows = np.flatnonzero(letters == name[0].upper())
+                if len(rows):
+                    groups[name] = Rows(name, file["vectors"], names[rows], rows)
+            return groups
+        found = [name for name in GROUPS if name in file]
+        if not found:
+            raise InputError(f"{self.path}: holds none of {', '.join(GROUPS)}")
+        for name in found:
+            if f"{name}_ids" not in file:
+                raise InputError(f"{self.path}: `{name}_ids` is missing")
+        return {name: Rows(name, file[name], read_ids(file[f"{name}_ids"])) for name in found}
+
+    def __getitem__(self, name):
+        if name not in self.groups:
+            raise InputError(f"{self.path}: `{name}` is missing, it holds {', '.join(self.groups) or 'no rows'}")
+        return self.groups[name]
+
+    def check_checkpoint(self):
+        """Raise InputError if the groups come from more than one checkpoint: their distances would mean nothing."""
+        made_by = {name: rows.checkpoint for name, rows in self.groups.items() if rows.checkpoint is not None}
+        if len(set(made_by.values())) > 1:
+            raise InputError(f"{self.path}: groups of different checkpoints: "
+                             + ", ".join(f"`{name}` {sha[:12]}" for name, sha in made_by.items()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Close, and warn of rows read that are not of unit length, unless post-processing left them so."""
+        for name, rows in self.groups.items():
+            if rows.deviation > UNIT_TOLERANCE and "steps" not in self.attrs:
+                print(f"warning: {self.path}: `{name}` is not of unit length, largest deviation {rows.deviation:.3g}",
+                      file=sys.stderr)
+        self.file.close()
