@@ -1,0 +1,605 @@
+#!/usr/bin/env python3
+"""Build a copy-detection benchmark, shaped like DISC21, from any folder of photos.
+
+    python scripts/make_benchmark.py PHOTOS OUT --strength hard
+    python scripts/make_benchmark.py PHOTOS OUT --training-photos OTHER_PHOTOS --edits crop,overlay,text
+    python scripts/make_benchmark.py --list-edits
+
+OUT then holds
+
+    query_images/Q00000.jpg ...       edited copies of some references, and distractors: edited photos without original
+    reference_images/R000000.jpg ...  the photos to be found
+    training_images/T000000.jpg ...   other photos, to train on
+    public_ground_truth.csv           query_id,reference_id; reference_id is empty for distractors
+    edits.csv                         query_id,reference_id,edits,amounts: names joined by +, amounts as JSON
+    sources.csv                       id,path,tile: the photo behind each image, tile as left,top,right,bottom
+    skipped.csv                       path,reason: photos that could not be used; only if there are any
+
+Where a number is not given: 40 % of the photos are for training (none with --training-photos: then all of those), half
+of the rest are references, the other half distractors, and half of the references get a query. The same photos, flags
+and seed give the same bytes, whatever -j is.
+"""
+import argparse
+import contextlib
+import csv
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import faiss
+import imagehash
+import numpy as np
+from augly import utils as augly_utils
+from augly.image import functional as imaugs
+from augly.image.utils import get_template_and_bbox
+from descriptors import InputError
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
+from tqdm import tqdm
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+SMALLEST, LARGEST = 64, 1024  # pixels: shorter side of a usable photo, longer side of a query
+DULL = 8  # standard deviation of grey levels (0..255) below which a photo shows almost nothing
+DONORS = 4  # other photos that one query can need: three in a collage, one blended in
+
+
+class Edit(NamedTuple):
+    """One kind of edit: `apply(image, amount, generator, donors)` returns the edited image."""
+    group: str
+    apply: Callable
+    amount: str = ""  # what the amount is; it is drawn uniformly from the range of the chosen strength
+    mild: tuple = ()
+    medium: tuple = ()
+    hard: tuple = ()
+
+
+class Source(NamedTuple):
+    """A photo, or the tile (left, top, right, bottom) of one."""
+    path: str
+    tile: tuple = ()
+
+    def open(self):
+        img = open_photo(self.path)
+        return img.crop(self.tile) if self.tile else img
+
+
+class Query(NamedTuple):
+    """What one query is made of; `rng` is its own generator."""
+    id: str
+    source: Source
+    reference_id: str
+    edits: list
+    donors: list
+    rng: np.random.Generator
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Edits. Every random choice comes from the generator given, never from a global one. AugLy's perspective, noise and
+# pixel shuffling are not used: the first does not run on numpy 2, the others seed numpy's global generator.
+
+
+def crop(img, area, rng, donors):
+    """Cut out `area` of the image at a ratio near its own; where possible a part that shows something."""
+    for _ in range(10):
+        stretch = math.sqrt(math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
+        w = min(img.width, round(img.width * math.sqrt(area) * stretch))
+        h = min(img.height, round(img.height * math.sqrt(area) / stretch))
+        left, top = rng.integers(img.width - w + 1), rng.integers(img.height - h + 1)
+        part = img.crop((left, top, left + w, top + h))
+        if contrast(part) >= 2 * DULL:
+            break
+    return part
+
+
+def change_aspect(img, stretch, rng, donors):
+    factor = math.sqrt(stretch) ** rng.choice([-1, 1])
+    return img.resize((round(img.width * factor), round(img.height / factor)), Image.Resampling.BICUBIC)
+
+
+def rotate(img, degrees, rng, donors):
+    """Rotate and keep the largest upright rectangle without empty corners."""
+    return imaugs.rotate(img, degrees=float(degrees * rng.choice([-1, 1])))
+
+
+def perspective(img, shift, rng, donors):
+    """Move each corner inwards by up to `shift` of the side; the outside gets a random colour."""
+    corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], float)
+    moved = corners + rng.uniform(shift / 3, shift, (4, 2)) * (1 - 2 * corners)
+    rows = [row for (x, y), (u, v) in zip(corners * img.size, moved * img.size)
+            for row in ([u, v, 1, 0, 0, 0, -x * u, -x * v], [0, 0, 0, u, v, 1, -y * u, -y * v])]
+    coefficients = np.linalg.solve(rows, (corners * img.size).ravel())
+    return img.transform(img.size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BICUBIC,
+                         fillcolor=random_color(rng))
+
+
+def jitter_color(img, strength, rng, donors):
+    """Brightness, contrast and saturation by factors of 1 +- strength, hue by +- strength / 4 of the circle."""
+    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
+    img = imaugs.color_jitter(img, brightness_factor=brightness, contrast_factor=contrast, saturation_factor=saturation)
+    hue, s, v = img.convert("HSV").split()
+    turn = round(256 * rng.uniform(-strength, strength) / 4)
+    return Image.merge("HSV", (hue.point(lambda h: (h + turn) % 256), s, v)).convert("RGB")
+
+
+def change_brightness(img, factor, rng, donors):
+    return ImageEnhance.Brightness(img).enhance(factor ** rng.choice([-1, 1]))
+
+
+def apply_filter(img, share, rng, donors):
+    """Blend in a filtered image: sharpened, edges, relief, few colours, inverted lights or stretched contrast."""
+    filters = [lambda: img.filter(ImageFilter.UnsharpMask(4, 300, 0)),
+               lambda: img.filter(ImageFilter.EDGE_ENHANCE_MORE),
+               lambda: ImageOps.invert(img.convert("L").filter(ImageFilter.FIND_EDGES)).convert("RGB"),
+               lambda: img.filter(ImageFilter.EMBOSS),
+               lambda: ImageOps.posterize(img, 2),
+               lambda: ImageOps.solarize(img, 128),
+               lambda: ImageOps.equalize(img)]
+    return Image.blend(img, filters[rng.integers(len(filters))](), share)
+
+
+def blur(img, share, rng, donors):
+    return imaugs.blur(img, radius=share * min(img.size))
+
+
+def pixelize(img, ratio, rng, donors):
+    return imaugs.pixelization(img, ratio=max(ratio, 8 / min(img.size)))
+
+
+def add_noise(img, sigma, rng, donors):
+    noise = rng.normal(0, 255 * sigma, (img.height, img.width, 3))
+    return Image.fromarray((np.asarray(img) + noise).clip(0, 255).astype(np.uint8))
+
+
+def shuffle_pixels(img, share, rng, donors):
+    """Permute a share of the pixels among themselves."""
+    pixels = np.array(img).reshape(-1, 3)
+    chosen = rng.choice(len(pixels), int(share * len(pixels)), replace=False)
+    pixels[chosen] = pixels[rng.permutation(chosen)]
+    return Image.fromarray(pixels.reshape(img.height, img.width, 3))
+
+
+def overlay_text(img, size, rng, donors):
+    """Write one to three lines of random letters of a random font of AugLy; its default font where that one fails."""
+    fonts = sorted(Path(augly_utils.FONTS_DIR).rglob("*.ttf"))
+    text = [rng.integers(1, 1000, rng.integers(4, 13)).tolist() for _ in range(rng.integers(1, 4))]
+    options = dict(text=text, font_size=max(size, 10 / min(img.size)), color=random_color(rng),
+                   x_pos=rng.uniform(0, 0.4), y_pos=rng.uniform(0, 0.7))
+    try:
+        return imaugs.overlay_text(img, font_file=str(fonts[rng.integers(len(fonts))]), **options)
+    except (OSError, RuntimeError, ValueError):  # some fonts of AugLy cannot be drawn by every Pillow
+        return imaugs.overlay_text(img, **options)
+
+
+def overlay_emoji(img, size, rng, donors):
+    emojis = sorted(Path(augly_utils.SMILEY_EMOJI_DIR).glob("*.png"))
+    x_pos, y_pos = rng.uniform(0, 1 - size, 2)
+    return imaugs.overlay_emoji(img, emoji_path=str(emojis[rng.integers(len(emojis))]), emoji_size=size, x_pos=x_pos,
+                                y_pos=y_pos)
+
+
+def overlay_stripes(img, opacity, rng, donors):
+    return imaugs.overlay_stripes(img, line_width=rng.uniform(0.2, 0.5), line_color=random_color(rng),
+                                  line_angle=rng.uniform(-90, 90), line_density=rng.uniform(0.3, 0.8),
+                                  line_type=str(rng.choice(["solid", "dashed", "dotted"])), line_opacity=opacity)
+
+
+def blend(img, opacity, rng, donors):
+    """Show another photo through."""
+    return Image.blend(img, next(donors).resize(img.size), opacity)
+
+
+def pad(img, share, rng, donors):
+    """Add a border in one colour: on all sides, beside, or above and below."""
+    sides = [(share, share), (share, 0), (0, share)][rng.integers(3)]
+    return imaugs.pad(img, w_factor=sides[0], h_factor=sides[1], color=random_color(rng))
+
+
+def overlay_onto_photo(img, size, rng, donors):
+    """Paste the image onto another photo: the query then mostly shows that one."""
+    background = next(donors)
+    stretch = img.width / img.height * background.height / background.width
+    size = min(size, 0.95 / stretch)  # not wider than the background
+    return imaugs.overlay_image(background, overlay=img, overlay_size=size, x_pos=rng.uniform(0, 1 - size * stretch),
+                                y_pos=rng.uniform(0, 1 - size))
+
+
+def make_collage(img, cells, rng, donors):
+    """Put the image beside one other photo or two by two with three, all cut to the same size."""
+    columns, rows = (2, 2) if cells >= 3 else [(2, 1), (1, 2)][rng.integers(2)]
+    own = rng.integers(columns * rows)
+    canvas = Image.new("RGB", (columns * img.width, rows * img.height))
+    for i in range(columns * rows):
+        photo = img if i == own else ImageOps.fit(next(donors), img.size)
+        canvas.paste(photo, (i % columns * img.width, i // columns * img.height))
+    return canvas
+
+
+def make_screenshot(img, margin, rng, donors):
+    """Show the image in a web page or phone app of AugLy and keep `margin` of what surrounds it there."""
+    template = os.path.join(augly_utils.SCREENSHOT_TEMPLATES_DIR, str(rng.choice(["web.png", "mobile.png"])))
+    page, box = get_template_and_bbox(template, augly_utils.BBOXES_PATH)
+    left, top, right, bottom = box
+    kept = (left * (1 - margin), top * (1 - margin), right + (page.width - right) * margin,
+            bottom + (page.height - bottom) * margin)
+    return imaugs.overlay_onto_screenshot(img, template_filepath=template).crop([round(side) for side in kept])
+
+
+def encode_jpeg(img, quality, rng, donors):
+    return imaugs.encoding_quality(img, quality=round(quality))
+
+
+def random_color(rng):
+    return tuple(rng.integers(0, 256, 3).tolist())
+
+
+def contrast(img):
+    """Standard deviation of the grey levels, 0..128."""
+    return ImageStat.Stat(img.convert("L")).stddev[0]
+
+
+GROUPS = {"shape": 2, "tone": 1, "detail": 1, "mark": 2, "frame": 1, "encoding": 1}  # in order: most edits of a query
+STRENGTHS = {"mild": (1, 2), "medium": (2, 4), "hard": (3, 5)}  # fewest and most edits of a query
+EDITS = {
+    "crop": Edit("shape", crop, "share of the area kept", (0.6, 0.9), (0.35, 0.6), (0.2, 0.4)),
+    "aspect": Edit("shape", change_aspect, "stretch of one side", (1.1, 1.3), (1.3, 1.6), (1.6, 2.2)),
+    "rotate": Edit("shape", rotate, "degrees, either way", (2, 10), (10, 45), (20, 180)),
+    "perspective": Edit("shape", perspective, "shift of corners / side", (0.05, 0.1), (0.1, 0.2), (0.2, 0.35)),
+    "hflip": Edit("shape", lambda img, *_: ImageOps.mirror(img)),
+    "vflip": Edit("shape", lambda img, *_: ImageOps.flip(img)),
+    "color": Edit("tone", jitter_color, "jitter", (0.1, 0.25), (0.25, 0.45), (0.45, 0.7)),
+    "gray": Edit("tone", lambda img, *_: img.convert("L").convert("RGB")),
+    "brightness": Edit("tone", change_brightness, "factor or its inverse", (1.1, 1.3), (1.3, 1.7), (1.7, 2.5)),
+    "filter": Edit("tone", apply_filter, "share of the filtered image", (0.2, 0.4), (0.4, 0.7), (0.7, 1)),
+    "blur": Edit("detail", blur, "radius / shorter side", (0.005, 0.01), (0.01, 0.015), (0.015, 0.025)),
+    "pixelize": Edit("detail", pixelize, "resolution kept", (0.4, 0.6), (0.25, 0.4), (0.15, 0.25)),
+    "noise": Edit("detail", add_noise, "sigma / white", (0.02, 0.05), (0.05, 0.12), (0.12, 0.25)),
+    "shuffle": Edit("detail", shuffle_pixels, "share of the pixels", (0.03, 0.08), (0.08, 0.2), (0.2, 0.4)),
+    "text": Edit("mark", overlay_text, "letter height / shorter side", (0.05, 0.1), (0.1, 0.15), (0.15, 0.25)),
+    "emoji": Edit("mark", overlay_emoji, "height / image height", (0.1, 0.2), (0.2, 0.35), (0.3, 0.5)),
+    "stripes": Edit("mark", overlay_stripes, "opacity", (0.1, 0.3), (0.3, 0.6), (0.5, 0.9)),
+    "blend": Edit("mark", blend, "opacity of another photo", (0.1, 0.2), (0.2, 0.35), (0.3, 0.45)),
+    "pad": Edit("frame", pad, "border / side", (0.05, 0.15), (0.15, 0.3), (0.3, 0.6)),
+    "overlay": Edit("frame", overlay_onto_photo, "height / other photo's height", (0.7, 0.9), (0.5, 0.7), (0.3, 0.6)),
+    "collage": Edit("frame", make_collage, "cells: 2, or 4 from 3 on", (2, 2.5), (2, 4), (3, 4)),
+    "screenshot": Edit("frame", make_screenshot, "share of the page around it", (0, 0.3), (0.3, 0.7), (0.7, 1)),
+    "jpeg": Edit("encoding", encode_jpeg, "quality", (40, 70), (20, 40), (5, 20)),
+}
+NEED_DONORS = ("blend", "overlay", "collage")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Source photos
+
+
+def list_photos(folder):
+    """Paths of all photos below `folder`, sorted; hidden files and folders (and so macOS' ._ files) are left out.
+
+    Raises InputError where the folder does not exist or holds no photo.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder")
+    paths = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [os.path.join(parent, n) for n in names if n.lower().endswith(ENDINGS) and not n.startswith(".")]
+    if not paths:
+        raise InputError(f"{folder}: holds no photo ({', '.join(ENDINGS)})")
+    return sorted(paths)
+
+
+def open_photo(path):
+    """Decode the first frame to 8-bit RGB: 16 bits scaled down, transparency on white, EXIF orientation ignored."""
+    with Image.open(path) as img:
+        img.load()
+        if img.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+            img = Image.fromarray((np.asarray(img) / 257).clip(0, 255).astype(np.uint8))
+        if img.has_transparency_data:
+            img = img.convert("RGBA")
+            img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
+        return img.convert("RGB")
+
+
+def examine(path, tile=None):
+    """Find what of a photo can be used: [(source, perceptual hash as 8 bytes)] and [(path, reason)] for the rest."""
+    try:
+        img = open_photo(path)
+    except UNREADABLE as error:
+        return [], [(path, " ".join(str(error).split()) or type(error).__name__)]
+    smallest = tile or SMALLEST
+    if min(img.size) < smallest:
+        return [], [(path, f"{img.width} x {img.height} pixels: smaller than {smallest}")]
+    boxes = [(x, y, x + tile, y + tile) for y in range(0, img.height - tile + 1, tile)
+             for x in range(0, img.width - tile + 1, tile)] if tile else [()]
+    found, dull = [], []
+    for box in boxes:
+        part = img.crop(box) if box else img
+        if contrast(part) < DULL:
+            dull.append((path, f"{f'tile {box} ' if box else ''}shows almost nothing"))
+        else:
+            found.append((Source(path, box), np.packbits(imagehash.phash(part).hash)))
+    return found, dull
+
+
+def near_duplicates(hashes, bits):
+    """For every hash (rows of 8 bytes) the index of an earlier row at most `bits` bits away, or -1."""
+    distinct, first, back = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    index = faiss.IndexBinaryFlat(64)
+    index.add(distinct)
+    limits, _, neighbours = index.range_search(distinct, bits + 1)
+    earliest = np.minimum.reduceat(first[neighbours], limits[:-1].astype(int))[back.ravel()]
+    return np.where(earliest < np.arange(len(hashes)), earliest, -1)
+
+
+def collect(folders, args, run):
+    """Usable sources of each folder, without near-duplicates in or across folders, and [(path, reason)] of the rest.
+
+    Prints the counts. Raises InputError where a folder has none.
+    """
+    found, skipped = [], []
+    for number, folder in enumerate(folders):
+        for parts, rest in run(partial(examine, tile=args.tile), list_photos(folder), f"reading {folder}"):
+            found += [(number, *part) for part in parts]
+            skipped += rest
+    unusable = len(skipped)
+    usable = [[] for _ in folders]
+    earlier = near_duplicates(np.array([h for _, _, h in found]), args.duplicate_bits) if found else []
+    for (number, source, _), twin in zip(found, earlier):
+        if twin < 0:
+            usable[number].append(source)
+        else:
+            skipped.append((source.path, f"near-duplicate of {found[twin][1].path}"))
+    for folder, sources in zip(folders, usable):
+        if not sources:
+            raise InputError(f"{folder}: no usable photo; first of {len(skipped)} left out: {': '.join(skipped[0])}")
+        print(f"{folder}: {len(sources)} usable {'tiles' if args.tile else 'photos'}")
+    print(f"left out: {unusable} unreadable, too small or empty, {len(skipped) - unusable} near-duplicates")
+    return usable, skipped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmark
+
+
+def share_out(args, photos, others):
+    """Numbers of training photos, references, distractors and queries with an original, from flags and defaults.
+
+    `photos`: usable ones in PHOTOS; `others`: usable ones in --training-photos, None without. Raises InputError where
+    they do not suffice, with the sum.
+    """
+    taken = (args.references or 0) + (args.distractors or 0)
+    if others is None:
+        training = max(0, min(photos * 2 // 5, photos - taken)) if args.training is None else args.training
+        rest = photos - training
+    else:
+        training, rest = others if args.training is None else args.training, photos
+        if training > others:
+            raise InputError(f"--training {training}: {args.training_photos} has only {others} usable photos")
+    default = rest // 2 if args.distractors is None else rest - args.distractors
+    references = default if args.references is None else args.references
+    distractors = rest - references if args.distractors is None else args.distractors
+    queries = references // 2 if args.queries is None else args.queries
+    if references < 1 or queries < 1 or distractors < 0 or references + distractors > rest:
+        terms = f"{references} references + {max(distractors, 0)} distractors"
+        terms += f" + {training} training photos" if others is None else ""
+        raise InputError(f"too few photos: {args.photos} has {photos} usable ones, for {terms}, and at least 2 are "
+                         "needed for 1 reference and 1 query")
+    if queries > references:
+        raise InputError(f"--queries {queries}: more than the {references} references, each of which has one at most")
+    return training, references, distractors, queries
+
+
+def deal(args, usable):
+    """Deal the sources out at random: (training, references, distractors, number of queries with an original)."""
+    photos, *others = usable
+    rng = np.random.default_rng(args.seed)
+    training, references, distractors, queries = share_out(args, len(photos), len(others[0]) if others else None)
+    dealt = [photos[i] for i in rng.permutation(len(photos))]
+    refs, rest = dealt[:references], dealt[references:]
+    if others:
+        pool, spare = [others[0][i] for i in rng.permutation(len(others[0]))], rest
+    else:
+        pool, spare = rest[:training], rest[training:]
+    return pool[:training], refs, spare[:distractors], queries
+
+
+def draw_edits(names, strength, rng):
+    """Random edits out of `names`, in the order of GROUPS, so that a frame does not hide a later crop's content."""
+    wanted, chosen = rng.integers(*STRENGTHS[strength], endpoint=True), []
+    for name in rng.permutation(names).tolist():
+        group = EDITS[name].group
+        if len(chosen) < wanted and sum(EDITS[other].group == group for other in chosen) < GROUPS[group]:
+            chosen.append(name)
+    return sorted(chosen, key=lambda name: list(GROUPS).index(EDITS[name].group))
+
+
+def plan_queries(args, training, references, distractors, queries):
+    """Queries of the first `queries` references and of all distractors, under shuffled ids."""
+    donors = training or distractors
+    names = [name for name in args.edits if name not in NEED_DONORS or len(donors) > 1]
+    if not names:
+        raise InputError(f"--edits {','.join(args.edits)}: need training photos or distractors to put the photo on")
+    sources = references[:queries] + distractors
+    plan = []
+    for i, k in enumerate(np.random.default_rng([args.seed, len(sources)]).permutation(len(sources))):
+        rng = np.random.default_rng([args.seed, 1, i])
+        chosen = draw_edits(names, args.strength, rng)
+        some = rng.choice(len(donors), min(DONORS + 1, len(donors)), replace=False)
+        others = [donors[j] for j in some if donors[j] != sources[k]]
+        plan.append(Query(f"Q{i:05d}", sources[k], f"R{k:06d}" if k < queries else "", chosen, others, rng))
+    return plan
+
+
+def make_query(query, strength, quality, folder):
+    """Edit a photo, store it, and return the amounts: {edit: number, None for edits without amount}."""
+    img = query.source.open()
+    img.thumbnail((LARGEST, LARGEST))
+    side = round(math.sqrt(img.width * img.height))  # donors about as large as the photo, whatever their shape
+    donors = (ImageOps.cover(donor.open(), (side, side)) for donor in itertools.cycle(query.donors))
+    amounts = {}
+    for name in query.edits:
+        edit = EDITS[name]
+        amounts[name] = round(query.rng.uniform(*getattr(edit, strength)), 4) if edit.amount else None
+        img = edit.apply(img, amounts[name], query.rng, donors).convert("RGB")
+    img.thumbnail((LARGEST, LARGEST))
+    img.save(Path(folder, query.id + ".jpg"), quality=quality)
+    return amounts
+
+
+def store(job, quality):
+    """Write a source as JPEG; whole JPEG files are copied as they are."""
+    source, file = job
+    with Image.open(source.path) as img:
+        as_it_is = img.format == "JPEG" and not source.tile
+    if as_it_is:
+        shutil.copyfile(source.path, file)
+    else:
+        source.open().save(file, quality=quality)
+
+
+def write_csv(file, header, rows):
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([header, *rows])
+
+
+def build(args, out, run):
+    """Make the whole benchmark in the folder `out`. Raises InputError before anything is written."""
+    folders = [args.photos] + ([args.training_photos] if args.training_photos else [])
+    usable, skipped = collect(folders, args, run)
+    training, references, distractors, queries = deal(args, usable)
+    plan = plan_queries(args, training, references, distractors, queries)
+    for name in ("query_images", "reference_images", "training_images"):
+        (out / name).mkdir(parents=True)
+    named = [(f"R{i:06d}", source) for i, source in enumerate(references)]
+    named += [(f"T{i:06d}", source) for i, source in enumerate(training)]
+    places = {"R": out / "reference_images", "T": out / "training_images"}
+    run(partial(store, quality=args.quality), [(source, places[name[0]] / f"{name}.jpg") for name, source in named],
+        "storing photos")
+    amounts = run(partial(make_query, strength=args.strength, quality=args.quality, folder=out / "query_images"), plan,
+                  "making queries")
+    write_csv(out / "public_ground_truth.csv", ("query_id", "reference_id"), [(q.id, q.reference_id) for q in plan])
+    write_csv(out / "edits.csv", ("query_id", "reference_id", "edits", "amounts"),
+              [(q.id, q.reference_id, "+".join(q.edits), json.dumps(a)) for q, a in zip(plan, amounts)])
+    write_csv(out / "sources.csv", ("id", "path", "tile"),
+              [(name, s.path, ",".join(map(str, s.tile))) for name, s in [(q.id, q.source) for q in plan] + named])
+    if skipped:
+        write_csv(out / "skipped.csv", ("path", "reason"), sorted(skipped))
+    print(f"{args.out}: {len(references)} references, {queries} queries with and {len(distractors)} without an "
+          f"original, {len(training)} training photos, {args.strength} edits")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+def number(smallest, largest=math.inf):
+    """Type of a flag: a whole number from `smallest` to `largest`."""
+    def parse(text):
+        if not text.isdecimal() or not smallest <= int(text) <= largest:
+            limits = f"from {smallest}" + ("" if largest == math.inf else f" to {largest}")
+            raise argparse.ArgumentTypeError(f"{text}: not a whole number {limits}")
+        return int(text)
+    return parse
+
+
+def edit_names(text):
+    names = list(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in EDITS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(EDITS)}")
+    return names
+
+
+class ListEdits(argparse.Action):
+    def __call__(self, parser, *_):
+        print(f"{'edit':<12}{'group':<10}{'mild':<14}{'medium':<14}{'hard':<14}amount")
+        for name, edit in EDITS.items():
+            ranges = [f"{r[0]:g} .. {r[1]:g}" if r else "-" for r in (edit.mild, edit.medium, edit.hard)]
+            print(f"{name:<12}{edit.group:<10}" + "".join(f"{r:<14}" for r in ranges) + edit.amount)
+        for name, (low, high) in STRENGTHS.items():
+            print(f"{name}: {low} to {high} edits per query")
+        parser.exit()
+
+
+def build_parser():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("photos", metavar="PHOTOS", help="folder of photos, nested or not: " + " ".join(ENDINGS))
+    p.add_argument("out", metavar="OUT", help="folder to make; must not exist or be empty")
+    p.add_argument("--strength", choices=STRENGTHS, default="medium", help="number of edits per query and their ranges "
+                   "(default: %(default)s)")
+    p.add_argument("--edits", type=edit_names, default=list(EDITS), metavar="A,B,C", help="only these (default: all)")
+    p.add_argument("--list-edits", action=ListEdits, nargs=0, help="show edits and their ranges, and leave")
+    p.add_argument("--queries", type=number(1), metavar="N", help="queries with an original (default: references / 2)")
+    p.add_argument("--distractors", type=number(0), metavar="N", help="queries without (default: what remains)")
+    p.add_argument("--references", type=number(1), metavar="N", help="(default: half of what training leaves)")
+    p.add_argument("--training", type=number(0), metavar="N", help="training photos (default: 40 %% of PHOTOS, or all "
+                   "of --training-photos)")
+    p.add_argument("--training-photos", metavar="DIR", help="take training photos from this folder, not from PHOTOS")
+    p.add_argument("--tile", type=number(SMALLEST), metavar="PX", help="cut every photo into disjoint squares of this "
+                   "side first and take each as a photo: for a handful of large photos")
+    p.add_argument("--duplicate-bits", type=number(0, 64), default=6, metavar="N", help="photos whose 64-bit "
+                   "perceptual hashes differ in at most N bits count as near-duplicates; all but one are left out "
+                   "(default: %(default)s)")
+    p.add_argument("--quality", type=number(1, 100), default=95, metavar="Q", help="JPEG quality of what is encoded "
+                   "anew: queries, tiles, photos that are not JPEG (default: %(default)s)")
+    p.add_argument("--seed", type=number(0), default=0, metavar="N", help="(default: %(default)s)")
+    p.add_argument("-j", "--workers", type=number(1), default=os.cpu_count(), metavar="N", help="processes (default: "
+                   "number of CPUs)")
+    return p
+
+
+def check_out(args):
+    """Path of OUT. Raises InputError where it is in use or inside a source folder."""
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists already; give a new folder or remove it")
+    for folder in filter(None, (args.photos, args.training_photos)):
+        if Path(folder).resolve() in [out.resolve(), *out.resolve().parents]:
+            raise InputError(f"{out}: lies inside the photos of {folder}; give a folder outside")
+    return out
+
+
+@contextlib.contextmanager
+def progress_map(workers):
+    """A function (function, items, title) -> results in order, computed by `workers` processes under a progress bar."""
+    with ProcessPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool:
+        def run(function, items, title):
+            results = pool.map(function, items, chunksize=8) if pool else map(function, items)
+            return list(tqdm(results, title, len(items), unit=" photos", smoothing=0))
+        yield run
+
+
+def main(argv=None):
+    try:
+        args = build_parser().parse_args(argv)
+        out = check_out(args)
+        partial_out = out.with_name(out.name + ".partial")
+        shutil.rmtree(partial_out, ignore_errors=True)  # of a run that was killed
+        with progress_map(args.workers) as run:
+            build(args, partial_out, run)
+        partial_out.rename(out)
+    except InputError as error:
+        print(f"make_benchmark.py: {error}", file=sys.stderr)
+        return 2
+    except (OSError, BrokenProcessPool) as error:
+        print(f"make_benchmark.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("make_benchmark.py: interrupted; nothing was made", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
