@@ -344,7 +344,11 @@ def collect(folders, args, run):
     """
     found, skipped = [], []
     for number, folder in enumerate(folders):
-        for parts, rest in run(partial(examine, tile=args.tile), list_photos(folder), f"reading {folder}"):
+        paths = list_photos(folder)
+        if args.sample_size and args.sample_size < len(paths):
+            drawn = np.random.default_rng([args.seed, 2]).choice(len(paths), args.sample_size, replace=False)
+            paths = [paths[i] for i in sorted(drawn)]
+        for parts, rest in run(partial(examine, tile=args.tile), paths, f"reading {folder}"):
             found += [(number, *part) for part in parts]
             skipped += rest
     unusable = len(skipped)
@@ -546,6 +550,8 @@ def build_parser():
     p.add_argument("--training", type=number(0), metavar="N", help="training photos (default: 40 %% of PHOTOS, or all "
                    "of --training-photos)")
     p.add_argument("--training-photos", metavar="DIR", help="take training photos from this folder, not from PHOTOS")
+    p.add_argument("--sample-size", type=number(2), metavar="N", help="use N photos of each folder, drawn at random "
+                   "(default: all)")
     p.add_argument("--tile", type=number(SMALLEST), metavar="PX", help="cut every photo into disjoint squares of this "
                    "side first and take each as a photo: for a handful of large photos")
     p.add_argument("--duplicate-bits", type=number(0, 64), default=6, metavar="N", help="photos whose 64-bit "
