@@ -1,0 +1,1368 @@
+#!/usr/bin/env python3
+"""Train an image copy-detection descriptor and extract it.
+
+A query photo that was cropped, re-encoded, written on or pasted into another photo has to find its original among a
+million references, with one 256-d vector per photo and one threshold for all queries. Training makes two views of every
+photo, pulls their descriptors together and pushes those of other photos, remembered from earlier batches, apart.
+
+Train on one device, on all GPUs of this machine, or on several machines (4 GPUs each here):
+
+    python train.py @exp/v31.args input/training_images
+    python train.py @exp/v31.args --multiprocessing-distributed input/training_images
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py @exp/v31.args
+
+Continue a run that was stopped at any point, from its newest checkpoint:
+
+    python train.py @exp/v31.args --resume auto input/training_images
+
+Extract descriptors of queries, references and training photos with the newest checkpoint, then score them:
+
+    python train.py --mode extract --exp v31 --target-set qrt input
+    python scripts/eval_metrics.py exp/v31/extract/fb-isc-submission.h5 input/public_ground_truth.csv
+
+A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line win. Results go to exp/NAME.
+"""
+import argparse
+import csv
+import datetime
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an experiment chooses from: one entry per choice. Entries are called late, after the heavy imports below.
+
+LOSSES = {  # name -> loss of pytorch-metric-learning; sees descriptors [batch, dim] against batch or memory
+    "contrastive": lambda a: pml.losses.ContrastiveLoss(pos_margin=a.pos_margin, neg_margin=a.neg_margin),
+    "triplet": lambda a: pml.losses.TripletMarginLoss(margin=a.margin),
+    "ntxent": lambda a: pml.losses.NTXentLoss(temperature=a.temperature),
+}
+MINERS = {  # name -> miner that picks the pairs or triplets that the loss sees; None: all of them
+    "none": lambda a: None,
+    "triplet": lambda a: pml.miners.TripletMarginMiner(margin=a.margin, type_of_triplets=a.type_of_triplets),
+}
+HEADS = {  # name -> modules between pooled features [batch, channels] and the L2 normalisation, in order
+    "linear-bn": lambda c, d: {"fc": torch.nn.Linear(c, d, bias=False), "bn": torch.nn.BatchNorm1d(d)},  # notes H-A
+    "linear": lambda c, d: {"fc": torch.nn.Linear(c, d)},  # notes H-nobn
+    "none": lambda c, d: {},  # pooled features as they are
+}
+POOLS = ("gem", "backbone")  # GeM over the last feature map; the network's own final norm and pooling (notes H-swin)
+OPTIMIZERS = {  # name -> optimizer over parameter groups
+    "sgd": lambda groups, a: torch.optim.SGD(groups, a.lr, momentum=a.momentum),
+    "adamw": lambda groups, a: torch.optim.AdamW(groups, a.lr),
+}
+SCHEDULES = {  # name -> learning rate factor at (epoch, epoch + share of its steps done, number of epochs)
+    "cosine": lambda epoch, now, epochs: 0.5 * (1 + math.cos(math.pi * epoch / epochs)),
+    "cosine-iter": lambda epoch, now, epochs: 0.5 * (1 + math.cos(math.pi * now / epochs)),
+    "linear": lambda epoch, now, epochs: 1 - epoch / epochs,
+    "constant": lambda epoch, now, epochs: 1.0,
+}
+RESIZES = {  # name -> whole photo to a square tensor's size, for extraction and the `clean` view
+    "crop": lambda img, s: TF.center_crop(TF.resize(img, s + 32), [s, s]),  # notes v3..v51
+    "square": lambda img, s: TF.resize(img, [s, s]),  # notes v52 and later
+}
+OPS = {  # name -> operation of a view: (RGB image, numpy Generator, Views, parameters...) -> image; erase: on a tensor
+    "clean": lambda img, rng, v: RESIZES[v.resize](img, v.size),
+    "crop": lambda img, rng, v, smallest: random_resized_crop(img, rng, v.size, smallest),
+    "jitter": lambda img, rng, v, *strengths: color_jitter(img, rng, *strengths),
+    "saturation": lambda img, rng, v, factor: TF.adjust_saturation(img, factor),
+    "brightness": lambda img, rng, v, low, high: TF.adjust_brightness(img, rng.uniform(low, high)),
+    "pixelize": lambda img, rng, v: imaugs.pixelization(img, ratio=max(rng.uniform(0.1, 1), 1 / min(img.size))),
+    "shuffle": lambda img, rng, v: shuffle_pixels(img, rng, 0.1),
+    "jpeg": lambda img, rng, v: imaugs.encoding_quality(img, quality=int(rng.choice([10, 20, 30, 50]))),
+    "gray": lambda img, rng, v: TF.to_grayscale(img, 3),
+    "blur": lambda img, rng, v: imaugs.blur(img, radius=rng.uniform(0.01, 10)),
+    "gaussian": lambda img, rng, v: imaugs.blur(img, radius=rng.uniform(0.1, 2)),
+    "perspective": lambda img, rng, v: random_perspective(img, rng, 0.5),
+    "hflip": lambda img, rng, v: TF.hflip(img),
+    "vflip": lambda img, rng, v: TF.vflip(img),
+    "rotation": lambda img, rng, v: imaugs.rotate(img, degrees=rng.uniform(0, 180)),
+    "text": lambda img, rng, v: overlay_text(img, rng),
+    "emoji": lambda img, rng, v: overlay_emoji(img, rng),
+    "screenshot": lambda img, rng, v: overlay_onto_screenshot(img, rng),
+    "overlay": lambda img, rng, v: overlay_onto_photo(img, rng, v),
+    "erase": lambda tensor, rng, v: random_erasing(tensor, rng),
+}
+MODERATE = "crop:0.5=1 hflip=0.5"
+HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle jpeg=0.5 gray blur perspective "
+        "hflip=0.5 vflip text emoji erase")
+LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group in the descriptor file
+FOLDERS = {"query": "query_images", "reference": "reference_images", "train": "training_images"}
+FROM_CHECKPOINT = ("arch", "pool", "head", "dim", "gem_p", "gem_eval_p", "input_size", "resize", "exif_transpose")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reads recipes: flags in @file, any number per line, # starts a comment."""
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def error(self, message):
+        fail(message)
+
+
+def fail(message, code=2):
+    """Tell what is wrong in one line on stderr and leave: 2 wrong usage or input, 1 failed while working."""
+    print(f"train.py: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def add_common_flags(p):
+    p.add_argument("dir", metavar="DIR", nargs="?", help="train: folder of photos, nested or not (default "
+                   "input/training_images); extract: folder holding query_images, reference_images, training_images "
+                   "(default input)")
+    g = p.add_argument_group("what to do")
+    g.add_argument("--mode", choices=("train", "extract"), default="train", help="default: %(default)s")
+    g.add_argument("--exp", help="name of the experiment; results go to exp/NAME/train and exp/NAME/extract (default: "
+                   "that of --weight or --resume, else 'default')")
+    g.add_argument("--seed", type=int, help="seed of weights, order and views (default: drawn and printed)")
+    g.add_argument("-j", "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that load photos, "
+                   "shared by the devices of this machine (default: number of cores, here %(default)s)")
+    g.add_argument("-b", "--batch-size", type=int, default=512, metavar="N", help="train: photos per step on this "
+                   "machine, over all its devices, each seen --ncrops times; extract: photos per batch "
+                   "(default: %(default)s)")
+    g.add_argument("--strict", action="store_true", help="stop at the first unreadable photo instead of skipping it")
+    g.add_argument("--exif-transpose", action="store_true", help="turn photos upright by their EXIF tag (the notes "
+                   "ignore it)")
+
+
+def add_network_flags(p):
+    g = p.add_argument_group("network (extract mode takes these from the checkpoint unless given)")
+    g.add_argument("-a", "--arch", default="resnet50", help="timm model name, old names too (default: %(default)s)")
+    g.add_argument("--pool", choices=POOLS, default="gem", help="gem: GeM over the last feature map; backbone: the "
+                   "network's own final norm and pooling, as for Swin in the notes (default: %(default)s)")
+    g.add_argument("--gem-p", type=float, default=3.0, metavar="P", help="GeM exponent in training (default: "
+                   "%(default)s)")
+    g.add_argument("--gem-eval-p", type=float, default=4.0, metavar="P", help="GeM exponent in extraction (default: "
+                   "%(default)s)")
+    g.add_argument("--head", choices=list(HEADS), default="linear-bn", help="from pooled features to descriptor; none: "
+                   "pooled features (default: %(default)s)")
+    g.add_argument("--dim", type=int, default=256, metavar="D", help="descriptor dimensions (default: %(default)s)")
+    g.add_argument("--input-size", type=int, default=224, metavar="PX", help="side of the network's square input "
+                   "(default: %(default)s)")
+    g.add_argument("--resize", choices=list(RESIZES), default="crop", help="whole photo to square: crop = shorter side "
+                   "to PX + 32, centre crop (notes v3..v51); square = stretch (v52 on) (default: %(default)s)")
+    g.add_argument("--weight", metavar="FILE", help="checkpoint to extract with (default: newest of --exp) or to start "
+                   "training from; must fit exactly")
+    g.add_argument("--backbone-weights", metavar="FILE", help="timm weights (.pth, .safetensors) to start from instead "
+                   "of downloading them; in extract mode without --weight: raw features of them")
+    g.add_argument("--no-pretrained", action="store_true", help="start from random weights")
+
+
+def add_data_flags(p):
+    g = p.add_argument_group("training data and views")
+    g.add_argument("--sample-size", type=int, default=100_000, metavar="N", help="use the first N photos in order of "
+                   "their paths (default: %(default)s)")
+    g.add_argument("--ncrops", type=int, default=2, metavar="N", help="views per photo (default: %(default)s)")
+    g.add_argument("--view0", default=MODERATE, metavar="OPS", help="operations of view 0, applied in order, each with "
+                   "its probability: name[:parameter...][=probability]; [ops in brackets] come in random order for "
+                   f"each photo; names: {' '.join(OPS)} (default: '%(default)s')")
+    g.add_argument("--view1", default=HARD, metavar="OPS", help="operations of the other views (default: "
+                   "'%(default)s')")
+    g.add_argument("--op-prob", type=float, default=0.2, metavar="P", help="probability of operations given without "
+                   "one (default: %(default)s)")
+
+
+def add_loss_flags(p):
+    g = p.add_argument_group("loss and memory")
+    g.add_argument("--loss", choices=list(LOSSES), default="contrastive", help="default: %(default)s")
+    g.add_argument("--pos-margin", type=float, default=0.0, metavar="M", help="contrastive: distance up to which "
+                   "positives are close enough (default: %(default)s)")
+    g.add_argument("--neg-margin", type=float, default=0.7, metavar="M", help="contrastive: distance from which "
+                   "negatives are far enough; unit vectors, so 1.0 is cosine 0.5 (default: %(default)s)")
+    g.add_argument("-m", "--margin", type=float, default=0.05, help="triplet: margin (default: %(default)s)")
+    g.add_argument("--temperature", type=float, default=0.1, metavar="T", help="ntxent: temperature (default: "
+                   "%(default)s)")
+    g.add_argument("--miner", choices=list(MINERS), default="none", help="default: %(default)s")
+    g.add_argument("--type-of-triplets", choices=("all", "hard", "semihard", "easy"), default="all", help="triplet "
+                   "miner (default: %(default)s)")
+    g.add_argument("--memory-size", type=int, default=1024, metavar="N", help="descriptors of earlier batches that the "
+                   "loss compares with (cross-batch memory, arXiv 1912.06798); 0: none (default: %(default)s)")
+    g.add_argument("--world-scaled-loss", action="store_true", help="multiply the loss by the number of processes, so "
+                   "that gradients do not shrink with it as they did in the notes")
+
+
+def add_optimizer_flags(p):
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=int, default=100, metavar="N", help="also the length of the schedule (default: "
+                   "%(default)s)")
+    g.add_argument("--start-epoch", type=int, default=0, metavar="N", help="first epoch, when not resumed (default: "
+                   "%(default)s)")
+    g.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="default: %(default)s")
+    g.add_argument("--lr", "--learning-rate", type=float, default=0.05, metavar="LR", help="used as given, not scaled "
+                   "by the batch size (default: %(default)s)")
+    g.add_argument("--lr-schedule", choices=list(SCHEDULES), default="cosine", help="cosine and linear change per "
+                   "epoch, cosine-iter per step (default: %(default)s)")
+    g.add_argument("--momentum", type=float, default=0.9, metavar="M", help="SGD (default: %(default)s)")
+    g.add_argument("--wd", "--weight-decay", type=float, default=1e-4, metavar="W", help="weight decay; never on 1-D "
+                   "parameters, biases and gains (default: %(default)s)")
+    g.add_argument("--batch-norm", choices=("sync", "local"), default="sync", help="statistics over all GPUs or each "
+                   "its own (default: %(default)s; processes without a GPU always have their own)")
+    g.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision of the backbone; "
+                   "auto: bf16 where the device computes in it, else fp16 on GPUs and fp32 on CPUs; head and loss are "
+                   "always fp32; extraction on a CPU is fp32 (default: %(default)s)")
+
+
+def add_output_flags(p):
+    g = p.add_argument_group("checkpoints and log")
+    g.add_argument("--resume", default="", metavar="FILE", help="continue from a checkpoint of this script; auto: the "
+                   "newest of --exp, or from the start where there is none")
+    g.add_argument("--save-steps", type=int, default=0, metavar="N", help="also write latest.pth.tar every N steps "
+                   "(default: each epoch only)")
+    g.add_argument("-p", "--print-freq", type=int, default=10, metavar="N", help="steps between log entries, checks of "
+                   "the loss and of Ctrl-C (default: %(default)s)")
+    g = p.add_argument_group("extraction")
+    g.add_argument("--target-set", default="qr", metavar="LETTERS", help="which folders: q queries, r references, t "
+                   "training photos (default: %(default)s)")
+    g.add_argument("--eval-subset", action="store_true", help="only the references listed in --subset-file; the output "
+                   "is fb-isc-submission-subset.h5")
+    g.add_argument("--subset-file", metavar="FILE", help="one reference id per line (default: DIR/rids_subset.txt; "
+                   "scripts/select_ref_subset.py makes it)")
+    g.add_argument("--dryrun", action="store_true", help="the first 100 photos of each folder only")
+
+
+def add_process_flags(p):
+    g = p.add_argument_group("devices and processes (under torchrun its environment decides)")
+    g.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the best there is")
+    g.add_argument("--gpu", type=int, metavar="N", help="use this GPU only")
+    g.add_argument("--multiprocessing-distributed", action="store_true", help="one process per GPU of this machine; "
+                   "without a GPU --nproc processes")
+    g.add_argument("--nproc", type=int, metavar="N", help="number of processes (default: number of GPUs, else 1)")
+    g.add_argument("--world-size", type=int, default=-1, metavar="N", help="number of machines (default: 1)")
+    g.add_argument("--rank", type=int, default=-1, metavar="N", help="number of this machine, from 0 (default: 0)")
+    g.add_argument("--dist-url", default="tcp://localhost:10001", metavar="URL", help="where the processes meet "
+                   "(default: %(default)s)")
+    g.add_argument("--dist-backend", default="nccl", metavar="NAME", help="nccl, or gloo; gloo without a GPU (default: "
+                   "%(default)s)")
+
+
+def build_parser():
+    """The command line; its groups are the functions above."""
+    p = Parser(fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
+               allow_abbrev=False)
+    for add in (add_common_flags, add_network_flags, add_data_flags, add_loss_flags, add_optimizer_flags,
+                add_output_flags, add_process_flags):
+        add(p)
+    return p
+
+
+def parse_args(argv=None):
+    """Parse and check what can be checked without torch; `args.given` lists what the user or recipe set."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args.given = sorted(vars(parser.parse_args(argv)))
+    for name in ("batch_size", "epochs", "input_size", "sample_size", "dim", "print_freq"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.workers < 0 or args.memory_size < 0:
+        fail("--workers and --memory-size cannot be negative")
+    args.dir = Path(args.dir or ("input/training_images" if args.mode == "train" else "input"))
+    for flag in ("weight", "backbone_weights", "resume"):
+        file = getattr(args, flag)
+        if file and file != "auto" and not Path(file).is_file():
+            fail(f"--{flag.replace('_', '-')}: no such file: {file}")
+    if not args.target_set or set(args.target_set) - set(LETTERS):
+        fail(f"--target-set must be letters out of q, r, t, not '{args.target_set}'")
+    if args.exp is None:
+        file = Path(args.weight if args.mode == "extract" and args.weight else args.resume).resolve()
+        args.exp = file.parent.parent.name if file.parent.name == "train" else "default"
+    args.out = ROOT / "exp" / args.exp / args.mode
+    if args.mode == "train":
+        check_training_flags(args)
+    return args
+
+
+def check_training_flags(args):
+    if args.ncrops < 2:
+        fail(f"--ncrops {args.ncrops}: a photo needs at least 2 views, or there are no positive pairs")
+    rows = args.batch_size * args.ncrops * max(1, args.world_size)
+    if 0 < args.memory_size < rows:
+        fail(f"--memory-size {args.memory_size} is smaller than one batch of {rows} descriptors (--batch-size "
+             f"{args.batch_size} x --ncrops {args.ncrops}{f' x {args.world_size} machines' * (args.world_size > 1)})")
+    for flag in ("view0", "view1"):
+        for group in parse_ops(getattr(args, flag), args.op_prob, f"--{flag}"):
+            if unknown := [name for name, _, _ in group if name not in OPS]:
+                fail(f"--{flag}: unknown operation '{unknown[0]}'; there are {', '.join(OPS)}")
+
+
+def parse_ops(text, default_prob, flag="view"):
+    """'a:1:2=0.5 [b c]' -> [[('a', (1.0, 2.0), 0.5)], [('b', (), default), ('c', (), default)]]: groups in order, the
+    operations inside a group in random order."""
+    groups, inside = [], False
+    for word in text.replace("[", " [ ").replace("]", " ] ").split():
+        if word in "[]":
+            if inside == (word == "["):
+                fail(f"{flag}: brackets do not match in '{text}'")
+            inside = word == "["
+            groups += [[]] if inside else []
+            continue
+        name, _, prob = word.partition("=")
+        name, *parameters = name.split(":")
+        try:
+            op = (name, tuple(map(float, parameters)), float(prob) if prob else default_prob)
+        except ValueError:
+            fail(f"{flag}: '{word}' is not name[:number...][=probability]")
+        if inside:
+            groups[-1].append(op)
+        else:
+            groups.append([op])
+    if inside:
+        fail(f"{flag}: brackets do not match in '{text}'")
+    return groups
+
+
+ARGS = parse_args() if __name__ == "__main__" else None  # before the imports that take seconds: --help, wrong flags
+
+import augly.image as imaugs  # noqa: E402
+import augly.utils  # noqa: E402
+import numpy as np  # noqa: E402
+import pytorch_metric_learning as pml  # noqa: E402
+import pytorch_metric_learning.losses  # noqa: E402
+import pytorch_metric_learning.miners  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torchvision  # noqa: E402
+import torchvision.transforms.functional as TF  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
+from timm.models import load_state_dict as load_timm_file  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from scripts.descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photos
+
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def list_photos(root):
+    """All photos below `root`: their paths relative to it, sorted, and [(path, reason)] of what only looks like one."""
+    paths, odd, folders = [], [], [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(os.path.join(root, folder)))
+        except OSError as error:
+            odd.append((folder or ".", error.strerror))
+            continue
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):  # macOS sidecars, notebook checkpoints
+                continue
+            looks_like_photo = entry.name.lower().endswith(PHOTO_ENDINGS)
+            if not entry.is_dir():
+                paths += [path] if looks_like_photo else []
+            elif looks_like_photo:
+                odd.append((path, "is a folder"))
+            elif not entry.is_symlink():  # links to folders can form loops
+                folders.append(path)
+    return sorted(paths), sorted(odd)
+
+
+def open_photo(path, exif_transpose=False):
+    """Decode a photo to 8-bit RGB: first frame, 16 bits scaled down, transparency on white, EXIF turn if asked.
+
+    Raises OSError, ValueError, SyntaxError or Image.DecompressionBombError where it cannot be decoded whole.
+    """
+    with Image.open(path) as img:
+        img.load()
+        if exif_transpose:
+            img = ImageOps.exif_transpose(img)
+        if img.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+            img = Image.fromarray((np.asarray(img).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+        if img.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in img.info:
+            img = img.convert("RGBA")
+            img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
+        return img.convert("RGB")
+
+
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def write_skipped(file, rows):
+    """skipped.csv: path and reason of every photo that could not be used; no file when there is none."""
+    if not rows:
+        file.unlink(missing_ok=True)
+        return
+    with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([("path", "reason"), *sorted(rows)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views (augmentation). Every random choice comes from one generator per view, never from a global one, so a view
+# depends on (seed, epoch, photo, view number) only. Distributions: notes v8..v36, augly 0.1.2, torchvision 0.10.
+
+
+def random_resized_crop(img, rng, size, smallest):
+    """Crop of `smallest`..1 of the area at aspect ratio 3/4..4/3, resized to a square of `size`."""
+    for _ in range(10):
+        area = img.width * img.height * rng.uniform(smallest, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= img.width and 0 < h <= img.height:
+            top, left = rng.integers(img.height - h + 1), rng.integers(img.width - w + 1)
+            return TF.resized_crop(img, top, left, h, w, [size, size])
+    w, h = min(img.width, round(img.height * 4 / 3)), min(img.height, round(img.width * 4 / 3))
+    return TF.resize(TF.center_crop(img, [h, w]), [size, size])
+
+
+def color_jitter(img, rng, brightness, contrast, saturation, hue):
+    """Brightness, contrast and saturation by a factor of 1 +- strength, hue by +- strength turns, in random order."""
+    steps = [(TF.adjust_brightness, rng.uniform(max(0, 1 - brightness), 1 + brightness)),
+             (TF.adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
+             (TF.adjust_saturation, rng.uniform(max(0, 1 - saturation), 1 + saturation)),
+             (TF.adjust_hue, rng.uniform(-hue, hue))]
+    for i in rng.permutation(4):
+        img = steps[i][0](img, steps[i][1])
+    return img
+
+
+def shuffle_pixels(img, rng, share):
+    """Permute a `share` of the pixels among themselves. AugLy's does it after seeding numpy with the constant 10."""
+    pixels = np.array(img).reshape(-1, 3)
+    chosen = rng.choice(len(pixels), int(share * len(pixels)), replace=False)
+    pixels[chosen] = pixels[rng.permutation(chosen)]
+    return Image.fromarray(pixels.reshape(img.height, img.width, 3))
+
+
+def random_perspective(img, rng, distortion):
+    """Each corner moves inwards by up to `distortion` of half the side; uncovered pixels are black."""
+    (w, h), d = img.size, distortion / 2
+    dx, dy = rng.integers(0, int(w * d) + 1, 4), rng.integers(0, int(h * d) + 1, 4)
+    corners = [[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]]
+    moved = [[dx[0], dy[0]], [w - 1 - dx[1], dy[1]], [w - 1 - dx[2], h - 1 - dy[2]], [dx[3], h - 1 - dy[3]]]
+    return TF.perspective(img, corners, [[int(x), int(y)] for x, y in moved])
+
+
+def overlay_text(img, rng):
+    """Five characters of augly's default font, random colour, in the upper left quarter's reach."""
+    return imaugs.overlay_text(img, text=rng.integers(1, 1000, 5).tolist(), font_size=rng.uniform(0.1, 0.3),
+                               color=tuple(rng.integers(0, 256, 3).tolist()), x_pos=rng.uniform(0, 0.5),
+                               y_pos=rng.uniform(0, 0.5))
+
+
+def overlay_emoji(img, rng):
+    folder = Path(augly.utils.SMILEY_EMOJI_DIR)
+    emoji = sorted(os.listdir(folder))
+    return imaugs.overlay_emoji(img, emoji_path=str(folder / emoji[rng.integers(len(emoji))]),
+                                emoji_size=rng.uniform(0.1, 0.3), x_pos=rng.uniform(0, 1), y_pos=rng.uniform(0, 1))
+
+
+def overlay_onto_screenshot(img, rng):
+    template = Path(augly.utils.SCREENSHOT_TEMPLATES_DIR) / ("web.png", "mobile.png")[rng.integers(2)]
+    return imaugs.overlay_onto_screenshot(img, template_filepath=str(template)).convert("RGB")
+
+
+def overlay_onto_photo(img, rng, views):
+    """Paste the photo onto another training photo, 0.1..0.5 of its height (notes v32)."""
+    return imaugs.overlay_image(views.random_photo(rng), overlay=img, overlay_size=rng.uniform(0.1, 0.5),
+                                x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
+
+
+def random_erasing(tensor, rng):
+    """A rectangle of 0.02..0.33 of the area, ratio 0.3..3.3, becomes N(0, 1) noise (before normalisation)."""
+    _, height, width = tensor.shape
+    for _ in range(10):
+        area, ratio = height * width * rng.uniform(0.02, 0.33), math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < h < height and 0 < w < width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            tensor[:, top:top + h, left:left + w] = torch.from_numpy(rng.standard_normal((3, h, w), dtype=np.float32))
+            break
+    return tensor
+
+
+class Views(torch.utils.data.Dataset):
+    """Training photos: item (epoch, i) -> views [ncrops, 3, size, size], label, unreadable [(i, reason)], failed ops.
+
+    In place of an unreadable photo the next readable one is taken, with its own label.
+    """
+
+    def __init__(self, args, root, paths, mean, std):
+        self.root, self.paths, self.seed, self.ncrops = root, paths, args.seed, args.ncrops
+        self.size, self.resize, self.exif, self.mean, self.std = (args.input_size, args.resize, args.exif_transpose,
+                                                                  mean, std)
+        self.strict = args.strict
+        self.pipelines = [parse_ops(args.view0, args.op_prob), parse_ops(args.view1, args.op_prob)]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def open(self, i):
+        return open_photo(os.path.join(self.root, self.paths[i]), self.exif)
+
+    def random_photo(self, rng):
+        img, _, _ = self.open_near(int(rng.integers(len(self.paths))))
+        return img
+
+    def open_near(self, i):
+        """First readable photo from `i` on: image, its index, unreadable ones [(index, reason)] on the way."""
+        unreadable = []
+        while len(unreadable) < min(len(self.paths), 100):
+            try:
+                return self.open(i), i, unreadable
+            except UNREADABLE as error:
+                unreadable.append((i, f"{type(error).__name__}: {error}"))
+                if self.strict:
+                    break
+                i = (i + 1) % len(self.paths)
+        raise InputError(f"{os.path.join(self.root, self.paths[unreadable[0][0]])}: {unreadable[0][1]}"
+                         + (f", nor can the {len(unreadable) - 1} photos after it be read" * (not self.strict)))
+
+    def view(self, img, epoch, i, number):
+        """View `number` of photo `i` as a normalised tensor, and the operations that failed (tiny or odd photos)."""
+        rng = np.random.default_rng((self.seed, epoch, i, number))
+        failed, is_tensor = [], False
+        for group in self.pipelines[min(number, 1)]:
+            for k in rng.permutation(len(group)):
+                name, parameters, prob = group[k]
+                if rng.random() >= prob:
+                    continue
+                if name == "erase" and not is_tensor:
+                    img, is_tensor = TF.to_tensor(img), True
+                try:
+                    img = OPS[name](img, rng, self, *parameters)
+                except (OSError, ValueError, RuntimeError, ZeroDivisionError) as error:
+                    failed.append(f"{name}: {error}")
+        img = img if is_tensor else TF.to_tensor(img)
+        if img.shape[-2:] != (self.size, self.size):
+            img = TF.resize(img, [self.size, self.size])
+        return TF.normalize(img, self.mean, self.std), failed
+
+    def __getitem__(self, key):
+        epoch, i = key
+        img, i, unreadable = self.open_near(i)
+        views, failed = zip(*(self.view(img, epoch, i, number) for number in range(self.ncrops)))
+        return torch.stack(views), i, unreadable, sum(failed, [])
+
+
+def collate_views(items):
+    """-> images [ncrops * batch, 3, s, s] view after view, labels alike, unreadable photos, failed operations."""
+    views, labels, unreadable, failed = zip(*items)
+    images = torch.stack(views, 1).flatten(0, 1)
+    return images, torch.tensor(labels).repeat(views[0].shape[0]), sum(unreadable, []), sum(failed, [])
+
+
+class EpochBatches(torch.utils.data.Sampler):
+    """This process's batches of (epoch, photo index); the order depends on (seed, epoch) only, the tail is dropped.
+
+    Set `epoch` and `start` (steps already done) before each pass.
+    """
+
+    def __init__(self, count, batch, seed, rank, world):
+        self.count, self.batch, self.seed, self.rank, self.world = count, batch, seed, rank, world
+        self.epoch = self.start = 0
+
+    def steps(self):
+        return self.count // (self.batch * self.world)
+
+    def __len__(self):
+        return self.steps() - self.start
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        for step in range(self.start, self.steps()):
+            first = (step * self.world + self.rank) * self.batch
+            yield [(self.epoch, int(i)) for i in order[first:first + self.batch]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Network
+
+
+def gem(x, p, eps=1e-6):
+    """Generalised mean pooling [B, C, H, W] -> [B, C]: (mean of max(x, eps)^p)^(1/p) (arXiv 1711.02512)."""
+    return x.clamp(min=eps).pow(p).mean((-2, -1)).pow(1 / p)
+
+
+class Descriptor(torch.nn.Module):
+    """Images [B, 3, s, s] -> descriptors [B, dim] of unit length, fp32. State keys: backbone.*, fc.*, bn.*.
+
+    Only the backbone runs under autocast (`amp_dtype`); pooling, head and normalisation stay in fp32.
+    """
+
+    def __init__(self, args, pretrained):
+        super().__init__()
+        self.pool, self.gem_p, self.gem_eval_p, self.amp_dtype = args.pool, args.gem_p, args.gem_eval_p, None
+        self.backbone = build_backbone(args, pretrained)
+        channels = self.backbone.feature_info.channels()[-1] if args.pool == "gem" else self.backbone.num_features
+        self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
+        modules = HEADS[args.head](channels, args.dim)
+        self.head = list(modules)
+        self.dim = args.dim if modules else channels
+        for name, module in modules.items():
+            self.add_module(name, module)
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.xavier_normal_(module.weight)
+
+    def forward(self, images):
+        with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            features = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            if self.pool == "gem":
+                features = features[-1].float()
+                features = features.permute(0, 3, 1, 2) if self.channels_last else features
+                features = gem(features, self.gem_p if self.training else self.gem_eval_p)
+            features = features.float()
+            for name in self.head:
+                features = getattr(self, name)(features)
+            return F.normalize(features)
+
+
+def build_backbone(args, pretrained):
+    """timm network for `args.arch`: feature maps with pool gem, pooled features with pool backbone.
+
+    `pretrained`: True asks the hub, False gives random weights, a state dict of the whole network is loaded.
+    """
+    kwargs = dict(features_only=True) if args.pool == "gem" else dict(num_classes=0)
+    with torch.device("meta"):
+        config = timm.create_model(args.arch).pretrained_cfg
+    if config.get("fixed_input_size"):
+        kwargs["img_size"] = args.input_size
+    if isinstance(pretrained, dict):
+        kwargs["pretrained_cfg_overlay"] = dict(state_dict=pretrained)
+    try:
+        return timm.create_model(args.arch, pretrained=bool(pretrained), **kwargs)
+    except (RuntimeError, AttributeError) as error:
+        fail(f"--arch {args.arch} cannot be built with --pool {args.pool}: {error}")
+    except OSError as error:
+        fail(f"the weights of {args.arch} cannot be downloaded ({str(error).splitlines()[0]}); give --backbone-weights "
+             "FILE, --weight FILE or --no-pretrained")
+
+
+def check_arch(name):
+    """Resolved timm name 'arch.tag' of a possibly old name."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
+        fail(f"--arch: timm has no model '{name}'" + (f"; close: {', '.join(close)}" if close else ""))
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        config = timm.create_model(name).pretrained_cfg
+    return config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+
+
+def read_backbone_weights(file, arch):
+    """State dict of a local file under timm's names; weights of another implementation with the same tensors in the
+    same order are renamed by position. Whatever does not fit is an error."""
+    try:
+        given = load_timm_file(file)
+    except Exception as error:  # timm and pickle raise many kinds
+        fail(f"--backbone-weights {file}: {str(error).splitlines()[0]}")
+    with torch.device("meta"):
+        net = timm.create_model(arch)
+    wanted = net.state_dict()
+    classifier = net.pretrained_cfg.get("classifier") or ()
+    classifier = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    missing = [name for name in wanted if name not in given and not name.startswith(classifier)]
+    if missing and [v.shape for v in given.values()] == [v.shape for v in wanted.values()]:
+        print(f"=> {file}: other names, same shapes in the same order as {arch}; matched by position")
+        return dict(zip(wanted, given.values()))
+    odd = missing or [name for name in wanted if not name.startswith(classifier)
+                      and given[name].shape != wanted[name].shape]
+    if odd:
+        fail(f"--backbone-weights {file} does not fit {arch}: {len(odd)} tensors missing or of another shape, "
+             f"first: {', '.join(odd[:3])}")
+    return given
+
+
+def normalisation(net):
+    """Mean and std that the backbone was trained with (its timm config)."""
+    config = net.backbone.pretrained_cfg
+    return list(config["mean"]), list(config["std"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: plain dicts that load without running code
+
+
+def read_checkpoint(file):
+    """Dict of a checkpoint of this script or of the published ISC21 weights; tensors on the CPU.
+
+    Only tensors, plain containers and argparse.Namespace are unpickled; anything else is refused.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        fail(f"{file} holds {f'an object of type {found[1]}' if found else 'more than tensors'} and was not loaded: "
+             "it could run code; save it again as a plain dict of tensors")
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        fail(f"{file} is not a readable checkpoint: {(str(error).splitlines() or ['empty'])[0]}")
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        fail(f"{file} is not a checkpoint: it has no 'state_dict'")
+    state = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
+    args = checkpoint.get("args") or {}
+    return checkpoint | {"state_dict": state, "args": vars(args) if isinstance(args, argparse.Namespace) else args}
+
+
+def load_weights(net, state, file):
+    """Load strictly; say what does not fit."""
+    own = net.state_dict()
+    shapes = [f"{k} {list(state[k].shape)}, here {list(own[k].shape)}" for k in own
+              if k in state and state[k].shape != own[k].shape]
+    keys = [f"{k} missing" for k in own if k not in state] + [f"{k} unexpected" for k in state if k not in own]
+    if shapes or keys:
+        hint = "; --dim differs?" if any(text.startswith(("fc.", "bn.")) for text in shapes) else ""
+        fail(f"{file} does not fit this network ({len(shapes + keys)} differences): {'; '.join((shapes + keys)[:3])}"
+             f"{hint}")
+    net.load_state_dict(state)
+
+
+def checkpoint_files(folder):
+    """Checkpoints in a folder, oldest state first."""
+    return sorted(folder.glob("checkpoint_*.pth.tar"))
+
+
+def newest_checkpoint(folder):
+    """The checkpoint with most steps done: the last epoch's, or latest.pth.tar where that went further."""
+    files = checkpoint_files(folder)[-1:] + list(folder.glob("latest.pth.tar"))
+    return max(files, key=lambda file: read_checkpoint(file).get("step", 0)) if files else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices and processes
+
+
+def launch(work, args):
+    """Run `work(args)` once, or in --nproc processes with --multiprocessing-distributed, or as torchrun says.
+
+    Sets args.process (number over all machines), args.processes, args.local (number on this machine).
+    """
+    args.process, args.processes, args.local = 0, 1, args.gpu or 0
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        env = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+        args.process, args.processes, args.local = env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]
+        return run_process(work, args, "env://", env["LOCAL_WORLD_SIZE"])
+    if not args.multiprocessing_distributed:
+        return run_process(work, args, None, 1)
+    gpus = torch.cuda.device_count() if pick_device(args).type == "cuda" else 0
+    nproc = args.nproc or gpus or 1
+    if gpus and nproc > gpus:
+        fail(f"--nproc {nproc}: this machine has {gpus} GPUs")
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the processes, which finish their step
+    try:
+        torch.multiprocessing.spawn(spawned, (work, args, nproc), nprocs=nproc)
+    except torch.multiprocessing.ProcessExitedException as error:
+        sys.exit(error.exit_code if error.exit_code > 0 else 1)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def spawned(local, work, args, nproc):
+    nodes, node = max(1, args.world_size), max(0, args.rank)
+    args.process, args.processes, args.local = node * nproc + local, nodes * nproc, local
+    run_process(work, args, args.dist_url, nproc)
+
+
+def run_process(work, args, url, nproc):
+    """Join the process group at `url` (none: single process), set the device, do the work, leave the group."""
+    if args.batch_size % nproc:
+        fail(f"--batch-size {args.batch_size} cannot be shared by {nproc} processes")
+    args.nproc = nproc
+    device = args.device_used = pick_device(args)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif nproc > 1:
+        torch.set_num_threads(max(1, os.cpu_count() // nproc))  # else they wait for each other's cores
+    if url:
+        backend = args.dist_backend if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, url, datetime.timedelta(hours=12), args.processes, args.process)
+        except (RuntimeError, ValueError) as error:
+            fail(f"the processes cannot meet at {url}: {str(error).splitlines()[0]}; is the port in use?", code=1)
+    try:
+        work(args)
+    finally:
+        if url:
+            dist.destroy_process_group()
+
+
+def pick_device(args):
+    """cuda (--gpu or the process's own), mps or cpu."""
+    kind = args.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda" and torch.cuda.device_count() <= (args.gpu or 0):
+        fail(f"--device cuda --gpu {args.gpu or 0}: {torch.cuda.device_count()} GPUs found")
+    return torch.device(kind, getattr(args, "local", args.gpu or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def pick_precision(args, device):
+    """dtype of the backbone's autocast, or None for fp32."""
+    if args.amp != "auto":
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in
+                                          ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.bfloat16 if native and args.mode == "train" else None
+
+
+def say(args, text):
+    """Print on the first process only."""
+    if args.process == 0:
+        print(text, flush=True)
+
+
+def gather_rows(x):
+    """[B, ...] of each process -> [processes * B, ...] in order of rank; the own block keeps its gradient."""
+    if not dist.is_initialized():
+        return x
+    blocks = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(blocks, x.detach().contiguous())
+    blocks[dist.get_rank()] = x
+    return torch.cat(blocks)
+
+
+def gather_objects(x):
+    """A picklable object of each process -> list in order of rank."""
+    if not dist.is_initialized():
+        return [x]
+    objects = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, x)
+    return objects
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def param_groups(net, weight_decay):
+    """Weight decay for matrices and kernels only: none for 1-D parameters, biases and NFNet gains."""
+    plain = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    spared = {name for name, p in plain.items() if p.ndim <= 1 or name.endswith(".bias") or "gain" in name}
+    return [{"params": [p for name, p in plain.items() if name in spared], "weight_decay": 0.0},
+            {"params": [p for name, p in plain.items() if name not in spared], "weight_decay": weight_decay}]
+
+
+class Criterion(torch.nn.Module):
+    """Loss of the gathered batch, against the memory where there is one.
+
+    Every process sees all descriptors in order of rank, so all compute the same loss and hold the same memory
+    (pytorch-metric-learning's own distributed wrapper puts each rank's block first). Only the own block carries a
+    gradient and DDP averages: gradients shrink with the number of processes, as in the notes (--world-scaled-loss).
+    """
+
+    def __init__(self, args, dim):
+        super().__init__()
+        self.scale = args.processes if args.world_scaled_loss else 1
+        self.loss, self.miner, self.memory = LOSSES[args.loss](args), MINERS[args.miner](args), None
+        if args.memory_size:
+            self.memory = pml.losses.CrossBatchMemory(self.loss, dim, args.memory_size, self.miner)
+
+    def forward(self, descriptors, labels):
+        """Descriptors [B, dim] and labels [B] of this process -> scalar."""
+        descriptors, labels = gather_rows(descriptors), gather_rows(labels)
+        if self.memory is not None:
+            return self.memory(descriptors, labels) * self.scale
+        return self.loss(descriptors, labels, self.miner(descriptors, labels) if self.miner else None) * self.scale
+
+    def memory_state(self):
+        """The ring buffer with what the library's state_dict leaves out: its pointer and whether it is full."""
+        m = self.memory
+        return m and {"embeddings": m.embedding_memory, "labels": m.label_memory, "next": m.queue_idx,
+                      "filled": m.has_been_filled}
+
+    def load_memory_state(self, state):
+        m = self.memory
+        m.embedding_memory, m.label_memory = state["embeddings"], state["labels"]
+        m.queue_idx, m.has_been_filled = state["next"], state["filled"]
+
+
+class Trainer:
+    """One process's part of a training run: builds everything, resumes, runs the epochs, writes the checkpoints."""
+
+    def __init__(self, args):
+        self.args, self.device = args, args.device_used
+        self.amp_dtype = pick_precision(args, self.device)
+        self.seed_everything()
+        self.build_network()
+        self.build_data()
+        self.optimizer = OPTIMIZERS[args.optimizer](param_groups(self.net, args.wd), args)
+        self.criterion = Criterion(args, self.net.dim).to(self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+        self.epoch, self.step, self.skipped, self.stop = args.start_epoch, 0, {}, False
+        self.step = self.epoch * self.batches.steps()
+
+    def seed_everything(self):
+        """Agree on a seed; cudnn either repeats itself (seed given) or searches for the fastest kernels."""
+        seed = self.args.seed if self.args.seed is not None else int(np.random.SeedSequence().entropy % 2**31)
+        self.args.seed = gather_objects(seed)[0]
+        torch.manual_seed(self.args.seed)
+        torch.backends.cudnn.deterministic = "seed" in self.args.given
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
+
+    def build_network(self):
+        args = self.args
+        pretrained = not (args.no_pretrained or args.weight or args.resume_file)
+        if args.backbone_weights and pretrained:
+            pretrained = read_backbone_weights(args.backbone_weights, args.arch)
+        self.net = Descriptor(args, pretrained)
+        if args.weight and not args.resume_file:
+            load_weights(self.net, read_checkpoint(args.weight)["state_dict"], args.weight)
+        self.net.amp_dtype = self.amp_dtype
+        self.model = self.net.to(self.device, memory_format=torch.channels_last)
+        if args.processes > 1 and args.batch_norm == "sync" and self.device.type == "cuda":
+            self.model = self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+        if dist.is_initialized():
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.model = torch.nn.parallel.DistributedDataParallel(self.net, device_ids=ids)
+
+    def build_data(self):
+        args = self.args
+        self.mean, self.std = normalisation(self.net)
+        self.views = Views(args, args.dir, args.photos, self.mean, self.std)
+        batch, workers = args.batch_size // args.nproc, math.ceil(args.workers / args.nproc)
+        self.batches = EpochBatches(len(self.views), batch, args.seed, args.process, args.processes)
+        if not self.batches.steps():
+            fail(f"{len(self.views)} photos do not fill one batch of {batch * args.processes}; lower --batch-size")
+        self.loader = torch.utils.data.DataLoader(self.views, batch_sampler=self.batches, collate_fn=collate_views,
+                                                  num_workers=workers, persistent_workers=workers > 0,
+                                                  pin_memory=self.device.type == "cuda")
+
+    def run(self):
+        args = self.args
+        if args.resume_file:
+            self.resume(args.resume_file)
+        if args.process == 0:
+            self.describe()
+            write_views_png(self.views, args.out / "views.png")
+            with replacing(args.out / "args.json") as temporary:
+                temporary.write_text(json.dumps(plain_args(args), indent=2) + "\n")
+        self.log = Log(args, self.step) if args.process == 0 else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(self, "stop", True))
+        while self.epoch < args.epochs:
+            self.train_epoch()
+        say(args, f"=> done: {args.out / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
+
+    def describe(self):
+        args, n, world = self.args, len(self.views), self.args.processes
+        rows = args.batch_size // args.nproc * args.ncrops * world
+        print(f"=> network   {args.arch_tag}" + f" (asked for: {args.arch})" * (args.arch_tag != args.arch) +
+              f", {sum(p.numel() for p in self.net.parameters()) / 1e6:.1f} M parameters, descriptor {self.net.dim}-d, "
+              f"input {args.input_size} px\n"
+              f"=> photos    {args.found:,} found in {args.dir}, {n:,} used" +
+              f" (--sample-size {args.sample_size:,} is more than there are)" * (args.sample_size > args.found
+                                                                                and "sample_size" in args.given) +
+              f"; {self.batches.steps():,} steps per epoch of {rows // args.ncrops} photos x {args.ncrops} views\n"
+              f"=> loss      {args.loss}, memory of {args.memory_size:,} descriptors, about "
+              f"{memory_estimate(args, rows, self.net.dim) / 2**30:.2f} GiB for both\n"
+              f"=> device    {world} process{'es' * (world > 1)} on {self.device.type}, backbone in "
+              f"{str(self.amp_dtype or torch.float32).removeprefix('torch.')}, {args.workers} loading processes, seed "
+              f"{args.seed}\n"
+              f"=> output    {args.out}", flush=True)
+
+    def learning_rate(self):
+        args = self.args
+        return args.lr * SCHEDULES[args.lr_schedule](self.epoch, self.step / self.batches.steps(), args.epochs)
+
+    def train_epoch(self):
+        """The rest of epoch `self.epoch`, from step `self.step` on; ends with its checkpoint."""
+        args, steps = self.args, self.batches.steps()
+        self.batches.epoch, self.batches.start = self.epoch, self.step - self.epoch * steps
+        self.model.train()
+        losses, waited, began = [], 0.0, time.time()
+        with tqdm(total=steps, initial=self.batches.start, desc=f"epoch {self.epoch}", unit="step",
+                  disable=args.process > 0) as bar:
+            batches = iter(self.loader)
+            for _ in range(len(self.batches)):
+                asked = time.time()
+                images, labels, unreadable, failed = next(batches)
+                waited += time.time() - asked
+                losses.append(self.train_step(images, labels))
+                self.step += 1
+                self.skipped.update({self.views.paths[i]: reason for i, reason in unreadable})
+                last = self.step == (self.epoch + 1) * steps
+                save = args.save_steps and self.step % args.save_steps == 0
+                if self.step % args.print_freq == 0 or last or save:
+                    self.check(losses)
+                    seconds = time.time() - began
+                    images = self.batches.batch * args.ncrops * args.processes
+                    speed, share = len(losses) * images / seconds, waited / seconds
+                    if self.log:
+                        self.log.write(bar, self.epoch, self.step, np.mean(losses), self.learning_rate(), speed, share)
+                    losses, waited, began = [], 0.0, time.time()
+                    if save and not last:
+                        self.save("latest.pth.tar")
+                bar.update()
+        self.report_skipped()
+        self.epoch += 1
+        self.save(f"checkpoint_{self.epoch - 1:04d}.pth.tar")
+
+    def train_step(self, images, labels):
+        """One optimizer step; returns the loss as a tensor that is not waited for."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        loss = self.criterion(self.model(images), labels.to(self.device, non_blocking=True))
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def check(self, losses):
+        """Fetch the losses since the last check; stop at NaN, or with a checkpoint when any process was told to."""
+        losses[:] = torch.stack(losses).tolist()
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            last = newest_checkpoint(self.args.out)
+            fail(f"the loss is {losses[bad[0]]} at step {self.step - len(losses) + bad[0] + 1}; last checkpoint: "
+                 f"{last or 'none'}; try a lower --lr or --amp off", code=1)
+        if any(gather_objects(self.stop)):
+            self.save("latest.pth.tar")
+            say(self.args, f"\n=> stopped at step {self.step}; continue with --resume auto")
+            sys.exit(130)
+
+    def report_skipped(self):
+        """Write skipped.csv; more than 1 % unreadable photos are no accident."""
+        skipped = {path: reason for part in gather_objects(self.skipped) for path, reason in part.items()}
+        if self.args.process == 0:
+            write_skipped(self.args.out / "skipped.csv", list(skipped.items()) + self.args.odd)
+            if skipped:
+                print(f"=> {len(skipped)} unreadable photos replaced by others, see {self.args.out / 'skipped.csv'}")
+        if len(skipped) > max(10, 0.01 * len(self.views)):
+            fail(f"{len(skipped)} of {len(self.views)} photos cannot be read, see {self.args.out / 'skipped.csv'}", 1)
+
+    def save(self, name):
+        """Write a checkpoint that holds everything to continue bit for bit."""
+        rng = gather_objects({"cpu": torch.get_rng_state(),
+                              "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None})
+        if self.args.process:
+            return
+        state = {"epoch": self.epoch, "step": self.step, "steps_per_epoch": self.batches.steps(),
+                 "arch": self.args.arch_tag, "state_dict": self.net.state_dict(),
+                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                 "memory": self.criterion.memory_state(), "rng": rng, "args": plain_args(self.args),
+                 "photos": len(self.views), "processes": self.args.processes,
+                 "preprocess": {"mean": self.mean, "std": self.std, "input_size": self.args.input_size,
+                                "resize": self.args.resize, "exif_transpose": self.args.exif_transpose},
+                 "versions": versions()}
+        with replacing(self.args.out / name) as temporary:
+            torch.save(state, temporary)
+        if name != "latest.pth.tar":
+            (self.args.out / "latest.pth.tar").unlink(missing_ok=True)
+
+    def resume(self, file):
+        """Take up the run of `file`. What changed since is told; an incomplete epoch starts anew if its steps moved."""
+        args, state = self.args, read_checkpoint(file)
+        if "step" not in state:
+            fail(f"--resume {file}: not a checkpoint of this script; start from it with --weight")
+        load_weights(self.net, state["state_dict"], file)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        moved = [f"{name} {old} -> {new}" for name, old, new in (
+            ("photos", state["photos"], len(self.views)), ("processes", state["processes"], args.processes),
+            ("photos per step", state["args"]["batch_size"], args.batch_size)) if old != new]
+        if state["steps_per_epoch"] != self.batches.steps() or state["args"]["seed"] != args.seed:
+            self.step = self.epoch * self.batches.steps()
+            moved += ["an incomplete epoch starts anew"]
+        memory, ours = state["memory"], self.criterion.memory_state()
+        if memory and ours and memory["embeddings"].shape == ours["embeddings"].shape:
+            self.criterion.load_memory_state({k: v.to(self.device) if torch.is_tensor(v) else v
+                                              for k, v in memory.items()})
+        elif memory or ours:
+            moved += ["the memory starts empty (its size changed)"]
+        if state["processes"] == args.processes:
+            torch.set_rng_state(state["rng"][args.process]["cpu"])
+            if self.device.type == "cuda" and state["rng"][args.process]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["rng"][args.process]["cuda"])
+        if moved:
+            say(args, f"=> warning: not the run that {file} comes from: {'; '.join(moved)}")
+        say(args, f"=> resumed {file} at epoch {self.epoch}, step {self.step}")
+
+
+class Log:
+    """Progress bar, exp/NAME/train/log.csv and TensorBoard; entries after step `start` are from a lost run."""
+
+    COLUMNS = ("epoch", "step", "loss", "lr", "images_per_s", "wait_share")
+
+    def __init__(self, args, start):
+        from torch.utils.tensorboard import SummaryWriter
+        self.file = args.out / "log.csv"
+        rows = []
+        if start and self.file.is_file():
+            with open(self.file, newline="") as old:
+                rows = [row for row in list(csv.reader(old))[1:] if len(row) == 6 and int(row[1]) <= start]
+        with replacing(self.file) as temporary, open(temporary, "w", newline="") as out:
+            csv.writer(out).writerows([self.COLUMNS, *rows])
+        self.board = SummaryWriter(args.out, purge_step=start + 1)
+
+    def write(self, bar, *values):
+        row = dict(zip(self.COLUMNS, values))
+        bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.2g}, {row['images_per_s']:.0f} images/s, waiting "
+                            f"for data {row['wait_share']:.0%}", refresh=False)
+        with open(self.file, "a", newline="") as out:
+            csv.writer(out).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
+        for name in self.COLUMNS[2:]:
+            self.board.add_scalar(name, row[name], row["step"])
+
+
+def write_views_png(views, file):
+    """Eight photos in rows: as they are, then their views of the first epoch, so that one look shows what is seen."""
+    rows = []
+    for i in np.linspace(0, len(views) - 1, min(8, len(views))).astype(int):
+        img, i, _ = views.open_near(int(i))
+        tensors = [TF.to_tensor(TF.resize(img, [views.size, views.size]))]
+        for number in range(views.ncrops):
+            view, _ = views.view(img, 0, i, number)
+            tensors.append(view * torch.tensor(views.std)[:, None, None] + torch.tensor(views.mean)[:, None, None])
+        rows += tensors
+    grid = torchvision.utils.make_grid(torch.stack(rows), nrow=1 + views.ncrops, pad_value=1)
+    with replacing(file) as temporary:
+        TF.to_pil_image(grid.clamp(0, 1)).save(temporary, "PNG")
+
+
+def plain_args(args):
+    """The command line as plain values: what args.json and checkpoints hold."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+            if name not in ("photos", "odd", "device_used", "given", "found")}
+
+
+def versions():
+    return {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, pml, np)}
+
+
+def memory_estimate(args, rows, dim):
+    """Bytes of memory and loss: the library lists every pair of batch and memory as two int64, with distance, mask and
+    gradient about 32 bytes a pair (measured)."""
+    return max(args.memory_size, rows) * (dim * 4 + rows * 32)
+
+
+def check_memory(args, device, dim):
+    rows = args.batch_size * args.ncrops * max(1, args.processes // args.nproc)
+    need = memory_estimate(args, rows, dim)
+    have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        fail(f"--memory-size {args.memory_size} with {rows} descriptors per step needs about {need / 2**30:.1f} GiB, "
+             f"there are {have / 2**30:.1f} GiB")
+
+
+def prepare_training(args):
+    """What every process needs and only one should do: check the input, list the photos, make the folder."""
+    args.arch_tag = check_arch(args.arch)
+    if not args.dir.is_dir():
+        fail(f"no such folder: {args.dir}")
+    photos, args.odd = list_photos(args.dir)
+    if not photos:
+        fail(f"no photos in {args.dir} ({', '.join(PHOTO_ENDINGS)})")
+    args.found, args.photos = len(photos), photos[:args.sample_size]
+    args.resume_file = args.resume
+    if args.resume == "auto":
+        args.resume_file = newest_checkpoint(args.out)
+        if not args.resume_file:
+            print(f"=> no checkpoint in {args.out} yet, starting from the beginning")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+
+def train(args):
+    check_memory(args, args.device_used, args.dim)
+    Trainer(args).run()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extraction
+
+
+class Photos(torch.utils.data.Dataset):
+    """Item i -> i, whole photo as a normalised tensor [3, size, size] or None, reason why not."""
+
+    def __init__(self, args, paths, mean, std):
+        self.args, self.paths, self.mean, self.std = args, paths, mean, std
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            img = open_photo(self.paths[i], self.args.exif_transpose)
+            img = RESIZES[self.args.resize](img, self.args.input_size)
+            return i, TF.normalize(TF.to_tensor(img), self.mean, self.std), None
+        except UNREADABLE as error:
+            return i, None, f"{type(error).__name__}: {error}"
+
+
+def collate_photos(items):
+    good = [(i, tensor) for i, tensor, reason in items if reason is None]
+    images = torch.stack([tensor for _, tensor in good]) if good else None
+    return [i for i, _ in good], images, [(i, reason) for i, _, reason in items if reason is not None]
+
+
+def prepare_extraction(args):
+    """Find checkpoint, photos and ids before anything is computed; take what was not given from the checkpoint."""
+    file = args.weight or (None if args.backbone_weights or args.no_pretrained else
+                           newest_checkpoint(args.out.parent / "train"))
+    if not (file or args.backbone_weights or args.no_pretrained):
+        fail(f"no checkpoint in {args.out.parent / 'train'}; train --exp {args.exp} first, or give --weight FILE, "
+             "--backbone-weights FILE (raw features)")
+    args.checkpoint, stored = file, {}
+    if file:
+        checkpoint = read_checkpoint(file)
+        stored = checkpoint["args"] | {"arch": checkpoint.get("arch") or checkpoint["args"].get("arch")}
+        args.preprocess = checkpoint.get("preprocess", {})
+        args.state = checkpoint["state_dict"]
+    for name in FROM_CHECKPOINT:
+        if name not in args.given and stored.get(name) is not None:
+            setattr(args, name, stored[name])
+    args.arch_tag = check_arch(args.arch)
+    if not file and "head" not in args.given:
+        args.head = "none"
+    source = Path(file or args.backbone_weights or os.devnull)
+    args.sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    args.groups = {LETTERS[letter]: list_group(args, LETTERS[letter]) for letter in LETTERS
+                   if letter in args.target_set}
+    args.h5 = args.out / f"fb-isc-submission{'-subset' if args.eval_subset else ''}.h5"
+    args.out.mkdir(parents=True, exist_ok=True)
+
+
+def list_group(args, group):
+    """Paths and ids (file stems) of one folder, in order of path, and what only looks like a photo."""
+    folder = args.dir / FOLDERS[group]
+    if not folder.is_dir():
+        fail(f"no such folder: {folder}")
+    paths, odd = list_photos(folder)
+    seen = {}
+    for path in paths:
+        if (other := seen.setdefault(Path(path).stem, path)) != path:
+            fail(f"{folder}: {other} and {path} have the same id '{Path(path).stem}'")
+    if args.eval_subset and group == "reference":
+        file = Path(args.subset_file or args.dir / "rids_subset.txt")
+        if not file.is_file():
+            fail(f"--eval-subset: no such file: {file}; scripts/select_ref_subset.py makes it")
+        wanted = file.read_text(encoding="utf-8").split()
+        if absent := sorted(set(wanted) - set(seen)):
+            fail(f"{file}: {len(absent)} ids without a photo in {folder}, first: {', '.join(absent[:3])}")
+        paths = sorted(seen[name] for name in set(wanted))
+    paths = paths[:100] if args.dryrun else paths
+    if not paths:
+        fail(f"no photos in {folder}")
+    return {"paths": [str(folder / path) for path in paths], "ids": [Path(path).stem for path in paths],
+            "odd": [(str(folder / path), reason) for path, reason in odd]}
+
+
+def extract(args):
+    """Describe all photos, each process every n-th; the first process puts the rows together and writes the file."""
+    net = Descriptor(args, read_backbone_weights(args.backbone_weights, args.arch)
+                     if args.backbone_weights and not args.checkpoint else False)
+    if args.checkpoint:
+        load_weights(net, args.state, args.checkpoint)
+    net.amp_dtype = pick_precision(args, args.device_used)
+    net = net.to(args.device_used, memory_format=torch.channels_last).eval()
+    mean, std = normalisation(net)
+    args.preprocess = {"mean": mean, "std": std} | getattr(args, "preprocess", {})
+    say(args, f"=> network   {args.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
+        f"{args.gem_eval_p:g}, from {args.checkpoint or args.backbone_weights or 'random weights'}")
+    groups, skipped = {}, []
+    for name, group in args.groups.items():
+        rows, indices, bad = merge_parts(args, name, *describe_photos(args, net, name, group["paths"]))
+        skipped += [(group["paths"][i], reason) for i, reason in bad] + group["odd"]
+        groups[name] = rows, [group["ids"][i] for i in indices]
+        if not len(rows) and args.process == 0:
+            write_skipped(args.out / "skipped.csv", skipped)
+            fail(f"none of the {len(group['paths'])} photos in {args.dir / FOLDERS[name]} can be read, see "
+                 f"{args.out / 'skipped.csv'}")
+    if args.process == 0:
+        write_results(args, groups, skipped)
+
+
+@torch.inference_mode()
+def describe_photos(args, net, name, paths):
+    """Descriptors [n, dim] of this process's readable photos, their indices [n] and unreadable ones [(i, reason)]."""
+    mine = range(args.process, len(paths), args.processes)
+    loader = torch.utils.data.DataLoader(
+        Photos(args, paths, args.preprocess["mean"], args.preprocess["std"]), args.batch_size // args.nproc, sampler=mine,
+        num_workers=math.ceil(args.workers / args.nproc), collate_fn=collate_photos,
+        pin_memory=args.device_used.type == "cuda")
+    rows, indices, bad = [torch.empty(0, net.dim)], [], []
+    with tqdm(total=len(mine), desc=name, unit="photo", disable=args.process > 0) as bar:
+        for good, images, unreadable in loader:
+            if unreadable and args.strict:
+                fail(f"{paths[unreadable[0][0]]}: {unreadable[0][1]}", 1)
+            if good:
+                images = images.to(args.device_used, non_blocking=True, memory_format=torch.channels_last)
+                rows.append(net(images).float().cpu())
+            indices += good
+            bad += unreadable
+            bar.update(len(good) + len(unreadable))
+    return torch.cat(rows).numpy(), np.array(indices, dtype=int), bad
+
+
+def merge_parts(args, name, rows, indices, bad):
+    """Rows of all processes in order of photo, through files in the output folder (shared by all machines)."""
+    if args.processes > 1:
+        np.save(args.out / f".{name}.{args.process}.npy", rows)
+        parts = gather_objects((indices, bad))  # returns once every process has written
+        files = [args.out / f".{name}.{process}.npy" for process in range(args.processes)]
+        rows = np.concatenate([np.load(file) for file in files]) if args.process == 0 else rows[:0]
+        indices, bad = np.concatenate([part[0] for part in parts]), sum((part[1] for part in parts), [])
+        gather_objects(None)
+        files[args.process].unlink()
+    order = np.argsort(indices)
+    return (rows[order] if args.process == 0 else rows), indices[order], bad
+
+
+def write_results(args, groups, skipped):
+    """Write the descriptor file and skipped.csv; groups of an earlier run with the same checkpoint stay in the file,
+    a file of another checkpoint is kept under a name with that checkpoint's hash. Score it where there is truth."""
+    keep = ()
+    if args.h5.is_file():
+        with Descriptors(args.h5) as old:
+            before = str(old.attrs.get("checkpoint_sha256", "unknown"))
+            settings = all(old.attrs.get(name) == getattr(args, name) for name in ("input_size", "resize", "gem_eval_p"))
+            keep = [name for name in old.groups if name not in groups]
+        if before != args.sha256 or not settings:
+            keep = ()
+            backup = args.h5.with_name(f"{args.h5.stem}.{before[:8]}.h5")
+            os.replace(args.h5, backup)
+            print(f"=> kept the earlier file of other settings as {backup}")
+    attrs = {name: getattr(args, name) for name in FROM_CHECKPOINT if name != "arch"}
+    write_descriptors(args.h5, groups, attrs | {"arch": args.arch_tag, "checkpoint_sha256": args.sha256, "checkpoint":
+                      str(args.checkpoint or args.backbone_weights), "versions": versions()}, keep=keep)
+    write_skipped(args.out / "skipped.csv", skipped)
+    print(f"=> wrote {args.h5}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()) +
+          (f"; {len(skipped)} skipped, see {args.out / 'skipped.csv'}" if skipped else ""))
+    truth = args.dir / "public_ground_truth.csv"
+    if {"query", "reference"} <= set(groups) and truth.is_file() and not args.dryrun:
+        sys.stdout.flush()
+        if subprocess.run([sys.executable, ROOT / "scripts" / "eval_metrics.py", args.h5, truth]).returncode:
+            fail(f"scripts/eval_metrics.py failed on {args.h5}", 1)
+
+
+def main(args):
+    warnings.filterwarnings("ignore", "Mapping deprecated model name")  # the resolved name is printed
+    logging.getLogger("timm").setLevel(logging.ERROR)  # tells that features_only leaves out the classifier
+    try:
+        prepare, work = (prepare_training, train) if args.mode == "train" else (prepare_extraction, extract)
+        prepare(args)
+        launch(work, args)
+    except InputError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main(ARGS)
