@@ -1,0 +1,782 @@
+#!/usr/bin/env python3
+"""Score descriptors, or a list of scored pairs, against a ground truth: micro-AP and recall at 90 % precision.
+
+    python scripts/eval_metrics.py exp/v31/extract/fb-isc-submission.h5 input/public_ground_truth.csv
+    python scripts/eval_metrics.py pairs.csv input/public_ground_truth.csv
+    python scripts/eval_metrics.py new.h5 gt.csv --compare old.h5          is the difference real?
+    python scripts/eval_metrics.py sub.h5 gt.csv --report report --photos input
+
+The protocol is that of DISC21's descriptor track. The queries are those of the ground truth. Over all queries together
+the 10 x queries pairs of smallest squared L2 distance are the candidates; their score is minus that distance. Sorted by
+score, false pairs first among equals, they give one precision-recall curve. Positives that are not among the candidates
+count as missed.
+
+Standard output holds the result, as JSON, and nothing else. Search is exact: float32 search finds what could be among
+the candidates, rounding errors allowed for, and float64 distances decide. References are read from the file in blocks.
+"""
+import argparse
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from descriptors import Descriptors, InputError, first_three, replacing
+from tqdm import tqdm
+
+PAIR = np.dtype([("query", np.int32), ("reference", np.int64), ("score", np.float64)])  # rows, -(squared L2)
+QUERIES_AT_ONCE = 1024
+FIRST_BLOCK = 16  # reference rows of the first search, in which every pair is a candidate
+BYTES_PER_PAIR = 64  # of memory where a whole block turns out to be candidates, measured
+GPU_NEIGHBOURS = 128  # per query and block; queries with more candidates than that are searched on the CPU
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def read_table(path, columns, optional=()):
+    """CSV with or without a header -> DataFrame of str with the given columns; its index is the line in the file.
+
+    Without a header the columns are taken in order. Raises InputError: no such file, missing column.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, skipinitialspace=True)
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{path} is empty") from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+    table.index += 1
+    if "query_id" in table.iloc[0].tolist():
+        table = table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
+    else:
+        table.columns = columns[:table.shape[1]] + [f"column {i + 1}" for i in range(len(columns), table.shape[1])]
+    missing = [column for column in columns if column not in table and column not in optional]
+    if missing:
+        raise InputError(f"{path}: missing column {', '.join(missing)}")
+    return table[columns]
+
+
+def at_lines(table, wrong):
+    """The rows of `table` marked in `wrong` -> "line 3 (Q1, R7), ..."."""
+    rows = table[wrong].iloc[:, :2].itertuples()
+    return first_three([f"line {line} ({', '.join(pair)})" for line, *pair in rows])
+
+
+def read_ground_truth(path):
+    """CSV query_id,reference_id (empty: no match) -> (query ids [n], sorted; DataFrame of the positive pairs).
+
+    Raises InputError: missing column, a pair given twice, no positive pair at all.
+    """
+    table = read_table(path, ["query_id", "reference_id"])
+    positives = table[table.reference_id != ""]
+    if positives.empty:
+        raise InputError(f"{path}: the ground truth has no positive pair")
+    if (twice := positives.duplicated().values).any():
+        raise InputError(f"{path}: pair given twice: {at_lines(positives, twice)}")
+    return np.unique(table.query_id.to_numpy(str)), positives
+
+
+def read_predictions(path, queries, drop_unknown=False):
+    """CSV query_id,reference_id,score -> (DataFrame with float scores, number of rows dropped).
+
+    Args:
+        queries: query ids [n] of the ground truth.
+        drop_unknown: leave out the rows of other queries.
+
+    Raises InputError: missing column, score that is no finite number, a pair given twice, unknown query.
+    """
+    table = read_table(path, ["query_id", "reference_id", "score"])
+    scores = pd.to_numeric(table.score, errors="coerce").to_numpy(float)
+    if (wrong := ~np.isfinite(scores)).any():
+        raise InputError(f"{path}: score is not a finite number: {at_lines(table, wrong)}")
+    if (twice := table.duplicated(["query_id", "reference_id"]).values).any():
+        raise InputError(f"{path}: pair given twice: {at_lines(table, twice)}")
+    unknown = ~table.query_id.isin(queries).values
+    if unknown.any() and not drop_unknown:
+        raise InputError(f"{path}: query not in the ground truth (--drop-unknown leaves such rows out): "
+                         f"{at_lines(table, unknown)}")
+    return table.assign(score=scores)[~unknown], int(unknown.sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def sort_candidates(scores, is_true):
+    """Order [n] by falling score; among equal scores false pairs come first, which is the worst case."""
+    return np.lexsort((is_true, -scores))
+
+
+def precision_recall(is_true, n_positives):
+    """Precision and recall [n] after each of the sorted candidates (bool [n])."""
+    hits = np.cumsum(is_true)
+    return hits / np.arange(1, len(hits) + 1), hits / n_positives
+
+
+def micro_ap(is_true, n_positives):
+    """Sum of (recall_k - recall_{k-1}) * precision_k over the sorted candidates (bool [n])."""
+    precision, _ = precision_recall(is_true, n_positives)
+    return float(precision[is_true].sum() / n_positives)
+
+
+def recall_at_p90(is_true, n_positives):
+    """(largest recall at which precision is 0.9 or more, index of that candidate); (0.0, None) if there is none."""
+    precision, recall = precision_recall(is_true, n_positives)
+    reached = np.where(precision >= 0.9, recall, 0.0)
+    if not reached.any():
+        return 0.0, None
+    return float(reached.max()), int(reached.argmax())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search
+
+
+def squared_distances(queries, references, i, j):
+    """|q_i - r_j|^2 [n] in float64, as a sum of squared differences, of float32 rows i, j [n]."""
+    result = np.empty(len(i))
+    for start in range(0, len(i), 4096):
+        part = slice(start, start + 4096)
+        difference = queries[i[part]].astype(np.float64)
+        difference -= references[j[part]]
+        result[part] = np.square(difference, out=difference).sum(axis=1)
+    return result
+
+
+def rounding_error(queries, references):
+    """Bound of the error of |q|^2 + |r|^2 - 2 q.r in float32: (d + 8) u (|q| + |r|)^2, u = 2^-24 (Higham, 3.1)."""
+    norm = np.sqrt(np.square(queries, dtype=np.float64).sum(axis=1).max()) \
+        + np.sqrt(np.square(references, dtype=np.float64).sum(axis=1).max())
+    return (queries.shape[1] + 8) * 2.0**-24 * norm**2
+
+
+class BlockIndex:
+    """Exact L2 search in one block of references [n, d], on the GPUs if `ngpu` of them are to be used."""
+
+    def __init__(self, block, ngpu):
+        import faiss
+        self.cpu = faiss.IndexFlatL2(block.shape[1])
+        self.cpu.add(block)
+        self.gpu = faiss.index_cpu_to_all_gpus(self.cpu, ngpu=ngpu) if ngpu else None
+
+    def within(self, queries, radius):
+        """Rows (i, j) of all pairs with a float32 squared distance below `radius`."""
+        if self.gpu is None:
+            return self.within_on_cpu(queries, radius)
+        k = min(GPU_NEIGHBOURS, self.cpu.ntotal)
+        distances, labels = self.gpu.search(queries, k)
+        more = np.flatnonzero(distances[:, -1] < radius) if k < self.cpu.ntotal else np.empty(0, int)
+        distances[more] = np.inf
+        i, rank = np.nonzero(distances < radius)
+        if not len(more):
+            return i, labels[i, rank]
+        rest, j = self.within_on_cpu(queries[more], radius)
+        return np.concatenate([i, more[rest]]), np.concatenate([labels[i, rank], j])
+
+    def within_on_cpu(self, queries, radius):
+        limits, _, j = self.cpu.range_search(queries, float(radius))
+        return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), j
+
+
+def best(pairs, limit, positives, n_references):
+    """The `limit` PAIRs of highest score; among those tied at the limit false ones first, then by row.
+
+    Args:
+        positives: sorted query row * n_references + reference row of the true pairs.
+    """
+    if len(pairs) <= limit:
+        return pairs
+    cut = np.partition(pairs["score"], len(pairs) - limit)[len(pairs) - limit]
+    sure, tied = pairs[pairs["score"] > cut], pairs[pairs["score"] == cut]
+    key = tied["query"] * np.int64(n_references) + tied["reference"]
+    order = np.lexsort((key, np.isin(key, positives)))
+    return np.concatenate([sure, tied[order[:limit - len(sure)]]])
+
+
+def search(queries, references, limit, positives, ngpu=0, memory=2**30, progress=False):
+    """The `limit` pairs of smallest distance over all queries together, exactly.
+
+    References come in blocks that double in size. The worst of the best `limit` pairs so far bounds the radius of the
+    next search, so about `limit` new pairs are found each time the references seen double.
+
+    Args:
+        queries: float32 [nq, d].
+        references: a `Rows`: blocks are read as they are needed.
+        limit, positives: as in `best`.
+        ngpu: GPUs to search on; 0: CPU.
+        memory: bytes; sets the size of the blocks. It does not change the result.
+
+    Returns: PAIR [min(limit, nq * nr)], sorted by query row and reference row.
+    """
+    largest = max(FIRST_BLOCK, memory // BYTES_PER_PAIR // QUERIES_AT_ONCE)
+    found, radius = np.empty(0, PAIR), np.inf
+    bar = tqdm(total=len(references), unit=" references", unit_scale=True, disable=None if progress else True)
+    start, size = 0, FIRST_BLOCK
+    while start < len(references):
+        block = references.read(start, start + size)
+        index, error = BlockIndex(block, ngpu), rounding_error(queries, block)
+        for first in range(0, len(queries), QUERIES_AT_ONCE):
+            batch = queries[first:first + QUERIES_AT_ONCE]
+            i, j = index.within(batch, radius + error)
+            new = np.empty(len(i), PAIR)
+            new["query"], new["reference"], new["score"] = first + i, start + j, -squared_distances(batch, block, i, j)
+            found = np.concatenate([found, new[new["score"] >= -radius]])
+            if len(found) > limit + limit // 2:
+                found = best(found, limit, positives, len(references))
+                radius = -found["score"].min()
+        bar.update(len(block))
+        start += len(block)
+        size = min(start, largest)
+    bar.close()
+    found = best(found, limit, positives, len(references))
+    return found[np.lexsort((found["reference"], found["query"]))]
+
+
+def search_topk(queries, references, k, positives, ngpu=0, memory=2**30, progress=False):
+    """The `k` references of smallest distance of each query, exactly. Arguments and result as in `search`.
+
+    float32 search finds somewhat more than k. Queries for which rounding errors could hide a better one, because of
+    many ties or near-duplicates, are searched one by one.
+    """
+    import faiss
+    spare = k + 16
+    near, rows, error = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), 0.0
+    bar = tqdm(total=len(references), unit=" references", unit_scale=True, disable=None if progress else True)
+    gpu = faiss.StandardGpuResources() if ngpu else None
+    for start, block in references.blocks(max(spare, memory // BYTES_PER_PAIR // QUERIES_AT_ONCE)):
+        here = min(spare, len(block))
+        d, j = faiss.knn_gpu(gpu, queries, block, here) if gpu else faiss.knn(queries, block, here)
+        near, rows = np.hstack([near, d]), np.hstack([rows, j + start])
+        order = np.argsort(near, axis=1, kind="stable")[:, :spare]
+        near, rows = np.take_along_axis(near, order, 1), np.take_along_axis(rows, order, 1)
+        error = max(error, rounding_error(queries, block))
+        bar.update(len(block))
+    bar.close()
+    found = np.empty(rows.size, PAIR)
+    found["query"], found["reference"] = np.repeat(np.arange(len(queries)), rows.shape[1]), rows.ravel()
+    found["score"] = -exact_distances(queries, references, found)
+    result = []
+    for i, pairs in enumerate(found.reshape(rows.shape)):
+        kept = best(pairs, k, positives, len(references))
+        if rows.shape[1] < len(references) and near[i, -1] - error <= -kept["score"].min():
+            true = positives[positives // len(references) == i] - i * len(references)
+            kept = search(queries[i:i + 1], references, k, true, 0, memory)
+            kept["query"] = i
+        result.append(np.sort(kept, order=["reference"]))
+    return np.concatenate(result)
+
+
+def exact_distances(queries, references, pairs):
+    """Squared distances [n] of the PAIRs [n], in float64; references are read once, in blocks."""
+    result, order = np.empty(len(pairs)), np.argsort(pairs["reference"], kind="stable")
+    rows = pairs["reference"][order]
+    for start, block in references.blocks(16384):
+        part = order[slice(*np.searchsorted(rows, [start, start + len(block)]))]
+        result[part] = squared_distances(queries, block, pairs["query"][part], pairs["reference"][part] - start)
+    return result
+
+
+def rows_of(ids, wanted):
+    """Row in `ids` [n] of each of `wanted` [m], -1 where it is not there."""
+    order = np.argsort(ids)
+    rows = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    return np.where(ids[rows] == wanted, rows, -1)
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def warn_if_collapsed(path, queries, references):
+    """Say so where all queries, or the first references, are one vector: every pair is tied then."""
+    for name, rows in (("query", queries), ("reference", references.read(0, 1024))):
+        if len(rows) > 1 and np.ptp(rows, axis=0).max() < 1e-5:
+            warn(f"{path}: collapsed descriptors: all of `{name}` are the same vector")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class Evaluation:
+    """What one file scores against one ground truth.
+
+    Attributes:
+        queries: query ids [n] of the ground truth, sorted; positives: DataFrame query_id, reference_id.
+        pairs: DataFrame of the candidates, sorted: query_id, reference_id, score, is_true.
+        counts, attrs: dicts for the output.
+        missed: DataFrame of the positives that are not among the candidates, with their score where it is known.
+    """
+
+    def __init__(self, path, ground_truth, args):
+        self.path, self.attrs = path, {}
+        self.queries, self.positives = ground_truth
+        read = self.read_csv if is_csv(path, args) else self.read_h5
+        pairs = read(path, args)
+        truth = pd.MultiIndex.from_frame(self.positives)
+        is_true = pd.MultiIndex.from_frame(pairs[["query_id", "reference_id"]]).isin(truth)
+        order = sort_candidates(pairs.score.to_numpy(), is_true)
+        self.pairs = pairs.assign(is_true=is_true).iloc[order].reset_index(drop=True)
+        self.counts |= {"n_positives": len(self.positives), "n_candidates": len(pairs), "n_true": int(is_true.sum())}
+
+    def read_csv(self, path, args):
+        """Candidates from a CSV: all of them, or the best --topk of each query."""
+        pairs, dropped = read_predictions(path, self.queries, args.drop_unknown)
+        present = pairs.query_id.nunique()
+        self.rule = "topk" if args.topk else "all"
+        if args.topk:
+            true = pd.MultiIndex.from_frame(pairs[["query_id", "reference_id"]]).isin(
+                pd.MultiIndex.from_frame(self.positives))
+            pairs = pairs.iloc[sort_candidates(pairs.score.to_numpy(), true)].groupby("query_id").head(args.topk)
+        self.counts = {"n_queries": len(self.queries), "queries_missing": len(self.queries) - present,
+                       "predictions_dropped": dropped}
+        self.missed = self.positives.assign(score=np.nan)
+        return pairs
+
+    def read_h5(self, path, args):
+        """Candidates by search in a descriptor file."""
+        with Descriptors(path) as file:
+            self.check_contaminated(file.attrs, args)
+            file.check_checkpoint()
+            references, query_ids = file["reference"], file["query"].ids
+            known = np.isin(query_ids, self.queries)
+            if not known.any():
+                raise InputError(f"{path}: no query of the ground truth is in it; queries are {first_three(query_ids)}")
+            queries, query_ids = file["query"].read()[known], query_ids[known]
+            warn_if_collapsed(path, queries, references)
+            true = np.empty(len(self.positives), PAIR)
+            true["query"] = rows_of(query_ids, self.positives.query_id.to_numpy(str))
+            true["reference"] = rows_of(references.ids, self.positives.reference_id.to_numpy(str))
+            absent = true["reference"] < 0
+            self.counts = {"n_queries": len(queries), "n_references": len(references),
+                           "queries_dropped": int((~known).sum()), "queries_missing": len(self.queries) - len(queries),
+                           "references_missing": int(absent.sum())}
+            there = (true["query"] >= 0) & ~absent
+            true = true[there]
+            keys = np.sort(true["query"] * np.int64(len(references)) + true["reference"])
+            self.rule, options = "global", (args.ngpu, args.memory, True)
+            if args.topk:
+                self.rule = "topk"
+                found = search_topk(queries, references, min(args.topk, len(references)), keys, *options)
+            else:
+                found = search(queries, references, 10 * len(queries), keys, *options)
+            self.missed = self.positives.assign(score=np.nan)
+            self.missed.loc[self.positives.index[there], "score"] = -exact_distances(queries, references, true)
+            return pd.DataFrame({"query_id": query_ids[found["query"]], "score": found["score"],
+                                 "reference_id": references.ids[found["reference"]]})
+
+    def check_contaminated(self, attrs, args):
+        """Keep what the output shows of the file's attributes; refuse files trained on the ground truth."""
+        if "steps" in attrs:
+            self.attrs["steps"] = json.loads(attrs["steps"])
+        if attrs.get("contaminated"):
+            self.attrs["contaminated"] = str(attrs["contaminated"])
+            if not args.allow_contaminated:
+                raise InputError(f"{self.path}: its checkpoint was trained on {attrs['contaminated']}: a score on that is "
+                                 "no measurement (--allow-contaminated shows it, marked)")
+
+    def metrics(self):
+        """The output: a dict that is ready for JSON."""
+        is_true, n = self.pairs.is_true.to_numpy(), len(self.positives)
+        recall, at = recall_at_p90(is_true, n)
+        result = {"average_precision": micro_ap(is_true, n), "recall_p90": recall}
+        if "contaminated" in self.attrs:
+            result["contaminated"] = self.attrs["contaminated"]
+        result["threshold_p90"] = None if at is None else float(self.pairs.score[at])
+        return result | self.counts | {"rule": self.rule} | self.attrs
+
+
+def is_csv(path, args):
+    """Whether `path` holds scored pairs (--matching) rather than descriptors (--descriptor); by its name otherwise."""
+    ending = Path(path).suffix.lower()
+    if args.matching or args.descriptor:
+        return args.matching
+    if ending not in (".csv", ".h5", ".hdf5", ".hdf"):
+        raise InputError(f"{path}: neither .csv nor .h5, .hdf5, .hdf (--matching or --descriptor says which it is)")
+    return ending == ".csv"
+
+
+def bootstrap(evaluations, n, seed=0):
+    """AP and recall@P90 of `n` resamples of the queries, the same for all evaluations: [evaluations, n, 2].
+
+    The candidates stay those of the whole set; those of a query that is drawn twice count twice.
+    """
+    queries, rng, results = evaluations[0].queries, np.random.default_rng(seed), []
+    positives = np.searchsorted(queries, evaluations[0].positives.query_id.to_numpy(str))
+    columns = [(np.searchsorted(queries, e.pairs.query_id.to_numpy(str)), e.pairs.is_true.to_numpy())
+               for e in evaluations]
+    while len(results) < n:
+        weight = np.bincount(rng.integers(len(queries), size=len(queries)), minlength=len(queries))
+        if n_positives := weight[positives].sum():
+            resampled = [np.repeat(is_true, weight[query]) for query, is_true in columns]
+            results.append([(micro_ap(r, n_positives), recall_at_p90(r, n_positives)[0]) for r in resampled])
+    return np.array(results).transpose(1, 0, 2)
+
+
+def interval(values):
+    """95 % percentile interval of values [n]."""
+    return [float(v) for v in np.percentile(values, [2.5, 97.5])]
+
+
+def intervals(evaluations, n):
+    """Intervals of AP and recall@P90 of the first evaluation and, where there are two, of first minus second."""
+    samples = bootstrap(evaluations, n)
+    names = ("average_precision", "recall_p90")
+    result = {f"{name}_interval": interval(samples[0, :, m]) for m, name in enumerate(names)}
+    if len(evaluations) == 1:
+        return result
+    ours, other = (e.metrics() for e in evaluations)
+    comparison = {"file": str(evaluations[1].path), **other}
+    for m, name in enumerate(names):
+        comparison |= {f"{name}_interval": interval(samples[1, :, m]),
+                       f"{name}_difference": ours[name] - other[name],
+                       f"{name}_difference_interval": interval(samples[0, :, m] - samples[1, :, m])}
+    return result | {"compare": comparison}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report and picture
+
+
+class Photos:
+    """Photos by id below DIR/query_images and DIR/reference_images; none at all if the folder is None."""
+
+    def __init__(self, folder):
+        self.folder, self.listed = folder and Path(folder), {}
+
+    def open(self, kind, name, size=224):
+        """RGB image of at most size x size pixels of id `name`, or None. `kind`: query or reference."""
+        if self.folder is None:
+            return None
+        from PIL import Image
+        root = self.folder / f"{kind}_images"
+        file = root / f"{name}.jpg"
+        if not file.is_file():  # nested, or of another kind: list the folder once
+            if kind not in self.listed:
+                self.listed[kind] = {path.stem: path for path in root.rglob("*.*")}
+            file = self.listed[kind].get(name)
+        if file is None:
+            return None
+        try:
+            with Image.open(file) as image:
+                image.draft("RGB", (size, size))
+                image = image.convert("RGB")
+        except OSError:
+            return None
+        image.thumbnail((size, size))
+        return image
+
+
+def figure(draw, width=6.4):
+    """PNG bytes of a figure that `draw(axes)` fills."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(width, 4), layout="constrained", dpi=120)
+    axes = fig.subplots()
+    draw(axes)
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def figures(evaluation, result):
+    """name -> (caption, PNG bytes): precision-recall curve, scores of top answers, recall by number of candidates."""
+    pairs, n = evaluation.pairs, len(evaluation.positives)
+    precision, recall = precision_recall(pairs.is_true.to_numpy(), n)
+    top = pairs.drop_duplicates("query_id")
+
+    def curve(axes):
+        axes.plot(recall, precision)
+        axes.axhline(0.9, color="grey", linestyle=":")
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+
+    def scores(axes):
+        if len(top):
+            bins = np.linspace(top.score.min(), top.score.max() + 1e-9, 41)
+            axes.hist([top.score[top.is_true], top.score[~top.is_true]], bins, label=["true", "false"],
+                      color=["tab:green", "tab:red"], histtype="stepfilled", alpha=0.6)
+        if result["threshold_p90"] is not None:
+            axes.axvline(result["threshold_p90"], color="black", linestyle=":", label="90 % precision")
+        axes.set(xlabel="score of a query's top answer", ylabel="queries", yscale="symlog")
+        axes.legend()
+
+    def found(axes):
+        axes.plot(np.arange(1, len(recall) + 1), recall)
+        axes.set(xlabel="candidates, best first", ylabel="recall", xscale="log", ylim=(0, 1.02))
+
+    return {"precision_recall": ("Precision against recall", figure(curve)),
+            "scores": ("Scores of true and false top answers", figure(scores)),
+            "recall": ("Recall against the number of candidates", figure(found))}
+
+
+def metrics_per_edit(evaluation, edits):
+    """[(edit, queries, positives, AP, recall@P90)]: each edit's own queries, with and without a match, by AP.
+
+    `edits`: CSV query_id, edits (names joined by +).
+    """
+    table = read_table(edits, ["query_id", "edits"])
+    table = table[table.query_id.isin(evaluation.queries)]
+    table = table.assign(edit=table.edits.str.split("+")).explode("edit")
+    rows = []
+    for edit, queries in table[table.edit != ""].groupby("edit").query_id:
+        n = int(evaluation.positives.query_id.isin(queries).sum())
+        is_true = evaluation.pairs.is_true[evaluation.pairs.query_id.isin(queries)].to_numpy()
+        scores = (micro_ap(is_true, n), recall_at_p90(is_true, n)[0]) if n else (None, None)
+        rows.append((edit, queries.nunique(), n, *scores))
+    return sorted(rows, key=lambda row: (row[3] is None, row[3]))
+
+
+def worst_misses(evaluation, n=20):
+    """DataFrame query_id, reference_id, score of the positives with the lowest scores, unknown ones first."""
+    known = evaluation.pairs[evaluation.pairs.is_true][["query_id", "reference_id", "score"]]
+    missed = evaluation.missed.set_index(["query_id", "reference_id"]).score
+    missed.update(known.set_index(["query_id", "reference_id"]).score)
+    return missed.sort_values(na_position="first").head(n).reset_index()
+
+
+def cards(evaluation, pairs, photos, title):
+    """Dicts for the page: one for each pair, with the true references of its query and thumbnails."""
+    truth = evaluation.positives.groupby("query_id").reference_id.agg(", ".join)
+    top = evaluation.pairs.drop_duplicates("query_id").set_index("query_id")
+    result = []
+    for pair in pairs.itertuples():
+        images = [("query", pair.query_id), ("reference", pair.reference_id)]
+        answer = f"truth: {truth.get(pair.query_id, 'no match')}"
+        if title == "miss":
+            best_answer = top.reference_id.get(pair.query_id)
+            answer = "no candidate at all" if best_answer is None else \
+                f"top answer: {best_answer}, {top.score[pair.query_id]:.4f}"
+            if best_answer not in (None, pair.reference_id):
+                images.append(("reference", best_answer))
+        result.append({"query": pair.query_id, "reference": pair.reference_id, "answer": answer,
+                       "score": "score unknown" if np.isnan(pair.score) else f"{pair.score:.4f}",
+                       "images": [(name, data_uri(photos.open(kind, name, 160))) for kind, name in images]})
+    return result
+
+
+def data_uri(image):
+    """PIL image or PNG bytes -> data: URI; None stays None."""
+    if image is None:
+        return None
+    kind = "png"
+    if not isinstance(image, bytes):
+        buffer, kind = io.BytesIO(), "jpeg"
+        image.save(buffer, "JPEG", quality=80)
+        image = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>{{ title }}</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 16px; overflow-wrap: anywhere }
+.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)) }
+figure { margin: 0 } figure img { width: 100%; height: auto } figcaption { font-weight: 600 }
+table { border-collapse: collapse } td, th { padding: 2px 10px 2px 0; text-align: right; vertical-align: top }
+td:first-child, th:first-child { text-align: left }
+.card { border: 1px solid #ccc; border-radius: 6px; padding: 8px } .thumbs { display: flex; gap: 8px }
+.thumbs span { flex: 1; min-width: 0; font-size: 12px } .thumbs img { display: block; max-width: 100%; height: auto }
+</style></head><body>
+<h1>{{ title }}</h1>
+<table>{% for key, value in numbers %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
+<h2>Curves</h2><div class="grid">{% for caption, image in figures %}
+<figure><figcaption>{{ caption }}</figcaption><img src="{{ image }}" alt="{{ caption }}"></figure>{% endfor %}</div>
+{% if edits %}<h2>By edit</h2><table><tr><th>edit</th><th>queries</th><th>positives</th><th>AP</th><th>R@P90</th></tr>
+{% for edit, queries, positives, ap, recall in edits %}<tr><td>{{ edit }}</td><td>{{ queries }}</td>
+<td>{{ positives }}</td>{% for x in (ap, recall) %}<td>{{ "" if x is none else "%.3f" % x }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endif %}
+{% for heading, list in lists %}<h2>{{ heading }}</h2><div class="grid">{% for card in list %}<div class="card">
+<b>{{ card.query }} &ndash; {{ card.reference }}</b> {{ card.score }}<br>{{ card.answer }}<div class="thumbs">
+{% for name, image in card.images if image %}<span><img src="{{ image }}" alt="{{ name }}">{{ name }}</span>{% endfor %}
+</div></div>{% else %}<p>none</p>{% endfor %}</div>{% endfor %}
+</body></html>
+"""
+
+
+def write_report(folder, evaluation, result, photos, edits):
+    """Write index.html, which needs no other file, and its figures as PNGs, to `folder`."""
+    import jinja2
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    drawn = figures(evaluation, result)
+    for name, (_, png) in drawn.items():
+        with replacing(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(png)
+    errors = evaluation.pairs[~evaluation.pairs.is_true].head(20)
+    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
+        title=f"Copy detection: {Path(evaluation.path).name}",
+        numbers=[(key, value if isinstance(value, str) else json.dumps(value)) for key, value in result.items()],
+        figures=[(caption, data_uri(png)) for caption, png in drawn.values()],
+        edits=metrics_per_edit(evaluation, edits) if edits.is_file() else [],
+        lists=[("Worst misses", cards(evaluation, worst_misses(evaluation), photos, "miss")),
+               ("Most confident errors", cards(evaluation, errors, photos, "error"))])
+    with replacing(folder / "index.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def choose_queries(evaluation, n=8):
+    """Query ids: some right, some wrong (the most confident), some missed, evenly spread over each kind."""
+    top = evaluation.pairs.drop_duplicates("query_id")
+    right, wrong = top[top.is_true].query_id.to_numpy(), top[~top.is_true].query_id.to_numpy()
+    missed = evaluation.positives.query_id[~evaluation.positives.query_id.isin(right)].to_numpy()
+    wrong = wrong[~np.isin(wrong, missed)]
+    chosen = [*spread(right, n - 4), *wrong[:2], *spread(missed, 2)]
+    rest = [q for q in [*right, *missed, *wrong] if q not in set(chosen)]
+    return chosen + rest[:n - len(chosen)]
+
+
+def spread(items, n):
+    """n of the items, evenly spaced; all of them if there are fewer."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, n).astype(int))] if len(items) else []
+
+
+def write_picture(file, evaluation, threshold, photos):
+    """PNG: queries in rows, their true reference beside them, then the top three answers, framed green or red."""
+    from matplotlib.figure import Figure
+    queries = choose_queries(evaluation)
+    truth = evaluation.positives.groupby("query_id").reference_id.first()
+    fig = Figure(figsize=(9, 2 * len(queries) + 0.6), layout="constrained", dpi=100)
+    axes = fig.subplots(len(queries), 5, squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for row, query in zip(axes, queries):
+        original = truth.get(query)
+        show(row[0], photos.open("query", query), f"query {query}")
+        show(row[1], original and photos.open("reference", original), f"copy of {original or 'nothing'}")
+        answers = evaluation.pairs[evaluation.pairs.query_id == query].head(3)
+        for ax, answer in zip(row[2:], answers.itertuples()):
+            mark = " = sure" if threshold is not None and answer.score >= threshold else ""
+            show(ax, photos.open("reference", answer.reference_id), f"{answer.reference_id} {answer.score:.3f}{mark}",
+                 "tab:green" if answer.is_true else "tab:red")
+        if answers.empty:
+            show(row[2], None, "no candidate")
+    fig.suptitle("query, its original, top answers with scores (green: right, red: wrong; sure: at or above "
+                 "the threshold for 90 % precision)", fontsize=9)
+    with replacing(file) as temporary:
+        fig.savefig(temporary, format="png")
+
+
+def show(ax, image, title, frame=None):
+    """One cell of the picture."""
+    ax.set_title(title, fontsize=8)
+    if image is not None:
+        ax.imshow(image)
+    if frame:
+        ax.spines[:].set(visible=True, color=frame, linewidth=4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def size_in_bytes(text):
+    """"1G", "500M" or a number of bytes -> int."""
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
+    size = int(float(text[:-1] if unit > 1 else text) * unit)
+    if size < 2**20:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1M")
+    return size
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("submission", help="descriptors (.h5) or pairs (.csv: query_id, reference_id, score)")
+    parser.add_argument("ground_truth", help="CSV query_id, reference_id; an empty reference_id means no match")
+    g = parser.add_argument_group("protocol")
+    track = g.add_mutually_exclusive_group()
+    track.add_argument("--matching", action="store_true", help="the submission is a CSV, whatever its name")
+    track.add_argument("--descriptor", action="store_true", help="the submission is HDF5, whatever its name")
+    g.add_argument("--topk", type=positive, metavar="K", help="candidates are the best K of each query, instead of the "
+                   "best 10 x queries over all")
+    g.add_argument("--drop-unknown", action="store_true", help="leave out pairs of queries that the ground truth lacks")
+    g.add_argument("--allow-contaminated", action="store_true", help="score descriptors of a checkpoint that was "
+                   "trained on the ground truth, and mark the result")
+    g = parser.add_argument_group("intervals")
+    g.add_argument("--bootstrap", type=positive, metavar="N", help="95 %% intervals from N resamples of the queries")
+    g.add_argument("--compare", metavar="OTHER", help="score this file too, with an interval of the difference "
+                   "(--bootstrap, 1000 by default)")
+    g = parser.add_argument_group("output")
+    g.add_argument("--candidates", metavar="FILE", help="write the candidates as CSV query_id, reference_id, score")
+    g.add_argument("--report", metavar="DIR", help="write an HTML page with curves, errors and misses, and its PNGs")
+    g.add_argument("--picture", metavar="FILE", help="write a PNG of some queries with their top answers (with "
+                   "--photos)")
+    g.add_argument("--photos", metavar="DIR", help="folder with query_images and reference_images, for "
+                   "thumbnails")
+    g = parser.add_argument_group("machine")
+    g.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs to search on; 0: CPU; default: all")
+    g.add_argument("--memory", type=size_in_bytes, default="1G", metavar="SIZE", help="for the search, e.g. 500M; the "
+                   "result does not depend on it (default: 1G)")
+    return parser.parse_args(argv)
+
+
+def count_gpus(wanted):
+    """Number of GPUs to use; faiss on CPUs alone lacks what is needed to use one."""
+    if not wanted:
+        return 0
+    import faiss
+    there = faiss.get_num_gpus() if hasattr(faiss, "index_cpu_to_all_gpus") else 0
+    if wanted > there:
+        raise InputError(f"--ngpu {wanted}: faiss sees {there} GPUs")
+    return there if wanted < 0 else wanted
+
+
+def check_args(args):
+    """Everything about the flags that can be wrong, before any work."""
+    if args.picture and not args.photos:
+        raise InputError("--picture needs --photos DIR")
+    if args.photos and not (Path(args.photos) / "query_images").is_dir():
+        raise InputError(f"--photos {args.photos}: no folder query_images in it")
+    for flag in ("candidates", "picture", "report"):
+        file = getattr(args, flag)
+        if file and not Path(file).resolve().parent.is_dir():
+            raise InputError(f"--{flag} {file}: no such folder: {Path(file).parent}")
+    args.ngpu = count_gpus(args.ngpu)
+
+
+def evaluate(args):
+    check_args(args)
+    ground_truth = read_ground_truth(args.ground_truth)
+    evaluations = [Evaluation(path, ground_truth, args) for path in (args.submission, args.compare) if path]
+    ours = evaluations[0]
+    result = ours.metrics()
+    if args.bootstrap or args.compare:
+        result |= intervals(evaluations, args.bootstrap or 1000)
+    for name, what in (("queries_missing", "queries of the ground truth are not in"),
+                       ("references_missing", "references of true pairs are not in")):
+        if ours.counts.get(name):
+            warn(f"{ours.counts[name]:,} {what} {args.submission}: their pairs count as missed")
+    if args.candidates:
+        with replacing(args.candidates) as temporary:
+            ours.pairs[["query_id", "reference_id", "score"]].to_csv(temporary, index=False)
+    photos = Photos(args.photos)
+    if args.report:
+        write_report(args.report, ours, result, photos, Path(args.ground_truth).with_name("edits.csv"))
+    if args.picture:
+        write_picture(args.picture, ours, result["threshold_p90"], photos)
+    print(json.dumps(result, indent=2))
+
+
+def main(argv=None):
+    try:
+        evaluate(parse_args(argv))
+    except InputError as error:
+        print(f"eval_metrics.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
