@@ -469,7 +469,7 @@ def store(job, quality):
 
 def write_csv(file, header, rows):
     with open(file, "w", newline="", encoding="utf-8") as out:
-        csv.writer(out).writerows([header, *rows])
+        csv.writer(out, lineterminator="\n").writerows([header, *rows])
 
 
 def build(args, out, run):
