@@ -60,7 +60,6 @@ HEADS = {  # name -> modules between pooled features [batch, channels] and the L
     "linear": lambda c, d: {"fc": torch.nn.Linear(c, d)},  # notes H-nobn
     "none": lambda c, d: {},  # pooled features as they are
 }
-POOLS = ("gem", "backbone")  # GeM over the last feature map; the network's own final norm and pooling (notes H-swin)
 OPTIMIZERS = {  # name -> optimizer over parameter groups
     "sgd": lambda groups, a: torch.optim.SGD(groups, a.lr, momentum=a.momentum),
     "adamw": lambda groups, a: torch.optim.AdamW(groups, a.lr),
@@ -75,32 +74,10 @@ RESIZES = {  # name -> whole photo to a square tensor's size, for extraction and
     "crop": lambda img, s: TF.center_crop(TF.resize(img, s + 32), [s, s]),  # notes v3..v51
     "square": lambda img, s: TF.resize(img, [s, s]),  # notes v52 and later
 }
-OPS = {  # name -> operation of a view: (RGB image, numpy Generator, Views, parameters...) -> image; erase: on a tensor
-    "clean": lambda img, rng, v: RESIZES[v.resize](img, v.size),
-    "crop": lambda img, rng, v, smallest: random_resized_crop(img, rng, v.size, smallest),
-    "jitter": lambda img, rng, v, *strengths: color_jitter(img, rng, *strengths),
-    "saturation": lambda img, rng, v, factor: TF.adjust_saturation(img, factor),
-    "brightness": lambda img, rng, v, low, high: TF.adjust_brightness(img, rng.uniform(low, high)),
-    "pixelize": lambda img, rng, v: imaugs.pixelization(img, ratio=max(rng.uniform(0.1, 1), 1 / min(img.size))),
-    "shuffle": lambda img, rng, v: shuffle_pixels(img, rng, 0.1),
-    "jpeg": lambda img, rng, v: imaugs.encoding_quality(img, quality=int(rng.choice([10, 20, 30, 50]))),
-    "gray": lambda img, rng, v: TF.to_grayscale(img, 3),
-    "blur": lambda img, rng, v: imaugs.blur(img, radius=rng.uniform(0.01, 10)),
-    "gaussian": lambda img, rng, v: imaugs.blur(img, radius=rng.uniform(0.1, 2)),
-    "perspective": lambda img, rng, v: random_perspective(img, rng, 0.5),
-    "hflip": lambda img, rng, v: TF.hflip(img),
-    "vflip": lambda img, rng, v: TF.vflip(img),
-    "rotation": lambda img, rng, v: imaugs.rotate(img, degrees=rng.uniform(0, 180)),
-    "text": lambda img, rng, v: overlay_text(img, rng),
-    "emoji": lambda img, rng, v: overlay_emoji(img, rng),
-    "screenshot": lambda img, rng, v: overlay_onto_screenshot(img, rng),
-    "overlay": lambda img, rng, v: overlay_onto_photo(img, rng, v),
-    "erase": lambda tensor, rng, v: random_erasing(tensor, rng),
-}
 MODERATE = "crop:0.5=1 hflip=0.5"
 HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle jpeg=0.5 gray blur perspective "
         "hflip=0.5 vflip text emoji erase")
-LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group in the descriptor file
+LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
 FOLDERS = {"query": "query_images", "reference": "reference_images", "train": "training_images"}
 FROM_CHECKPOINT = ("arch", "pool", "head", "dim", "gem_p", "gem_eval_p", "input_size", "resize", "exif_transpose")
 
@@ -124,142 +101,112 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-def add_common_flags(p):
-    p.add_argument("dir", metavar="DIR", nargs="?", help="train: folder of photos, nested or not (default "
-                   "input/training_images); extract: folder holding query_images, reference_images, training_images "
-                   "(default input)")
-    g = p.add_argument_group("what to do")
-    g.add_argument("--mode", choices=("train", "extract"), default="train", help="default: %(default)s")
-    g.add_argument("--exp", help="name of the experiment; results go to exp/NAME/train and exp/NAME/extract (default: "
-                   "that of --weight or --resume, else 'default')")
-    g.add_argument("--seed", type=int, help="seed of weights, order and views (default: drawn and printed)")
-    g.add_argument("-j", "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that load photos, "
-                   "shared by the devices of this machine (default: number of cores, here %(default)s)")
-    g.add_argument("-b", "--batch-size", type=int, default=512, metavar="N", help="train: photos per step on this "
-                   "machine, over all its devices, each seen --ncrops times; extract: photos per batch "
-                   "(default: %(default)s)")
-    g.add_argument("--strict", action="store_true", help="stop at the first unreadable photo instead of skipping it")
-    g.add_argument("--exif-transpose", action="store_true", help="turn photos upright by their EXIF tag (the notes "
-                   "ignore it)")
-
-
-def add_network_flags(p):
-    g = p.add_argument_group("network (extract mode takes these from the checkpoint unless given)")
-    g.add_argument("-a", "--arch", default="resnet50", help="timm model name, old names too (default: %(default)s)")
-    g.add_argument("--pool", choices=POOLS, default="gem", help="gem: GeM over the last feature map; backbone: the "
-                   "network's own final norm and pooling, as for Swin in the notes (default: %(default)s)")
-    g.add_argument("--gem-p", type=float, default=3.0, metavar="P", help="GeM exponent in training (default: "
-                   "%(default)s)")
-    g.add_argument("--gem-eval-p", type=float, default=4.0, metavar="P", help="GeM exponent in extraction (default: "
-                   "%(default)s)")
-    g.add_argument("--head", choices=list(HEADS), default="linear-bn", help="from pooled features to descriptor; none: "
-                   "pooled features (default: %(default)s)")
-    g.add_argument("--dim", type=int, default=256, metavar="D", help="descriptor dimensions (default: %(default)s)")
-    g.add_argument("--input-size", type=int, default=224, metavar="PX", help="side of the network's square input "
-                   "(default: %(default)s)")
-    g.add_argument("--resize", choices=list(RESIZES), default="crop", help="whole photo to square: crop = shorter side "
-                   "to PX + 32, centre crop (notes v3..v51); square = stretch (v52 on) (default: %(default)s)")
-    g.add_argument("--weight", metavar="FILE", help="checkpoint to extract with (default: newest of --exp) or to start "
-                   "training from; must fit exactly")
-    g.add_argument("--backbone-weights", metavar="FILE", help="timm weights (.pth, .safetensors) to start from instead "
-                   "of downloading them; in extract mode without --weight: raw features of them")
-    g.add_argument("--no-pretrained", action="store_true", help="start from random weights")
-
-
-def add_data_flags(p):
-    g = p.add_argument_group("training data and views")
-    g.add_argument("--sample-size", type=int, default=100_000, metavar="N", help="use the first N photos in order of "
-                   "their paths (default: %(default)s)")
-    g.add_argument("--ncrops", type=int, default=2, metavar="N", help="views per photo (default: %(default)s)")
-    g.add_argument("--view0", default=MODERATE, metavar="OPS", help="operations of view 0, applied in order, each with "
-                   "its probability: name[:parameter...][=probability]; [ops in brackets] come in random order for "
-                   f"each photo; names: {' '.join(OPS)} (default: '%(default)s')")
-    g.add_argument("--view1", default=HARD, metavar="OPS", help="operations of the other views (default: "
-                   "'%(default)s')")
-    g.add_argument("--op-prob", type=float, default=0.2, metavar="P", help="probability of operations given without "
-                   "one (default: %(default)s)")
-
-
-def add_loss_flags(p):
-    g = p.add_argument_group("loss and memory")
-    g.add_argument("--loss", choices=list(LOSSES), default="contrastive", help="default: %(default)s")
-    g.add_argument("--pos-margin", type=float, default=0.0, metavar="M", help="contrastive: distance up to which "
-                   "positives are close enough (default: %(default)s)")
-    g.add_argument("--neg-margin", type=float, default=0.7, metavar="M", help="contrastive: distance from which "
-                   "negatives are far enough; unit vectors, so 1.0 is cosine 0.5 (default: %(default)s)")
-    g.add_argument("-m", "--margin", type=float, default=0.05, help="triplet: margin (default: %(default)s)")
-    g.add_argument("--temperature", type=float, default=0.1, metavar="T", help="ntxent: temperature (default: "
-                   "%(default)s)")
-    g.add_argument("--miner", choices=list(MINERS), default="none", help="default: %(default)s")
-    g.add_argument("--type-of-triplets", choices=("all", "hard", "semihard", "easy"), default="all", help="triplet "
-                   "miner (default: %(default)s)")
-    g.add_argument("--memory-size", type=int, default=1024, metavar="N", help="descriptors of earlier batches that the "
-                   "loss compares with (cross-batch memory, arXiv 1912.06798); 0: none (default: %(default)s)")
-    g.add_argument("--world-scaled-loss", action="store_true", help="multiply the loss by the number of processes, so "
-                   "that gradients do not shrink with it as they did in the notes")
-
-
-def add_optimizer_flags(p):
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, default=100, metavar="N", help="also the length of the schedule (default: "
-                   "%(default)s)")
-    g.add_argument("--start-epoch", type=int, default=0, metavar="N", help="first epoch, when not resumed (default: "
-                   "%(default)s)")
-    g.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="default: %(default)s")
-    g.add_argument("--lr", "--learning-rate", type=float, default=0.05, metavar="LR", help="used as given, not scaled "
-                   "by the batch size (default: %(default)s)")
-    g.add_argument("--lr-schedule", choices=list(SCHEDULES), default="cosine", help="cosine and linear change per "
-                   "epoch, cosine-iter per step (default: %(default)s)")
-    g.add_argument("--momentum", type=float, default=0.9, metavar="M", help="SGD (default: %(default)s)")
-    g.add_argument("--wd", "--weight-decay", type=float, default=1e-4, metavar="W", help="weight decay; never on 1-D "
-                   "parameters, biases and gains (default: %(default)s)")
-    g.add_argument("--batch-norm", choices=("sync", "local"), default="sync", help="statistics over all GPUs or each "
-                   "its own (default: %(default)s; processes without a GPU always have their own)")
-    g.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision of the backbone; "
-                   "auto: bf16 where the device computes in it, else fp16 on GPUs and fp32 on CPUs; head and loss are "
-                   "always fp32; extraction on a CPU is fp32 (default: %(default)s)")
-
-
-def add_output_flags(p):
-    g = p.add_argument_group("checkpoints and log")
-    g.add_argument("--resume", default="", metavar="FILE", help="continue from a checkpoint of this script; auto: the "
-                   "newest of --exp, or from the start where there is none")
-    g.add_argument("--save-steps", type=int, default=0, metavar="N", help="also write latest.pth.tar every N steps "
-                   "(default: each epoch only)")
-    g.add_argument("-p", "--print-freq", type=int, default=10, metavar="N", help="steps between log entries, checks of "
-                   "the loss and of Ctrl-C (default: %(default)s)")
-    g = p.add_argument_group("extraction")
-    g.add_argument("--target-set", default="qr", metavar="LETTERS", help="which folders: q queries, r references, t "
-                   "training photos (default: %(default)s)")
-    g.add_argument("--eval-subset", action="store_true", help="only the references listed in --subset-file; the output "
-                   "is fb-isc-submission-subset.h5")
-    g.add_argument("--subset-file", metavar="FILE", help="one reference id per line (default: DIR/rids_subset.txt; "
-                   "scripts/select_ref_subset.py makes it)")
-    g.add_argument("--dryrun", action="store_true", help="the first 100 photos of each folder only")
-
-
-def add_process_flags(p):
-    g = p.add_argument_group("devices and processes (under torchrun its environment decides)")
-    g.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the best there is")
-    g.add_argument("--gpu", type=int, metavar="N", help="use this GPU only")
-    g.add_argument("--multiprocessing-distributed", action="store_true", help="one process per GPU of this machine; "
-                   "without a GPU --nproc processes")
-    g.add_argument("--nproc", type=int, metavar="N", help="number of processes (default: number of GPUs, else 1)")
-    g.add_argument("--world-size", type=int, default=-1, metavar="N", help="number of machines (default: 1)")
-    g.add_argument("--rank", type=int, default=-1, metavar="N", help="number of this machine, from 0 (default: 0)")
-    g.add_argument("--dist-url", default="tcp://localhost:10001", metavar="URL", help="where the processes meet "
-                   "(default: %(default)s)")
-    g.add_argument("--dist-backend", default="nccl", metavar="NAME", help="nccl, or gloo; gloo without a GPU (default: "
-                   "%(default)s)")
+FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, default, help)
+    "what to do": [
+        ("--mode", ["train", "extract"], "train", "what to do"),
+        ("--exp NAME", str, None, "results go to exp/NAME/train and exp/NAME/extract (default: the experiment that "
+         "--weight or --resume lies in, else 'default')"),
+        ("--seed N", int, None, "seed of weights, order and views (default: drawn and printed)"),
+        ("-j --workers N", int, os.cpu_count(), "processes that load photos, shared by the devices of this machine"),
+        ("-b --batch-size N", int, 512, "train: photos per step on this machine, over all its devices, each seen "
+         "--ncrops times; extract: photos per batch"),
+        ("--strict", bool, False, "stop at the first unreadable photo instead of skipping it"),
+        ("--exif-transpose", bool, False, "turn photos upright by their EXIF tag, which the notes ignore"),
+    ],
+    "network (extract mode takes these from the checkpoint unless given)": [
+        ("-a --arch NAME", str, "resnet50", "timm model, old names too"),
+        ("--pool", ["gem", "backbone"], "gem", "gem: GeM over the last feature map; backbone: the network's own "
+         "final norm and pooling, as for Swin in the notes"),
+        ("--gem-p P", float, 3.0, "GeM exponent in training"),
+        ("--gem-eval-p P", float, 4.0, "GeM exponent in extraction"),
+        ("--head", list(HEADS), "linear-bn", "from pooled features to descriptor; none: the pooled features"),
+        ("--dim N", int, 256, "descriptor dimensions"),
+        ("--input-size PX", int, 224, "side of the network's square input"),
+        ("--resize", list(RESIZES), "crop", "whole photo to square; crop: shorter side to PX + 32, centre crop "
+         "(notes v3..v51); square: stretch (v52 on)"),
+        ("--weight FILE", str, None, "checkpoint to extract with (default: the newest of --exp) or to start training "
+         "from; it must fit exactly"),
+        ("--backbone-weights FILE", str, None, "timm weights (.pth, .safetensors) to start from instead of a "
+         "download; in extract mode: their raw features"),
+        ("--no-pretrained", bool, False, "start from random weights"),
+    ],
+    "training data and views": [
+        ("--sample-size N", int, 100_000, "use the first N photos in order of their paths"),
+        ("--ncrops N", int, 2, "views per photo"),
+        ("--view0 OPS", str, MODERATE, "operations of view 0 in order, each name[:parameter...][=probability]; those "
+         "in [brackets] in random order; all names stand in scripts/views.py"),
+        ("--view1 OPS", str, HARD, "operations of the other views"),
+        ("--op-prob P", float, 0.2, "probability of the operations given without one"),
+    ],
+    "loss and memory": [
+        ("--loss", list(LOSSES), "contrastive", "loss between views of the same and of other photos"),
+        ("--pos-margin M", float, 0.0, "contrastive: distance up to which positives are close enough"),
+        ("--neg-margin M", float, 0.7, "contrastive: distance from which negatives are far enough (1.0 is cosine 0.5)"),
+        ("-m --margin M", float, 0.05, "triplet: margin"),
+        ("--temperature T", float, 0.1, "ntxent: temperature"),
+        ("--miner", list(MINERS), "none", "picks the pairs or triplets that the loss sees"),
+        ("--type-of-triplets", ["all", "hard", "semihard", "easy"], "all", "triplet miner: which ones"),
+        ("--memory-size N", int, 1024, "descriptors of earlier batches that the loss compares with (cross-batch "
+         "memory, arXiv 1912.06798); 0: none"),
+        ("--world-scaled-loss", bool, False, "multiply the loss by the number of processes, so that gradients do not "
+         "shrink with it as in the notes"),
+    ],
+    "optimisation": [
+        ("--epochs N", int, 100, "also the length of the schedule"),
+        ("--start-epoch N", int, 0, "first epoch, when not resumed"),
+        ("--optimizer", list(OPTIMIZERS), "sgd", "optimizer"),
+        ("--lr --learning-rate LR", float, 0.05, "used as given, not scaled by the batch size"),
+        ("--lr-schedule", list(SCHEDULES), "cosine", "cosine and linear change per epoch, cosine-iter per step"),
+        ("--momentum M", float, 0.9, "SGD"),
+        ("--wd --weight-decay W", float, 1e-4, "never on 1-D parameters, biases and gains"),
+        ("--batch-norm", ["sync", "local"], "sync", "statistics over all GPUs or each its own; processes without a "
+         "GPU always have their own"),
+        ("--amp", ["auto", "off", "bf16", "fp16"], "auto", "precision of the backbone; auto: bf16 where the device "
+         "computes in it, else fp16 on GPUs and fp32 on CPUs; extraction on a CPU is fp32, head and loss always are"),
+    ],
+    "checkpoints and log": [
+        ("--resume FILE", str, "", "continue from a checkpoint of this script; auto: from the newest of --exp, if any"),
+        ("--save-steps N", int, 0, "also write latest.pth.tar every N steps; 0: each epoch only"),
+        ("-p --print-freq N", int, 10, "steps between log entries and checks of the loss and of Ctrl-C"),
+    ],
+    "extraction": [
+        ("--target-set LETTERS", str, "qr", "which folders: q queries, r references, t training photos"),
+        ("--eval-subset", bool, False, "only the references in --subset-file; writes fb-isc-submission-subset.h5"),
+        ("--subset-file FILE", str, None, "one reference id per line, by scripts/select_ref_subset.py (default: "
+         "DIR/rids_subset.txt)"),
+        ("--dryrun", bool, False, "the first 100 photos of each folder only"),
+    ],
+    "devices and processes (under torchrun its environment decides)": [
+        ("--device", ["auto", "cuda", "mps", "cpu"], "auto", "auto: the best there is"),
+        ("--gpu N", int, None, "use this GPU only"),
+        ("--multiprocessing-distributed", bool, False, "one process per GPU of this machine; without a GPU --nproc "
+         "processes"),
+        ("--nproc N", int, None, "number of processes (default: number of GPUs, else 1)"),
+        ("--world-size N", int, -1, "number of machines; -1: one"),
+        ("--rank N", int, -1, "number of this machine, from 0; -1: 0"),
+        ("--dist-url URL", str, "tcp://localhost:10001", "where the processes meet"),
+        ("--dist-backend NAME", str, "nccl", "nccl or gloo; always gloo without a GPU"),
+    ],
+}
 
 
 def build_parser():
-    """The command line; its groups are the functions above."""
     p = Parser(fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
                allow_abbrev=False)
-    for add in (add_common_flags, add_network_flags, add_data_flags, add_loss_flags, add_optimizer_flags,
-                add_output_flags, add_process_flags):
-        add(p)
+    p.add_argument("dir", metavar="DIR", nargs="?", help="train: folder of photos, nested or not (default: "
+                   "input/training_images); extract: folder that holds query_images, reference_images, training_images "
+                   "(default: input)")
+    for title, rows in FLAGS.items():
+        group = p.add_argument_group(title)
+        for names, kind, default, text in rows:
+            text += "" if default in (None, "", False) else " (default: %(default)s)"
+            if kind is bool:
+                group.add_argument(names, action="store_true", help=text)
+            elif isinstance(kind, list):
+                group.add_argument(names, choices=kind, default=default, help=text)
+            else:
+                *names, metavar = names.split()
+                group.add_argument(*names, metavar=metavar, type=kind, default=default, help=text)
     return p
 
 
@@ -269,7 +216,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    args.given = sorted(vars(parser.parse_args(argv)))
+    args.given = list(vars(parser.parse_args(argv)))
     for name in ("batch_size", "epochs", "input_size", "sample_size", "dim", "print_freq"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
@@ -298,42 +245,10 @@ def check_training_flags(args):
     if 0 < args.memory_size < rows:
         fail(f"--memory-size {args.memory_size} is smaller than one batch of {rows} descriptors (--batch-size "
              f"{args.batch_size} x --ncrops {args.ncrops}{f' x {args.world_size} machines' * (args.world_size > 1)})")
-    for flag in ("view0", "view1"):
-        for group in parse_ops(getattr(args, flag), args.op_prob, f"--{flag}"):
-            if unknown := [name for name, _, _ in group if name not in OPS]:
-                fail(f"--{flag}: unknown operation '{unknown[0]}'; there are {', '.join(OPS)}")
-
-
-def parse_ops(text, default_prob, flag="view"):
-    """'a:1:2=0.5 [b c]' -> [[('a', (1.0, 2.0), 0.5)], [('b', (), default), ('c', (), default)]]: groups in order, the
-    operations inside a group in random order."""
-    groups, inside = [], False
-    for word in text.replace("[", " [ ").replace("]", " ] ").split():
-        if word in "[]":
-            if inside == (word == "["):
-                fail(f"{flag}: brackets do not match in '{text}'")
-            inside = word == "["
-            groups += [[]] if inside else []
-            continue
-        name, _, prob = word.partition("=")
-        name, *parameters = name.split(":")
-        try:
-            op = (name, tuple(map(float, parameters)), float(prob) if prob else default_prob)
-        except ValueError:
-            fail(f"{flag}: '{word}' is not name[:number...][=probability]")
-        if inside:
-            groups[-1].append(op)
-        else:
-            groups.append([op])
-    if inside:
-        fail(f"{flag}: brackets do not match in '{text}'")
-    return groups
 
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the imports that take seconds: --help, wrong flags
 
-import augly.image as imaugs  # noqa: E402
-import augly.utils  # noqa: E402
 import numpy as np  # noqa: E402
 import pytorch_metric_learning as pml  # noqa: E402
 import pytorch_metric_learning.losses  # noqa: E402
@@ -343,249 +258,17 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torchvision  # noqa: E402
 import torchvision.transforms.functional as TF  # noqa: E402
-from PIL import Image, ImageOps  # noqa: E402
 from timm.models import load_state_dict as load_timm_file  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from scripts.descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
+sys.path.insert(0, str(ROOT / "scripts"))
+from descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
+from photos import PHOTO_ENDINGS, list_photos, write_skipped  # noqa: E402
+from views import (EpochBatches, Views, WholePhotos, collate_photos, collate_views, parse_ops,  # noqa: E402
+                   write_views_png)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Photos
-
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-
-
-def list_photos(root):
-    """All photos below `root`: their paths relative to it, sorted, and [(path, reason)] of what only looks like one."""
-    paths, odd, folders = [], [], [""]
-    while folders:
-        folder = folders.pop()
-        try:
-            entries = list(os.scandir(os.path.join(root, folder)))
-        except OSError as error:
-            odd.append((folder or ".", error.strerror))
-            continue
-        for entry in entries:
-            path = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):  # macOS sidecars, notebook checkpoints
-                continue
-            looks_like_photo = entry.name.lower().endswith(PHOTO_ENDINGS)
-            if not entry.is_dir():
-                paths += [path] if looks_like_photo else []
-            elif looks_like_photo:
-                odd.append((path, "is a folder"))
-            elif not entry.is_symlink():  # links to folders can form loops
-                folders.append(path)
-    return sorted(paths), sorted(odd)
-
-
-def open_photo(path, exif_transpose=False):
-    """Decode a photo to 8-bit RGB: first frame, 16 bits scaled down, transparency on white, EXIF turn if asked.
-
-    Raises OSError, ValueError, SyntaxError or Image.DecompressionBombError where it cannot be decoded whole.
-    """
-    with Image.open(path) as img:
-        img.load()
-        if exif_transpose:
-            img = ImageOps.exif_transpose(img)
-        if img.mode.startswith("I"):  # Pillow would clip 16 bits at 255
-            img = Image.fromarray((np.asarray(img).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-        if img.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in img.info:
-            img = img.convert("RGBA")
-            img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-        return img.convert("RGB")
-
-
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-def write_skipped(file, rows):
-    """skipped.csv: path and reason of every photo that could not be used; no file when there is none."""
-    if not rows:
-        file.unlink(missing_ok=True)
-        return
-    with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        csv.writer(out).writerows([("path", "reason"), *sorted(rows)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Views (augmentation). Every random choice comes from one generator per view, never from a global one, so a view
-# depends on (seed, epoch, photo, view number) only. Distributions: notes v8..v36, augly 0.1.2, torchvision 0.10.
-
-
-def random_resized_crop(img, rng, size, smallest):
-    """Crop of `smallest`..1 of the area at aspect ratio 3/4..4/3, resized to a square of `size`."""
-    for _ in range(10):
-        area = img.width * img.height * rng.uniform(smallest, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= img.width and 0 < h <= img.height:
-            top, left = rng.integers(img.height - h + 1), rng.integers(img.width - w + 1)
-            return TF.resized_crop(img, top, left, h, w, [size, size])
-    w, h = min(img.width, round(img.height * 4 / 3)), min(img.height, round(img.width * 4 / 3))
-    return TF.resize(TF.center_crop(img, [h, w]), [size, size])
-
-
-def color_jitter(img, rng, brightness, contrast, saturation, hue):
-    """Brightness, contrast and saturation by a factor of 1 +- strength, hue by +- strength turns, in random order."""
-    steps = [(TF.adjust_brightness, rng.uniform(max(0, 1 - brightness), 1 + brightness)),
-             (TF.adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
-             (TF.adjust_saturation, rng.uniform(max(0, 1 - saturation), 1 + saturation)),
-             (TF.adjust_hue, rng.uniform(-hue, hue))]
-    for i in rng.permutation(4):
-        img = steps[i][0](img, steps[i][1])
-    return img
-
-
-def shuffle_pixels(img, rng, share):
-    """Permute a `share` of the pixels among themselves. AugLy's does it after seeding numpy with the constant 10."""
-    pixels = np.array(img).reshape(-1, 3)
-    chosen = rng.choice(len(pixels), int(share * len(pixels)), replace=False)
-    pixels[chosen] = pixels[rng.permutation(chosen)]
-    return Image.fromarray(pixels.reshape(img.height, img.width, 3))
-
-
-def random_perspective(img, rng, distortion):
-    """Each corner moves inwards by up to `distortion` of half the side; uncovered pixels are black."""
-    (w, h), d = img.size, distortion / 2
-    dx, dy = rng.integers(0, int(w * d) + 1, 4), rng.integers(0, int(h * d) + 1, 4)
-    corners = [[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]]
-    moved = [[dx[0], dy[0]], [w - 1 - dx[1], dy[1]], [w - 1 - dx[2], h - 1 - dy[2]], [dx[3], h - 1 - dy[3]]]
-    return TF.perspective(img, corners, [[int(x), int(y)] for x, y in moved])
-
-
-def overlay_text(img, rng):
-    """Five characters of augly's default font, random colour, in the upper left quarter's reach."""
-    return imaugs.overlay_text(img, text=rng.integers(1, 1000, 5).tolist(), font_size=rng.uniform(0.1, 0.3),
-                               color=tuple(rng.integers(0, 256, 3).tolist()), x_pos=rng.uniform(0, 0.5),
-                               y_pos=rng.uniform(0, 0.5))
-
-
-def overlay_emoji(img, rng):
-    folder = Path(augly.utils.SMILEY_EMOJI_DIR)
-    emoji = sorted(os.listdir(folder))
-    return imaugs.overlay_emoji(img, emoji_path=str(folder / emoji[rng.integers(len(emoji))]),
-                                emoji_size=rng.uniform(0.1, 0.3), x_pos=rng.uniform(0, 1), y_pos=rng.uniform(0, 1))
-
-
-def overlay_onto_screenshot(img, rng):
-    template = Path(augly.utils.SCREENSHOT_TEMPLATES_DIR) / ("web.png", "mobile.png")[rng.integers(2)]
-    return imaugs.overlay_onto_screenshot(img, template_filepath=str(template)).convert("RGB")
-
-
-def overlay_onto_photo(img, rng, views):
-    """Paste the photo onto another training photo, 0.1..0.5 of its height (notes v32)."""
-    return imaugs.overlay_image(views.random_photo(rng), overlay=img, overlay_size=rng.uniform(0.1, 0.5),
-                                x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
-
-
-def random_erasing(tensor, rng):
-    """A rectangle of 0.02..0.33 of the area, ratio 0.3..3.3, becomes N(0, 1) noise (before normalisation)."""
-    _, height, width = tensor.shape
-    for _ in range(10):
-        area, ratio = height * width * rng.uniform(0.02, 0.33), math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
-        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < h < height and 0 < w < width:
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            tensor[:, top:top + h, left:left + w] = torch.from_numpy(rng.standard_normal((3, h, w), dtype=np.float32))
-            break
-    return tensor
-
-
-class Views(torch.utils.data.Dataset):
-    """Training photos: item (epoch, i) -> views [ncrops, 3, size, size], label, unreadable [(i, reason)], failed ops.
-
-    In place of an unreadable photo the next readable one is taken, with its own label.
-    """
-
-    def __init__(self, args, root, paths, mean, std):
-        self.root, self.paths, self.seed, self.ncrops = root, paths, args.seed, args.ncrops
-        self.size, self.resize, self.exif, self.mean, self.std = (args.input_size, args.resize, args.exif_transpose,
-                                                                  mean, std)
-        self.strict = args.strict
-        self.pipelines = [parse_ops(args.view0, args.op_prob), parse_ops(args.view1, args.op_prob)]
-
-    def __len__(self):
-        return len(self.paths)
-
-    def open(self, i):
-        return open_photo(os.path.join(self.root, self.paths[i]), self.exif)
-
-    def random_photo(self, rng):
-        img, _, _ = self.open_near(int(rng.integers(len(self.paths))))
-        return img
-
-    def open_near(self, i):
-        """First readable photo from `i` on: image, its index, unreadable ones [(index, reason)] on the way."""
-        unreadable = []
-        while len(unreadable) < min(len(self.paths), 100):
-            try:
-                return self.open(i), i, unreadable
-            except UNREADABLE as error:
-                unreadable.append((i, f"{type(error).__name__}: {error}"))
-                if self.strict:
-                    break
-                i = (i + 1) % len(self.paths)
-        raise InputError(f"{os.path.join(self.root, self.paths[unreadable[0][0]])}: {unreadable[0][1]}"
-                         + (f", nor can the {len(unreadable) - 1} photos after it be read" * (not self.strict)))
-
-    def view(self, img, epoch, i, number):
-        """View `number` of photo `i` as a normalised tensor, and the operations that failed (tiny or odd photos)."""
-        rng = np.random.default_rng((self.seed, epoch, i, number))
-        failed, is_tensor = [], False
-        for group in self.pipelines[min(number, 1)]:
-            for k in rng.permutation(len(group)):
-                name, parameters, prob = group[k]
-                if rng.random() >= prob:
-                    continue
-                if name == "erase" and not is_tensor:
-                    img, is_tensor = TF.to_tensor(img), True
-                try:
-                    img = OPS[name](img, rng, self, *parameters)
-                except (OSError, ValueError, RuntimeError, ZeroDivisionError) as error:
-                    failed.append(f"{name}: {error}")
-        img = img if is_tensor else TF.to_tensor(img)
-        if img.shape[-2:] != (self.size, self.size):
-            img = TF.resize(img, [self.size, self.size])
-        return TF.normalize(img, self.mean, self.std), failed
-
-    def __getitem__(self, key):
-        epoch, i = key
-        img, i, unreadable = self.open_near(i)
-        views, failed = zip(*(self.view(img, epoch, i, number) for number in range(self.ncrops)))
-        return torch.stack(views), i, unreadable, sum(failed, [])
-
-
-def collate_views(items):
-    """-> images [ncrops * batch, 3, s, s] view after view, labels alike, unreadable photos, failed operations."""
-    views, labels, unreadable, failed = zip(*items)
-    images = torch.stack(views, 1).flatten(0, 1)
-    return images, torch.tensor(labels).repeat(views[0].shape[0]), sum(unreadable, []), sum(failed, [])
-
-
-class EpochBatches(torch.utils.data.Sampler):
-    """This process's batches of (epoch, photo index); the order depends on (seed, epoch) only, the tail is dropped.
-
-    Set `epoch` and `start` (steps already done) before each pass.
-    """
-
-    def __init__(self, count, batch, seed, rank, world):
-        self.count, self.batch, self.seed, self.rank, self.world = count, batch, seed, rank, world
-        self.epoch = self.start = 0
-
-    def steps(self):
-        return self.count // (self.batch * self.world)
-
-    def __len__(self):
-        return self.steps() - self.start
-
-    def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        for step in range(self.start, self.steps()):
-            first = (step * self.world + self.rank) * self.batch
-            yield [(self.epoch, int(i)) for i in order[first:first + self.batch]]
-
+VERSIONS = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, pml, np)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Network
@@ -656,8 +339,7 @@ def check_arch(name):
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
         fail(f"--arch: timm has no model '{name}'" + (f"; close: {', '.join(close)}" if close else ""))
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
+    with torch.device("meta"):
         config = timm.create_model(name).pretrained_cfg
     return config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
 
@@ -705,9 +387,10 @@ def read_checkpoint(file):
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        fail(f"{file} holds {f'an object of type {found[1]}' if found else 'more than tensors'} and was not loaded: "
-             "it could run code; save it again as a plain dict of tensors")
+        if not (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
+            fail(f"{file} is not a readable checkpoint")
+        fail(f"{file} holds an object of type {found[1]} and was not loaded: it could run code; save it again as a plain "
+             "dict of tensors")
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         fail(f"{file} is not a readable checkpoint: {(str(error).splitlines() or ['empty'])[0]}")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
@@ -724,20 +407,14 @@ def load_weights(net, state, file):
               if k in state and state[k].shape != own[k].shape]
     keys = [f"{k} missing" for k in own if k not in state] + [f"{k} unexpected" for k in state if k not in own]
     if shapes or keys:
-        hint = "; --dim differs?" if any(text.startswith(("fc.", "bn.")) for text in shapes) else ""
         fail(f"{file} does not fit this network ({len(shapes + keys)} differences): {'; '.join((shapes + keys)[:3])}"
-             f"{hint}")
+             + "; --dim differs?" * any(text.startswith(("fc.", "bn.")) for text in shapes))
     net.load_state_dict(state)
-
-
-def checkpoint_files(folder):
-    """Checkpoints in a folder, oldest state first."""
-    return sorted(folder.glob("checkpoint_*.pth.tar"))
 
 
 def newest_checkpoint(folder):
     """The checkpoint with most steps done: the last epoch's, or latest.pth.tar where that went further."""
-    files = checkpoint_files(folder)[-1:] + list(folder.glob("latest.pth.tar"))
+    files = sorted(folder.glob("checkpoint_*.pth.tar"))[-1:] + list(folder.glob("latest.pth.tar"))
     return max(files, key=lambda file: read_checkpoint(file).get("step", 0)) if files else None
 
 
@@ -761,6 +438,8 @@ def launch(work, args):
     nproc = args.nproc or gpus or 1
     if gpus and nproc > gpus:
         fail(f"--nproc {nproc}: this machine has {gpus} GPUs")
+    if args.batch_size % nproc:
+        fail(f"--batch-size {args.batch_size} cannot be shared by {nproc} processes")
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the processes, which finish their step
     try:
         torch.multiprocessing.spawn(spawned, (work, args, nproc), nprocs=nproc)
@@ -778,8 +457,6 @@ def spawned(local, work, args, nproc):
 
 def run_process(work, args, url, nproc):
     """Join the process group at `url` (none: single process), set the device, do the work, leave the group."""
-    if args.batch_size % nproc:
-        fail(f"--batch-size {args.batch_size} cannot be shared by {nproc} processes")
     args.nproc = nproc
     device = args.device_used = pick_device(args)
     if device.type == "cuda":
@@ -792,6 +469,8 @@ def run_process(work, args, url, nproc):
             dist.init_process_group(backend, url, datetime.timedelta(hours=12), args.processes, args.process)
         except (RuntimeError, ValueError) as error:
             fail(f"the processes cannot meet at {url}: {str(error).splitlines()[0]}; is the port in use?", code=1)
+    if args.process:
+        sys.stdout = open(os.devnull, "w")  # one voice; errors and warnings go to stderr
     try:
         work(args)
     finally:
@@ -820,28 +499,27 @@ def pick_precision(args, device):
     return torch.bfloat16 if native and args.mode == "train" else None
 
 
-def say(args, text):
-    """Print on the first process only."""
-    if args.process == 0:
-        print(text, flush=True)
+def loader_options(args):
+    """DataLoader settings; forked workers start at once, where a process that was spawned itself would spawn them."""
+    workers = math.ceil(args.workers / args.nproc)
+    return dict(num_workers=workers, pin_memory=args.device_used.type == "cuda",
+                multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
 
 
 def gather_rows(x):
     """[B, ...] of each process -> [processes * B, ...] in order of rank; the own block keeps its gradient."""
-    if not dist.is_initialized():
-        return x
-    blocks = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(blocks, x.detach().contiguous())
-    blocks[dist.get_rank()] = x
+    blocks = [torch.empty_like(x) for _ in range(dist.get_world_size())] if dist.is_initialized() else [x]
+    if dist.is_initialized():
+        dist.all_gather(blocks, x.detach().contiguous())
+        blocks[dist.get_rank()] = x
     return torch.cat(blocks)
 
 
 def gather_objects(x):
     """A picklable object of each process -> list in order of rank."""
-    if not dist.is_initialized():
-        return [x]
-    objects = [None] * dist.get_world_size()
-    dist.all_gather_object(objects, x)
+    objects = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(objects, x)
     return objects
 
 
@@ -903,8 +581,8 @@ class Trainer:
         self.optimizer = OPTIMIZERS[args.optimizer](param_groups(self.net, args.wd), args)
         self.criterion = Criterion(args, self.net.dim).to(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
-        self.epoch, self.step, self.skipped, self.stop = args.start_epoch, 0, {}, False
-        self.step = self.epoch * self.batches.steps()
+        self.epoch, self.step = args.start_epoch, args.start_epoch * self.batches.steps()
+        self.skipped, self.stop = {}, False
 
     def seed_everything(self):
         """Agree on a seed; cudnn either repeats itself (seed given) or searches for the fastest kernels."""
@@ -933,14 +611,13 @@ class Trainer:
     def build_data(self):
         args = self.args
         self.mean, self.std = normalisation(self.net)
-        self.views = Views(args, args.dir, args.photos, self.mean, self.std)
-        batch, workers = args.batch_size // args.nproc, math.ceil(args.workers / args.nproc)
+        self.views = Views(args, args.dir, args.photos, RESIZES[args.resize], self.mean, self.std)
+        batch = args.batch_size // args.nproc
         self.batches = EpochBatches(len(self.views), batch, args.seed, args.process, args.processes)
         if not self.batches.steps():
             fail(f"{len(self.views)} photos do not fill one batch of {batch * args.processes}; lower --batch-size")
         self.loader = torch.utils.data.DataLoader(self.views, batch_sampler=self.batches, collate_fn=collate_views,
-                                                  num_workers=workers, persistent_workers=workers > 0,
-                                                  pin_memory=self.device.type == "cuda")
+                                                  persistent_workers=args.workers > 0, **loader_options(args))
 
     def run(self):
         args = self.args
@@ -956,20 +633,17 @@ class Trainer:
             signal.signal(number, lambda *_: setattr(self, "stop", True))
         while self.epoch < args.epochs:
             self.train_epoch()
-        say(args, f"=> done: {args.out / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
+        print(f"=> done: {args.out / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
     def describe(self):
         args, n, world = self.args, len(self.views), self.args.processes
-        rows = args.batch_size // args.nproc * args.ncrops * world
         print(f"=> network   {args.arch_tag}" + f" (asked for: {args.arch})" * (args.arch_tag != args.arch) +
               f", {sum(p.numel() for p in self.net.parameters()) / 1e6:.1f} M parameters, descriptor {self.net.dim}-d, "
               f"input {args.input_size} px\n"
-              f"=> photos    {args.found:,} found in {args.dir}, {n:,} used" +
-              f" (--sample-size {args.sample_size:,} is more than there are)" * (args.sample_size > args.found
-                                                                                and "sample_size" in args.given) +
-              f"; {self.batches.steps():,} steps per epoch of {rows // args.ncrops} photos x {args.ncrops} views\n"
+              f"=> photos    {args.found:,} found in {args.dir}, {n:,} used (--sample-size {args.sample_size:,}); "
+              f"{self.batches.steps():,} steps per epoch of {self.batches.batch * world} photos x {args.ncrops} views\n"
               f"=> loss      {args.loss}, memory of {args.memory_size:,} descriptors, about "
-              f"{memory_estimate(args, rows, self.net.dim) / 2**30:.2f} GiB for both\n"
+              f"{memory_estimate(args, self.net.dim):.2f} GiB for both\n"
               f"=> device    {world} process{'es' * (world > 1)} on {self.device.type}, backbone in "
               f"{str(self.amp_dtype or torch.float32).removeprefix('torch.')}, {args.workers} loading processes, seed "
               f"{args.seed}\n"
@@ -1034,7 +708,7 @@ class Trainer:
                  f"{last or 'none'}; try a lower --lr or --amp off", code=1)
         if any(gather_objects(self.stop)):
             self.save("latest.pth.tar")
-            say(self.args, f"\n=> stopped at step {self.step}; continue with --resume auto")
+            print(f"\n=> stopped at step {self.step}; continue with --resume auto")
             sys.exit(130)
 
     def report_skipped(self):
@@ -1060,7 +734,7 @@ class Trainer:
                  "photos": len(self.views), "processes": self.args.processes,
                  "preprocess": {"mean": self.mean, "std": self.std, "input_size": self.args.input_size,
                                 "resize": self.args.resize, "exif_transpose": self.args.exif_transpose},
-                 "versions": versions()}
+                 "versions": VERSIONS}
         with replacing(self.args.out / name) as temporary:
             torch.save(state, temporary)
         if name != "latest.pth.tar":
@@ -1092,8 +766,8 @@ class Trainer:
             if self.device.type == "cuda" and state["rng"][args.process]["cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng"][args.process]["cuda"])
         if moved:
-            say(args, f"=> warning: not the run that {file} comes from: {'; '.join(moved)}")
-        say(args, f"=> resumed {file} at epoch {self.epoch}, step {self.step}")
+            print(f"=> warning: not the run that {file} comes from: {'; '.join(moved)}")
+        print(f"=> resumed {file} at epoch {self.epoch}, step {self.step}")
 
 
 class Log:
@@ -1122,50 +796,24 @@ class Log:
             self.board.add_scalar(name, row[name], row["step"])
 
 
-def write_views_png(views, file):
-    """Eight photos in rows: as they are, then their views of the first epoch, so that one look shows what is seen."""
-    rows = []
-    for i in np.linspace(0, len(views) - 1, min(8, len(views))).astype(int):
-        img, i, _ = views.open_near(int(i))
-        tensors = [TF.to_tensor(TF.resize(img, [views.size, views.size]))]
-        for number in range(views.ncrops):
-            view, _ = views.view(img, 0, i, number)
-            tensors.append(view * torch.tensor(views.std)[:, None, None] + torch.tensor(views.mean)[:, None, None])
-        rows += tensors
-    grid = torchvision.utils.make_grid(torch.stack(rows), nrow=1 + views.ncrops, pad_value=1)
-    with replacing(file) as temporary:
-        TF.to_pil_image(grid.clamp(0, 1)).save(temporary, "PNG")
-
-
 def plain_args(args):
     """The command line as plain values: what args.json and checkpoints hold."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
             if name not in ("photos", "odd", "device_used", "given", "found")}
 
 
-def versions():
-    return {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, pml, np)}
-
-
-def memory_estimate(args, rows, dim):
-    """Bytes of memory and loss: the library lists every pair of batch and memory as two int64, with distance, mask and
+def memory_estimate(args, dim):
+    """GiB of memory and loss: the library lists every pair of batch and memory as two int64, with distance, mask and
     gradient about 32 bytes a pair (measured)."""
-    return max(args.memory_size, rows) * (dim * 4 + rows * 32)
-
-
-def check_memory(args, device, dim):
-    rows = args.batch_size * args.ncrops * max(1, args.processes // args.nproc)
-    need = memory_estimate(args, rows, dim)
-    have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > have:
-        fail(f"--memory-size {args.memory_size} with {rows} descriptors per step needs about {need / 2**30:.1f} GiB, "
-             f"there are {have / 2**30:.1f} GiB")
+    rows = args.batch_size // args.nproc * args.processes * args.ncrops
+    return max(args.memory_size, rows) * (dim * 4 + rows * 32) / 2**30
 
 
 def prepare_training(args):
     """What every process needs and only one should do: check the input, list the photos, make the folder."""
     args.arch_tag = check_arch(args.arch)
+    for flag in ("view0", "view1"):
+        parse_ops(getattr(args, flag), args.op_prob, f"--{flag}")
     if not args.dir.is_dir():
         fail(f"no such folder: {args.dir}")
     photos, args.odd = list_photos(args.dir)
@@ -1181,36 +829,18 @@ def prepare_training(args):
 
 
 def train(args):
-    check_memory(args, args.device_used, args.dim)
+    """Train as the command line says, if memory and loss fit into the device."""
+    need, have = memory_estimate(args, args.dim), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if args.device_used.type == "cuda":
+        have = torch.cuda.mem_get_info(args.device_used)[0] / 2**30
+    if need > have:
+        fail(f"--memory-size {args.memory_size} with --batch-size {args.batch_size} needs about {need:,.1f} GiB of "
+             f"{have:,.1f} GiB")
     Trainer(args).run()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Extraction
-
-
-class Photos(torch.utils.data.Dataset):
-    """Item i -> i, whole photo as a normalised tensor [3, size, size] or None, reason why not."""
-
-    def __init__(self, args, paths, mean, std):
-        self.args, self.paths, self.mean, self.std = args, paths, mean, std
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        try:
-            img = open_photo(self.paths[i], self.args.exif_transpose)
-            img = RESIZES[self.args.resize](img, self.args.input_size)
-            return i, TF.normalize(TF.to_tensor(img), self.mean, self.std), None
-        except UNREADABLE as error:
-            return i, None, f"{type(error).__name__}: {error}"
-
-
-def collate_photos(items):
-    good = [(i, tensor) for i, tensor, reason in items if reason is None]
-    images = torch.stack([tensor for _, tensor in good]) if good else None
-    return [i for i, _ in good], images, [(i, reason) for i, _, reason in items if reason is not None]
 
 
 def prepare_extraction(args):
@@ -1275,7 +905,7 @@ def extract(args):
     net = net.to(args.device_used, memory_format=torch.channels_last).eval()
     mean, std = normalisation(net)
     args.preprocess = {"mean": mean, "std": std} | getattr(args, "preprocess", {})
-    say(args, f"=> network   {args.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
+    print(f"=> network   {args.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
         f"{args.gem_eval_p:g}, from {args.checkpoint or args.backbone_weights or 'random weights'}")
     groups, skipped = {}, []
     for name, group in args.groups.items():
@@ -1295,9 +925,8 @@ def describe_photos(args, net, name, paths):
     """Descriptors [n, dim] of this process's readable photos, their indices [n] and unreadable ones [(i, reason)]."""
     mine = range(args.process, len(paths), args.processes)
     loader = torch.utils.data.DataLoader(
-        Photos(args, paths, args.preprocess["mean"], args.preprocess["std"]), args.batch_size // args.nproc, sampler=mine,
-        num_workers=math.ceil(args.workers / args.nproc), collate_fn=collate_photos,
-        pin_memory=args.device_used.type == "cuda")
+        WholePhotos(args, paths, RESIZES[args.resize], args.preprocess["mean"], args.preprocess["std"]),
+        args.batch_size // args.nproc, sampler=mine, collate_fn=collate_photos, **loader_options(args))
     rows, indices, bad = [torch.empty(0, net.dim)], [], []
     with tqdm(total=len(mine), desc=name, unit="photo", disable=args.process > 0) as bar:
         for good, images, unreadable in loader:
@@ -1333,16 +962,16 @@ def write_results(args, groups, skipped):
     if args.h5.is_file():
         with Descriptors(args.h5) as old:
             before = str(old.attrs.get("checkpoint_sha256", "unknown"))
-            settings = all(old.attrs.get(name) == getattr(args, name) for name in ("input_size", "resize", "gem_eval_p"))
+            same = all(old.attrs.get(name) == getattr(args, name) for name in ("input_size", "resize", "gem_eval_p"))
             keep = [name for name in old.groups if name not in groups]
-        if before != args.sha256 or not settings:
+        if before != args.sha256 or not same:
             keep = ()
             backup = args.h5.with_name(f"{args.h5.stem}.{before[:8]}.h5")
             os.replace(args.h5, backup)
             print(f"=> kept the earlier file of other settings as {backup}")
     attrs = {name: getattr(args, name) for name in FROM_CHECKPOINT if name != "arch"}
     write_descriptors(args.h5, groups, attrs | {"arch": args.arch_tag, "checkpoint_sha256": args.sha256, "checkpoint":
-                      str(args.checkpoint or args.backbone_weights), "versions": versions()}, keep=keep)
+                      str(args.checkpoint or args.backbone_weights), "versions": VERSIONS}, keep=keep)
     write_skipped(args.out / "skipped.csv", skipped)
     print(f"=> wrote {args.h5}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()) +
           (f"; {len(skipped)} skipped, see {args.out / 'skipped.csv'}" if skipped else ""))

@@ -1,0 +1,498 @@
+"""train.py --mode train: command line, views, loss and memory, resume. Tiny networks of timm, photos drawn here."""
+import ast
+import csv
+import json
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import photos as photo_files
+import train
+import views
+from helpers import ROOT, draw_photos, run
+
+RECIPES = sorted(path.stem for path in (ROOT / "exp").glob("*.args"))
+TINY = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "--memory-size", 24,
+        "--epochs", 2, "--neg-margin", 1.0, "--seed", 5, "-j", 1]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return draw_photos(tmp_path_factory.mktemp("photos"), 24)
+
+
+@pytest.fixture
+def exp(request):
+    """Name of an experiment whose results are removed after the test."""
+    name = f"test-{re.sub('[^a-z0-9]+', '-', request.node.name.lower())}-{os.getpid()}"
+    yield name
+    subprocess.run(["rm", "-rf", *map(str, (ROOT / "exp").glob(f"{name}*"))])
+
+
+def checkpoint(exp, name="checkpoint_0001"):
+    return torch.load(ROOT / "exp" / exp / "train" / f"{name}.pth.tar", weights_only=True)
+
+
+def assert_same_state(a, b):
+    assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for name, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][name]), name
+    for name in ("embeddings", "labels"):
+        assert torch.equal(a["memory"][name], b["memory"][name]), name
+    assert (a["memory"]["next"], a["memory"]["filled"]) == (b["memory"]["next"], b["memory"]["filled"])
+    for i, state in a["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def test_help_is_grouped_and_tells_every_flag():
+    text = run("train.py", "--help").stdout
+    for group in ("what to do", "network", "training data and views", "loss and memory", "optimisation",
+                  "checkpoints and log", "extraction", "devices and processes"):
+        assert f"\n{group}" in text
+    for action in train.build_parser()._actions:
+        assert action.help, action.option_strings
+
+
+def test_train_py_stays_readable():
+    source = (ROOT / "train.py").read_text()
+    assert len(source.splitlines()) < 1000
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_parse_and_are_complete(name):
+    parents = [ROOT / "exp" / "v19.args"]
+    flags = {line.split()[0] for line in (ROOT / "exp" / f"{name}.args").read_text().splitlines() if line[:2] == "--"}
+    assert {line.split()[0] for line in parents[0].read_text().splitlines() if line[:2] == "--"} <= flags
+    args = train.build_parser().parse_args([f"@{ROOT}/exp/{name}.args"])
+    assert args.exp == name
+    for pipeline in (args.view0, args.view1):
+        assert all(op in views.OPS for group in views.parse_ops(pipeline, args.op_prob) for op, _, _ in group)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["-a", "no_such_net"], "--arch"), (["-a", "tf_efficientnetv2_sx"], "close: tf_efficientnetv2"),
+    (["--ncrops", 1], "--ncrops 1"), (["--memory-size", 4, "--batch-size", 8], "smaller than one batch of 16"),
+    (["--memory-size", 10_000_000_000], "GiB"), (["--weight", "absent.pth"], "no such file: absent.pth"),
+    (["--resume", "absent.pth"], "no such file: absent.pth"), (["--view1", "crop:0.5=1 sparkle"], "'sparkle'"),
+    (["--view1", "[hflip"], "brackets"), (["--lr-schedule", "bogus"], "--lr-schedule"), (["@exp/v99.args"], "v99"),
+    (["--multiprocessing-distributed", "--nproc", 3, "--device", "cpu"], "cannot be shared by 3"),
+    (["--batch-size", 25], "25 descriptors|do not fill one batch"),
+])
+def test_wrong_flags_are_told_in_one_line(photos, exp, flags, words):
+    memory = [] if "--memory-size" in flags else ["--memory-size", 0]
+    done = run("train.py", *TINY, *memory, "--exp", exp, *flags, photos, code=2)
+    assert re.search(words, done.stderr)
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_missing_or_empty_folder(tmp_path, exp):
+    assert "no such folder" in run("train.py", *TINY, "--exp", exp, tmp_path / "absent", code=2).stderr
+    assert "no photos in" in run("train.py", *TINY, "--exp", exp, tmp_path, code=2).stderr
+
+
+def test_old_timm_names_resolve_and_are_stored(photos, exp):
+    done = run("train.py", *TINY, "--exp", exp, "-a", "swin_base_patch4_window7_224_in22k", "--pool", "backbone",
+               "--input-size", 224, "--epochs", 1, "--sample-size", 4, "--batch-size", 4, photos)
+    assert "swin_base_patch4_window7_224.ms_in22k (asked for: swin_base_patch4_window7_224_in22k)" in done.stdout
+    assert checkpoint(exp, "checkpoint_0000")["arch"] == "swin_base_patch4_window7_224.ms_in22k"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photos and views
+
+
+def views_of(photos, *flags):
+    args = train.parse_args([*map(str, TINY), *flags, str(photos)])
+    return views.Views(args, photos, photo_files.list_photos(photos)[0], train.RESIZES["crop"], [0.5] * 3, [0.5] * 3)
+
+
+def test_view_depends_on_seed_epoch_photo_and_number_only(photos):
+    everything = "[rotation screenshot overlay crop:0.2 jitter:0.4:0.4:0.4:0.1 pixelize shuffle jpeg gray blur " \
+                 "perspective hflip vflip text emoji] erase"
+    a, b = (views_of(photos, "--view1", everything, "--op-prob", "0.7") for _ in range(2))
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    first = [a[(0, i)][0] for i in range(8)]
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[2])
+    assert (np.random.get_state()[1] == states[1]).all()
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    for i in reversed(range(8)):
+        assert torch.equal(b[(0, i)][0], first[i])
+    assert not torch.equal(a[(1, 0)][0], first[0])
+    assert not torch.equal(first[0][0], first[0][1])
+
+
+def test_recipe_views_never_fail_on_ordinary_photos(photos):
+    dataset = views_of(photos, "--op-prob", "1")
+    for i in range(len(dataset)):
+        images, label, unreadable, failed = dataset[(0, i)]
+        assert images.shape == (2, 3, 32, 32) and label == i and not unreadable and not failed
+
+
+def test_operations_do_what_they_say():
+    rng = np.random.default_rng(0)
+    img = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    pixels = np.sort(np.asarray(img).reshape(-1, 3), 0)
+    shuffled = [np.asarray(views.shuffle_pixels(img, rng, 0.1)) for _ in range(2)]
+    assert (np.sort(shuffled[0].reshape(-1, 3), 0) == pixels).all()
+    moved = [(s != np.asarray(img)).any(-1) for s in shuffled]
+    assert 0.05 < moved[0].mean() <= 0.1 and (moved[0] != moved[1]).any()  # AugLy's moves the same pixels each time
+    erased = views.random_erasing(torch.zeros(3, 64, 64), rng)
+    assert 0.01 < (erased != 0).float().mean() < 0.35 and erased.std() > 0.1
+    assert views.parse_ops("crop:0.2=1 [gray text=0.5] jpeg", 0.3) == [
+        [("crop", (0.2,), 1.0)], [("gray", (), 0.3), ("text", (), 0.5)], [("jpeg", (), 0.3)]]
+
+
+def test_bracketed_operations_run_in_another_order_for_each_photo(photos, monkeypatch):
+    dataset = views_of(photos, "--view1", "[hflip=1 vflip=1 gray=1] text=1")
+    seen = []
+    for name in ("hflip", "vflip", "gray", "text"):
+        monkeypatch.setitem(views.OPS, name, lambda img, rng, v, name=name: seen.append(name) or img)
+    orders = []
+    for i in range(12):
+        seen.clear()
+        dataset.view(dataset.open(i), 0, i, 1)
+        orders.append(tuple(seen))
+    assert len(set(orders)) > 2 and all(order[-1] == "text" for order in orders)
+
+
+def odd_photos(folder):
+    """Photos of unusual kinds, all readable but for the header bomb."""
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (48, 64), dtype=np.uint8)
+    rgb = Image.fromarray(np.stack([grey, grey.T.reshape(48, 64), 255 - grey], -1))
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(grey).save(folder / "grey8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "grey16.png")
+    Image.fromarray(np.stack([grey, grey], -1), "LA").save(folder / "la.png")
+    rgb.convert("RGBA").save(folder / "rgba.png")
+    rgb.convert("P").save(folder / "palette.png", transparency=3)
+    rgb.save(folder / "animated.gif", save_all=True, append_images=[rgb.rotate(90)])
+    exif = rgb.getexif()
+    exif[274] = 6
+    rgb.save(folder / "turned.JPEG", exif=exif)
+    rgb.resize((1, 1)).save(folder / "dot.PNG")
+    rgb.resize((3, 500)).save(folder / "line.jpg")
+    rgb.save(folder / "photo.webp"), rgb.save(folder / "photo.bmp"), rgb.save(folder / "photo2.tif")
+    bomb = bytearray((folder / "grey8.png").read_bytes())
+    bomb[16:24] = (20000).to_bytes(4, "big") * 2
+    import zlib
+    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
+    (folder / "bomb.png").write_bytes(bytes(bomb))
+    os.rename(folder / "photo.bmp", folder / "photo3.BMP")
+    return folder
+
+
+def test_odd_photos_survive_training(tmp_path, exp):
+    odd_photos(tmp_path)
+    done = run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--op-prob", 0.8, tmp_path)
+    assert "14 found" in done.stdout and "1 unreadable photos" in done.stdout
+    rows = list(csv.reader(open(ROOT / "exp" / exp / "train" / "skipped.csv")))
+    assert rows[1][0] == "bomb.png" and "DecompressionBomb" in rows[1][1]
+
+
+def test_opened_photos_are_rgb_and_keep_their_values(tmp_path):
+    odd_photos(tmp_path)
+    grey8, grey16 = (np.asarray(photo_files.open_photo(tmp_path / name)) for name in ("grey8.png", "grey16.png"))
+    assert (grey8 == grey16).all()
+    assert photo_files.open_photo(tmp_path / "turned.JPEG").size == (64, 48)
+    assert photo_files.open_photo(tmp_path / "turned.JPEG", exif_transpose=True).size == (48, 64)
+    for path in photo_files.list_photos(tmp_path)[0]:
+        if path != "bomb.png":
+            assert photo_files.open_photo(tmp_path / path).mode == "RGB"
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (np.asarray(photo_files.open_photo(tmp_path / "clear.png")) == 255).all()
+
+
+def test_views_png_and_args_json_show_the_run(photos, exp):
+    run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--ncrops", 3, photos)
+    out = ROOT / "exp" / exp / "train"
+    assert Image.open(out / "views.png").size == (4 * 34 + 2, 8 * 34 + 2)  # 8 photos in rows: itself and 3 views
+    assert json.loads((out / "args.json").read_text())["ncrops"] == 3
+    log = list(csv.DictReader(open(out / "log.csv")))
+    assert log[-1]["step"] == "6" and float(log[-1]["loss"]) > 0 and list(out.glob("events.*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Network
+
+
+def network(**changes):
+    args = train.parse_args(["-a", "test_efficientnet", "--no-pretrained", "--input-size", "64", "x"])
+    vars(args).update(changes)
+    return train.Descriptor(args, False)
+
+
+def test_gem_and_descriptor_formula():
+    x = torch.rand(2, 5, 4, 3) - 0.3
+    by_hand = np.power(np.power(np.maximum(x.double().numpy(), 1e-6), 3.0).mean((2, 3)), 1 / 3)
+    assert np.allclose(train.gem(x, 3.0), by_hand, atol=1e-6)
+    net = network(gem_p=3.0, gem_eval_p=5.0)
+    images = torch.rand(4, 3, 64, 64)
+    for training, p in ((True, 3.0), (False, 5.0)):
+        net.train(training)
+        features = train.gem(net.backbone(images)[-1], p)
+        expected = torch.nn.functional.normalize(net.bn(net.fc(features)))
+        assert torch.allclose(net(images), expected, atol=1e-5)
+    assert {name.split(".")[0] for name in net.state_dict()} == {"backbone", "fc", "bn"}
+
+
+def test_channels_last_feature_maps_are_pooled_over_space():
+    net = network(arch="test_mambaout", head="none").eval()
+    images = torch.rand(2, 3, 64, 64)
+    maps = net.backbone(images)[-1]
+    assert str(net.backbone.output_fmt).endswith("NHWC") and maps.shape[-1] == net.dim
+    expected = torch.nn.functional.normalize(maps.clamp(min=1e-6).pow(4).mean((1, 2)).pow(1 / 4))
+    assert torch.allclose(net(images), expected, atol=1e-5)
+
+
+def test_no_weight_decay_on_vectors_biases_and_gains():
+    net = network(arch="test_nfnet")
+    names = {id(p): name for name, p in net.named_parameters()}
+    spared, decayed = ([names[id(p)] for p in group["params"]] for group in train.param_groups(net, 0.1))
+    assert any(name.endswith("gain") for name in spared) and "fc.weight" in decayed and "bn.weight" in spared
+    assert len(spared) + len(decayed) == len(names)
+    assert not any(name.endswith(".bias") or "gain" in name for name in decayed)
+
+
+def test_schedules():
+    value = {name: [f(e, e + 0.5, 4) for e in range(4)] for name, f in train.SCHEDULES.items()}
+    assert np.allclose(value["cosine"], [1, 0.853553, 0.5, 0.146447], atol=1e-6)
+    assert np.allclose(value["cosine-iter"], [0.961940, 0.691342, 0.308658, 0.038060], atol=1e-6)
+    assert value["linear"] == [1, 0.75, 0.5, 0.25] and value["constant"] == [1, 1, 1, 1]
+
+
+def test_local_backbone_weights(tmp_path, photos, exp):
+    import timm
+    from safetensors.torch import save_file
+    net = timm.create_model("test_efficientnet")
+    save_file(net.state_dict(), tmp_path / "own.safetensors")
+    torch.save({f"other.{i}": v for i, v in enumerate(net.state_dict().values())}, tmp_path / "renamed.pth")
+    torch.save({k: v for k, v in list(net.state_dict().items())[3:]}, tmp_path / "short.pth")
+    for name in ("own.safetensors", "renamed.pth"):
+        state = train.read_backbone_weights(tmp_path / name, "test_efficientnet")
+        backbone = train.Descriptor(train.parse_args(["-a", "test_efficientnet", "x"]), state).backbone
+        assert torch.equal(backbone.conv_stem.weight, net.conv_stem.weight)
+    flags = [flag for flag in TINY if flag != "--no-pretrained"]
+    done = run("train.py", *flags, "--exp", exp, "--backbone-weights", tmp_path / "short.pth", photos, code=2)
+    assert "3 tensors missing" in done.stderr and "conv_stem.weight" in done.stderr
+    run("train.py", *flags, "--exp", exp, "--epochs", 1, "--backbone-weights", tmp_path / "own.safetensors", photos)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and memory, against the definitions
+
+
+def dense_contrastive(batches, memory_size, pos_margin, neg_margin):
+    """Loss and gradient of the last of `batches` [(descriptors [B, d], labels [B])], by the definition (notes v10):
+    enqueue first, then each row against all of the memory but its own copy; means over non-zero terms, summed."""
+    memory = []
+    for descriptors, labels in batches:
+        x = descriptors.double().detach().requires_grad_()
+        memory += [(row.detach(), int(label), (len(batches), i)) for i, (row, label) in enumerate(zip(x, labels))]
+        fresh = {id(entry) for entry in memory[-len(x):]}
+        memory = memory[-memory_size:]
+        own = [entry for entry in memory if id(entry) in fresh]
+        positive, negative = [], []
+        for i, label in enumerate(labels):
+            for entry in memory:
+                if entry is own[i]:
+                    continue
+                distance = (torch.nn.functional.normalize(x[i], dim=0) - entry[0] / entry[0].norm()).norm()
+                if entry[1] == int(label):
+                    positive.append(torch.relu(distance - pos_margin))
+                else:
+                    negative.append(torch.relu(neg_margin - distance))
+        terms = [torch.stack(part)[torch.stack(part) > 0] for part in (positive, negative)]
+        loss = sum(part.mean() for part in terms if len(part))
+    loss.backward()
+    return loss.detach(), x.grad, memory
+
+
+def batches_of(count, size, dim=8):
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.nn.functional.normalize(torch.randn(size, dim, generator=generator)),
+             torch.randint(0, 6, (size,), generator=generator)) for _ in range(count)]
+
+
+def criterion(processes=1, **changes):
+    args = Namespace(loss="contrastive", miner="none", memory_size=20, pos_margin=0.1, neg_margin=1.1, margin=0.1,
+                     temperature=0.1, type_of_triplets="all", world_scaled_loss=False, processes=processes)
+    vars(args).update(changes)
+    return train.Criterion(args, 8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])  # 5 x 8 rows wrap around the 20 slots of the memory
+def test_memory_loss_equals_its_definition(count):
+    batches, ours = batches_of(count, 8), criterion()
+    for descriptors, labels in batches:
+        x = descriptors.clone().requires_grad_()
+        loss = ours(x, labels)
+    loss.backward()
+    expected, gradient, memory = dense_contrastive(batches, 20, 0.1, 1.1)
+    assert abs(loss.item() - expected.item()) < 1e-5
+    assert torch.allclose(x.grad.double(), gradient, atol=1e-5)
+    state = ours.memory_state()
+    filled = 20 if state["filled"] else state["next"]
+    assert sorted(state["labels"][:filled].tolist()) == sorted(entry[1] for entry in memory)
+
+
+def two_ranks(rank, meeting, results):
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    ours = criterion(processes=2)
+    for descriptors, labels in batches_of(5, 8):
+        half = slice(4 * rank, 4 * rank + 4)
+        x = descriptors[half].clone().requires_grad_()
+        loss = ours(x, labels[half])
+    loss.backward()
+    torch.save({"loss": loss.detach(), "grad": x.grad, **ours.memory_state()}, f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_memory_loss_on_two_ranks_equals_its_definition(tmp_path):
+    torch.multiprocessing.spawn(two_ranks, (tmp_path / "meeting", tmp_path), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    expected, gradient, memory = dense_contrastive(batches_of(5, 8), 20, 0.1, 1.1)
+    assert torch.allclose(torch.cat([part["grad"] for part in parts]).double(), gradient, atol=1e-5)
+    for part in parts:
+        assert abs(part["loss"].item() - expected.item()) < 1e-5
+        for name in ("embeddings", "labels"):
+            assert torch.equal(part[name], parts[0][name])
+    order = [(parts[0]["next"] + i) % 20 for i in range(20)]  # oldest first
+    assert parts[0]["labels"][order].tolist() == [entry[1] for entry in memory]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs: the same with any number of workers, any way to start, after any interruption
+
+
+def test_same_weights_with_any_number_of_workers(photos, exp):
+    for workers in (0, 1, 3):
+        run("train.py", *TINY, "-j", workers, "--exp", f"{exp}{workers}", photos)
+    for workers in (1, 3):
+        assert_same_state(checkpoint(f"{exp}0"), checkpoint(f"{exp}{workers}"))
+
+
+def test_spawned_processes_and_torchrun_train_alike(photos, exp):
+    port = 20000 + os.getpid() % 20000
+    run("train.py", *TINY, "--exp", f"{exp}a", "--multiprocessing-distributed", "--nproc", 2, "--dist-url",
+        f"tcp://localhost:{port}", photos)
+    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *TINY, "--exp", f"{exp}b",
+        photos)
+    a, b = checkpoint(f"{exp}a"), checkpoint(f"{exp}b")
+    assert_same_state(a, b)
+    assert a["memory"]["filled"] and a["processes"] == 2
+    done = run("train.py", *TINY, "--exp", f"{exp}a", "--epochs", 3, "--resume", "auto", photos)
+    assert "processes 2 -> 1" in done.stdout and "at epoch 2, step 12" in done.stdout
+    assert checkpoint(f"{exp}a", "checkpoint_0002")["step"] == 18
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_the_same(photos, exp):
+    flags = [*TINY, "--epochs", 10, "--save-steps", 1, "-j", 2]
+    run("train.py", *flags, "--exp", f"{exp}whole", photos)
+    out, moments = ROOT / "exp" / f"{exp}broken" / "train", np.random.default_rng(3)
+    env, kills = {**os.environ, "OMP_NUM_THREADS": "1"}, 0
+    while kills < 10:
+        process = subprocess.Popen(list(map(str, [sys.executable, "train.py", *flags, "--exp", f"{exp}broken",
+                                                  "--resume", "auto", photos])), cwd=ROOT, env=env,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        before, deadline = newest_step(out), time.time() + 60
+        while newest_step(out) < before + 2 and process.poll() is None and time.time() < deadline:
+            time.sleep(0.02)  # past the imports, into the training
+        time.sleep(moments.uniform(0, 0.15))
+        assert process.poll() is None, "ended before it could be killed: train longer"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        for file in out.glob("*.pth.tar"):
+            torch.load(file, weights_only=True)  # whole, or not there
+    run("train.py", *flags, "--exp", f"{exp}broken", "--resume", "auto", photos)
+    assert_same_state(checkpoint(f"{exp}whole", "checkpoint_0009"), checkpoint(f"{exp}broken", "checkpoint_0009"))
+    steps = [[row["step"], row["loss"]] for row in csv.DictReader(open(out / "log.csv"))]
+    assert len({step for step, _ in steps}) == len(steps)
+
+
+def newest_step(folder):
+    """Number of changes of the log, as a cheap sign of progress."""
+    try:
+        return len((folder / "log.csv").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_continues(photos, exp):
+    flags = list(map(str, [sys.executable, "train.py", *TINY, "--epochs", 200, "-p", 1, "--exp", exp, photos]))
+    process = subprocess.Popen(flags, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    out = ROOT / "exp" / exp / "train"
+    while newest_step(out) < 4:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "continue with --resume auto" in process.communicate(timeout=60)[0] and process.returncode == 130
+    step = checkpoint(exp, "latest")["step"]
+    done = run("train.py", *TINY, "--exp", exp, "--epochs", step // 6 + 1, "--resume", "auto", photos)
+    assert f"step {step}" in done.stdout
+
+
+def test_nan_loss_stops_with_step_and_checkpoint(photos, exp):
+    done = run("train.py", *TINY, "--exp", exp, "--lr", 1e30, "--amp", "off", "-p", 1, "--epochs", 3, photos, code=1)
+    assert re.search(r"the loss is (nan|inf) at step \d+; last checkpoint: ", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_resume_with_another_network_lists_keys(photos, exp):
+    run("train.py", *TINY, "--exp", exp, "--epochs", 1, photos)
+    file = ROOT / "exp" / exp / "train" / "checkpoint_0000.pth.tar"
+    done = run("train.py", *TINY, "--exp", exp, "-a", "test_resnet", "--resume", file, photos, code=2)
+    assert "does not fit this network" in done.stderr and "backbone." in done.stderr
+    done = run("train.py", *TINY, "--exp", exp, "--dim", 64, "--weight", file, photos, code=2)
+    assert "--dim differs?" in done.stderr and "[256" in done.stderr and "[64" in done.stderr
+    done = run("train.py", *TINY, "--exp", exp, "--epochs", 2, "--memory-size", 40, "--resume", file, photos)
+    assert "memory starts empty" in done.stdout
+    assert checkpoint(exp)["step"] == 12
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/pwned-by-checkpoint",)
+
+
+def test_published_form_loads_and_code_is_refused(photos, exp, tmp_path):
+    net = network()
+    state = {f"module.{name}": value for name, value in net.state_dict().items()}
+    legacy = {"epoch": 10, "arch": "test_efficientnet", "state_dict": state, "optimizer": {},
+              "args": Namespace(arch="test_efficientnet", input_size=64, gem_p=1.0, gem_eval_p=1.0)}
+    torch.save(legacy, tmp_path / "legacy.pth.tar")
+    run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--lr", 0, "--weight", tmp_path / "legacy.pth.tar", photos)
+    assert torch.equal(checkpoint(exp, "checkpoint_0000")["state_dict"]["fc.weight"], net.fc.weight)
+    for name, content in (("evil.pth", {**legacy, "args": Evil()}), ("odd.pth", {**legacy, "x": Path("a")})):
+        torch.save(content, tmp_path / name)
+        done = run("train.py", *TINY, "--exp", exp, "--weight", tmp_path / name, photos, code=2)
+        assert "was not loaded: it could run code" in done.stderr
+    assert not Path("/tmp/pwned-by-checkpoint").exists()
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "list.pth").write_bytes(pickle.dumps([1, 2]))
+    for name in ("text.pth", "list.pth"):
+        assert "checkpoint" in run("train.py", *TINY, "--exp", exp, "--weight", tmp_path / name, photos, code=2).stderr
