@@ -52,6 +52,17 @@ def check_finite(path, name, block, ids):
         raise InputError(f"{path}: NaN or infinity in `{name}`, ids {first_three(bad)}")
 
 
+def count_gpus(wanted):
+    """Number of GPUs to use; faiss on CPUs alone lacks what is needed to use one."""
+    if not wanted:
+        return 0
+    import faiss
+    there = faiss.get_num_gpus() if hasattr(faiss, "index_cpu_to_all_gpus") else 0
+    if wanted > there:
+        raise InputError(f"--ngpu {wanted}: faiss sees {there} GPUs")
+    return there if wanted < 0 else wanted
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -61,11 +72,12 @@ def write_descriptors(path, groups, attrs, keep=()):
 
     Args:
         path: file to write.
-        groups: name -> (vectors [n, d], array or memmap of any float type, ids [n] of str); names from GROUPS.
+        groups: name -> (vectors [n, d], ids [n] of str); vectors are an array or memmap of any float type, or rows that
+            are read in blocks; names are those of GROUPS.
         attrs: attributes of the file; dicts and lists become JSON. `checkpoint_sha256` is also set on each group.
         keep: names of groups to copy, as they are, from the file that is already at `path`.
 
-    Rows are sorted and written in blocks of BLOCK: memory stays bounded if `vectors` is a memmap.
+    Rows are sorted and written in blocks of BLOCK: memory stays bounded if `vectors` is no array.
 
     Raises:
         InputError: ids that occur twice, as many ids as rows not given, other dimensions than the rest, rows with NaN
@@ -90,7 +102,7 @@ def write_descriptors(path, groups, attrs, keep=()):
 
 def write_group(path, out, name, vectors, ids):
     """Write vectors [n, d] as `name` and ids [n] as `name`_ids to the open file `out`, sorted by id."""
-    if vectors.ndim != 2 or len(vectors) != len(ids):
+    if len(vectors.shape) != 2 or len(vectors) != len(ids):
         raise InputError(f"{path}: `{name}` of shape {vectors.shape} with {len(ids)} ids")
     if len(twice := duplicates(ids)):
         raise InputError(f"{path}: duplicate ids in `{name}`: {first_three(twice)}")
@@ -139,7 +151,24 @@ def read_ids(dataset):
         raise InputError(f"{dataset.file.filename}: `{dataset.name.strip('/')}` is not UTF-8: {error.object}") from None
 
 
-class Rows:
+class BlockRows:
+    """Rows [n, dim] that are read in blocks: what has `ids` [n], `shape` and `read(start, stop)`."""
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        """Rows of an index array; what lies between the first and the last of them is read."""
+        first = rows.min()
+        return self.read(first, rows.max() + 1)[rows - first]
+
+    def blocks(self, size=BLOCK):
+        """Iterate over (start, float32 [up to size, dim])."""
+        for start in range(0, len(self), size):
+            yield start, self.read(start, start + size)
+
+
+class Rows(BlockRows):
     """One group of an open descriptor file. Nothing but the ids is in memory; rows are read, and checked, in blocks.
 
     Attributes: ids [n] of str, shape (n, dim), deviation: largest | |row| - 1 | of the rows read so far, checkpoint:
@@ -152,9 +181,6 @@ class Rows:
         self.checkpoint = dataset.attrs.get("checkpoint_sha256")
         self.check()
         self.shape = (len(ids), dataset.shape[1])
-
-    def __len__(self):
-        return len(self.ids)
 
     def check(self):
         """Raise InputError for a wrong shape or type, a wrong number of ids, duplicate ids, no rows."""
@@ -183,11 +209,6 @@ class Rows:
         norms = np.sqrt(np.einsum("ij,ij->i", block, block))
         self.deviation = max(self.deviation, float(np.abs(norms - 1).max(initial=0)))
         return block
-
-    def blocks(self, size=BLOCK):
-        """Iterate over (start, float32 [up to size, dim])."""
-        for start in range(0, len(self), size):
-            yield start, self.read(start, start + size)
 
 
 class Descriptors:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from descriptors import Descriptors, InputError, first_three, replacing
+from descriptors import Descriptors, InputError, count_gpus, first_three, replacing
 from tqdm import tqdm
 
 PAIR = np.dtype([("query", np.int32), ("reference", np.int64), ("score", np.float64)])  # rows, -(squared L2)
@@ -148,11 +148,14 @@ def squared_distances(queries, references, i, j):
     return result
 
 
-def rounding_error(queries, references):
+def longest(rows):
+    """Largest norm of rows [n, d]."""
+    return float(np.sqrt(np.einsum("ij,ij->i", rows, rows).max()))
+
+
+def rounding_error(dim, query_norm, reference_norm):
     """Bound of the error of |q|^2 + |r|^2 - 2 q.r in float32: (d + 8) u (|q| + |r|)^2, u = 2^-24 (Higham, 3.1)."""
-    norm = np.sqrt(np.square(queries, dtype=np.float64).sum(axis=1).max()) \
-        + np.sqrt(np.square(references, dtype=np.float64).sum(axis=1).max())
-    return (queries.shape[1] + 8) * 2.0**-24 * norm**2
+    return (dim + 8) * 2.0**-24 * (query_norm + reference_norm)**2
 
 
 class BlockIndex:
@@ -214,26 +217,27 @@ def search(queries, references, limit, positives, ngpu=0, memory=2**30, progress
     Returns: PAIR [min(limit, nq * nr)], sorted by query row and reference row.
     """
     largest = max(FIRST_BLOCK, memory // BYTES_PER_PAIR // QUERIES_AT_ONCE)
-    found, radius = np.empty(0, PAIR), np.inf
+    found, n_found, radius, query_norm = [np.empty(0, PAIR)], 0, np.inf, longest(queries)
     bar = tqdm(total=len(references), unit=" references", unit_scale=True, disable=None if progress else True)
     start, size = 0, FIRST_BLOCK
     while start < len(references):
         block = references.read(start, start + size)
-        index, error = BlockIndex(block, ngpu), rounding_error(queries, block)
+        index, error = BlockIndex(block, ngpu), rounding_error(block.shape[1], query_norm, longest(block))
         for first in range(0, len(queries), QUERIES_AT_ONCE):
             batch = queries[first:first + QUERIES_AT_ONCE]
             i, j = index.within(batch, radius + error)
             new = np.empty(len(i), PAIR)
             new["query"], new["reference"], new["score"] = first + i, start + j, -squared_distances(batch, block, i, j)
-            found = np.concatenate([found, new[new["score"] >= -radius]])
-            if len(found) > limit + limit // 2:
-                found = best(found, limit, positives, len(references))
-                radius = -found["score"].min()
+            found.append(new[new["score"] >= -radius])
+            n_found += len(found[-1])
+            if n_found > limit + limit // 2:
+                found, n_found = [best(np.concatenate(found), limit, positives, len(references))], limit
+                radius = -found[0]["score"].min()
         bar.update(len(block))
         start += len(block)
         size = min(start, largest)
     bar.close()
-    found = best(found, limit, positives, len(references))
+    found = best(np.concatenate(found), limit, positives, len(references))
     return found[np.lexsort((found["reference"], found["query"]))]
 
 
@@ -245,7 +249,7 @@ def search_topk(queries, references, k, positives, ngpu=0, memory=2**30, progres
     """
     import faiss
     spare = k + 16
-    near, rows, error = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), 0.0
+    near, rows, norm = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), 0.0
     bar = tqdm(total=len(references), unit=" references", unit_scale=True, disable=None if progress else True)
     gpu = faiss.StandardGpuResources() if ngpu else None
     for start, block in references.blocks(max(spare, memory // BYTES_PER_PAIR // QUERIES_AT_ONCE)):
@@ -254,13 +258,13 @@ def search_topk(queries, references, k, positives, ngpu=0, memory=2**30, progres
         near, rows = np.hstack([near, d]), np.hstack([rows, j + start])
         order = np.argsort(near, axis=1, kind="stable")[:, :spare]
         near, rows = np.take_along_axis(near, order, 1), np.take_along_axis(rows, order, 1)
-        error = max(error, rounding_error(queries, block))
+        norm = max(norm, longest(block))
         bar.update(len(block))
     bar.close()
     found = np.empty(rows.size, PAIR)
     found["query"], found["reference"] = np.repeat(np.arange(len(queries)), rows.shape[1]), rows.ravel()
     found["score"] = -exact_distances(queries, references, found)
-    result = []
+    result, error = [], rounding_error(queries.shape[1], longest(queries), norm)
     for i, pairs in enumerate(found.reshape(rows.shape)):
         kept = best(pairs, k, positives, len(references))
         if rows.shape[1] < len(references) and near[i, -1] - error <= -kept["score"].min():
@@ -377,8 +381,8 @@ class Evaluation:
         if attrs.get("contaminated"):
             self.attrs["contaminated"] = str(attrs["contaminated"])
             if not args.allow_contaminated:
-                raise InputError(f"{self.path}: its checkpoint was trained on {attrs['contaminated']}: a score on that is "
-                                 "no measurement (--allow-contaminated shows it, marked)")
+                raise InputError(f"{self.path}: its checkpoint was trained on {attrs['contaminated']}: a score on that "
+                                 "is no measurement (--allow-contaminated shows it, marked)")
 
     def metrics(self):
         """The output: a dict that is ready for JSON."""
@@ -720,17 +724,6 @@ def parse_args(argv=None):
     g.add_argument("--memory", type=size_in_bytes, default="1G", metavar="SIZE", help="for the search, e.g. 500M; the "
                    "result does not depend on it (default: 1G)")
     return parser.parse_args(argv)
-
-
-def count_gpus(wanted):
-    """Number of GPUs to use; faiss on CPUs alone lacks what is needed to use one."""
-    if not wanted:
-        return 0
-    import faiss
-    there = faiss.get_num_gpus() if hasattr(faiss, "index_cpu_to_all_gpus") else 0
-    if wanted > there:
-        raise InputError(f"--ngpu {wanted}: faiss sees {there} GPUs")
-    return there if wanted < 0 else wanted
 
 
 def check_args(args):

@@ -128,7 +128,8 @@ def larger(tmp_path):
 def test_same_output_for_any_block_size_and_thread_count(larger, tmp_path, capsys, monkeypatch):
     file, gt, q, r, truth = larger
     outputs = set()
-    for first, at_once, memory, threads in [(16, 1024, "1G", 2), (1, 7, "1M", 1), (3000, 300, "1G", 2), (9, 64, "2M", 3)]:
+    for first, at_once, memory, threads in [(16, 1024, "1G", 2), (1, 7, "1M", 1), (3000, 300, "1G", 2),
+                                            (9, 64, "2M", 3)]:
         monkeypatch.setattr(eval_metrics, "FIRST_BLOCK", first)
         monkeypatch.setattr(eval_metrics, "QUERIES_AT_ONCE", at_once)
         faiss.omp_set_num_threads(threads)
@@ -165,10 +166,12 @@ def test_candidates_score_the_same_as_csv(larger, tmp_path, capsys):
     assert result["queries_dropped"] == 20 and result["queries_missing"] == 0
 
 
-def test_bootstrap_and_compare(larger, tmp_path, capsys):
-    file, gt, q, r, _ = larger
-    noise = np.random.default_rng(0).standard_normal(q.shape).astype(np.float32)
-    other = save(tmp_path / "b.h5", q + 0.3 * noise, r)
+def test_bootstrap_and_compare(tmp_path, capsys):
+    r = unit(400, 32)
+    q, noise = r[:200].copy(), unit(200, 32, 1)
+    q[100:] = unit(100, 32, 2)
+    gt = write_truth(tmp_path / "gt.csv", [(f"Q{i}", f"R{i}" if i < 120 else "") for i in range(200)])
+    file, other = save(tmp_path / "a.h5", q, r), save(tmp_path / "b.h5", q + 2 * noise, r)
     result, _ = scores(capsys, file, gt, "--bootstrap", 200, "--compare", other)
     low, high = result["average_precision_interval"]
     assert low < result["average_precision"] < high and high - low < 0.3
@@ -211,7 +214,8 @@ def test_t4_wrong_predictions(tmp_path, capsys):
     file = tmp_path / "p.csv"
     header = "query_id,reference_id,score\n"
     for text, message in [(header + "Q0,R0,1\nQ1,R1,.5\nQ0,R0,.9\n", r"pair given twice: line 4 (Q0, R0)"),
-                          ("query_id,score\nQ0,1\n", "missing column reference_id"), ("Q0,R0\n", "missing column score"),
+                          ("query_id,score\nQ0,1\n", "missing column reference_id"),
+                          ("Q0,R0\n", "missing column score"),
                           ("Q0,R0,1\nQ7,R0,1\n", "query not in the ground truth (--drop-unknown leaves such rows out): "
                            "line 2 (Q7, R0)"),
                           ("Q0,R0,nan\n", "score is not a finite number: line 1 (Q0, R0)"), ("", "is empty")]:
@@ -295,7 +299,8 @@ def test_t7_collapsed_descriptors_score_the_worst_case(tmp_path, capsys, n):
 
 def test_wrong_flags(tmp_path, capsys):
     file, gt = save(tmp_path / "a.h5", unit(2), unit(2)), write_truth(tmp_path / "gt.csv", [("Q0", "R0")])
-    for flags, message in [(["--picture", "p.png"], "--picture needs --photos"), (["--ngpu", 9], "--ngpu 9: faiss sees"),
+    for flags, message in [(["--picture", "p.png"], "--picture needs --photos"),
+                           (["--ngpu", 9], "--ngpu 9: faiss sees"),
                            (["--photos", tmp_path], "no folder query_images"),
                            (["--report", tmp_path / "x/y"], "no such folder")]:
         assert message in scores(capsys, file, gt, *flags, code=2)[1]

@@ -1,0 +1,454 @@
+#!/usr/bin/env python3
+"""Post-process descriptors: centring, whitening, embedding isolation, score normalisation, ensembles.
+
+    python scripts/postprocess.py raw.h5 -o isolated.h5 isolate:beta=0.35,k=10,q=3,r=1
+    python scripts/postprocess.py raw.h5 -o final.h5 --preset v107-final
+    python scripts/postprocess.py a.h5 b.h5 -o ensemble.h5 concat l2 svd:dim=256 l2
+    python scripts/postprocess.py raw.h5 -o pairs.csv --preset v36-isolation-norm
+
+Steps are applied in the order given; a step is NAME or NAME:key=value,key=value. What a step learns, it learns from the
+training rows alone (`train` in the file: train.py --mode extract --target-set qrt). Steps and defaults:
+
+    l2         unit length
+    center     minus the mean of the training rows
+    whiten     PCA of the training rows: dim=256; each component is divided by its standard deviation
+    dba        training rows become the mean of their k neighbours, weighted by similarity^alpha: k=10,alpha=3
+    isolate    minus beta x the mean of the k nearest training rows, then unit length, q and r times for queries and
+               references: beta=0.35,k=10,q=3,r=3; only neighbours more similar than threshold=-1, weighted by
+               similarity^alpha=0; centroids=0: of that many k-means centroids instead of the training rows
+    norm       score normalisation: score = -(squared L2) - beta x level, level = mean similarity of the query to its k
+               nearest training rows, or with level=distance minus their mean squared L2: beta=0.5,k=3,level=similarity.
+               It is one more column, so that plain search gives this score less a constant
+    concat     several files side by side, which need the same ids; always the first step
+    svd        truncated SVD of the training rows, not centred: dim=256
+
+Where the output is a .csv it holds 10 pairs per query, query_id, reference_id and score, without the constant.
+A run that was killed continues from its last finished block. Inputs are never changed.
+"""
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import faiss
+import numpy as np
+from descriptors import BlockRows, Descriptors, InputError, count_gpus, first_three, replacing, write_descriptors
+from tqdm import tqdm
+
+BLOCK = 8192  # rows between two points from which a killed run can continue
+PRESETS = {  # the notes' results; each with the state of the notes' script that gave it
+    "v23-isolation": "isolate:beta=0.35,k=10,q=3,r=3",  # 7cc692d
+    "v23-norm": "norm:beta=1,k=3,level=distance",  # d920aad, on raw descriptors
+    "v23-isolation-norm": "isolate:beta=0.35,k=10,q=3,r=3 norm:beta=1,k=3",  # 7cc692d: the other reading of "w/ norm"
+    "v36-isolation-norm": "isolate:beta=0.35,k=10,q=3,r=3 norm:beta=0.5,k=3",  # d61e3b1
+    "v72-v75-ensemble": "concat l2 svd:dim=256 l2 isolate:beta=0.35,k=10,q=3,r=3",  # ea65c07
+    "v107-final": "dba:k=10,alpha=3 isolate:beta=0.35,k=10,q=1,r=1",  # 4d950c9
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows: read in blocks from the inputs and from what earlier steps wrote
+
+
+class StoredRows(BlockRows):
+    """Rows that a step wrote: float32 [n, d] in a plain binary file."""
+
+    def __init__(self, file, ids, dim):
+        self.file, self.ids, self.shape = file, ids, (len(ids), dim)
+
+    def read(self, start=0, stop=None):
+        stop = len(self) if stop is None else min(stop, len(self))
+        dim = self.shape[1]
+        return np.fromfile(self.file, np.float32, (stop - start) * dim, offset=start * dim * 4).reshape(-1, dim)
+
+
+class JoinedRows(BlockRows):
+    """The same rows of several files side by side."""
+
+    def __init__(self, members):
+        self.members, self.ids = members, members[0].ids
+        self.shape = (len(self.ids), sum(member.shape[1] for member in members))
+
+    def read(self, start=0, stop=None):
+        return np.hstack([member.read(start, stop) for member in self.members])
+
+
+def join(files):
+    """Open files -> name -> JoinedRows. InputError where groups, ids, their order or dimensions differ."""
+    first, groups = files[0], {}
+    for other in files[1:]:
+        if set(other.groups) != set(first.groups):
+            raise InputError(f"{first.path} holds {', '.join(first.groups)}, {other.path} {', '.join(other.groups)}")
+        for name, rows in first.groups.items():
+            check_same_ids(rows, other[name])
+            if rows.shape[1] != other[name].shape[1]:
+                raise InputError(f"`{name}` is {rows.shape} in {first.path}, {other[name].shape} in {other.path}")
+    for name in first.groups:
+        groups[name] = JoinedRows([file[name] for file in files])
+    return groups
+
+
+def check_same_ids(a, b):
+    """Raise InputError unless two Rows have the same ids in the same order; it names those that differ."""
+    for rows, other in ((a, b), (b, a)):
+        if len(missing := np.setdiff1d(rows.ids, other.ids)):
+            raise InputError(f"{other.path}: `{a.name}` lacks ids of {rows.path}: {first_three(missing)}")
+    if len(moved := a.ids[a.ids != b.ids]):
+        raise InputError(f"{a.path} and {b.path}: `{a.name}` in another order, from id {first_three(moved)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps: step(groups, parameters, ngpu) -> name -> function of a block [n, d] that gives the new rows [n, d'] and how
+# many of them kept their direction because they would have become zero; groups that are not named stay as they are
+
+
+class Pool:
+    """Exact search by inner product in rows [n, d] that are held in memory."""
+
+    def __init__(self, rows, ngpu):
+        self.rows, self.index = np.ascontiguousarray(rows), None
+        if ngpu:
+            self.index = faiss.IndexFlatIP(rows.shape[1])
+            self.index.add(self.rows)
+            self.index = faiss.index_cpu_to_all_gpus(self.index, ngpu=ngpu)
+
+    def search(self, x, k):
+        """Similarities and rows [n, k] of the k most similar to each of x [n, d]; fewer if the pool is smaller."""
+        k = min(k, len(self.rows))
+        if self.index:
+            return self.index.search(x, k)
+        return faiss.knn(x, self.rows, k, metric=faiss.METRIC_INNER_PRODUCT)
+
+    def weighted_sum(self, weights, rows):
+        """sum_j weights[i, j] * pool[rows[i, j]] -> [n, d]."""
+        total = np.zeros((len(rows), self.rows.shape[1]), np.float32)
+        for weight, row in zip(weights.T, rows.T):
+            total += weight[:, None] * self.rows[row]
+        return total
+
+
+def power(similarity, alpha):
+    """similarity^alpha; negative similarities count as 0 where alpha is no whole number."""
+    return np.power(similarity if alpha == int(alpha) else similarity.clip(0), alpha)
+
+
+def normalize(x, former=None):
+    """Rows of x [n, d] to unit length, and the number of those that have none: they become `former`, if given."""
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    zero = norm[:, 0] < 1e-6  # what a difference of unit vectors leaves at this length is rounding
+    x = x / np.where(norm < 1e-6, 1, norm)
+    if former is not None and zero.any():
+        x[zero] = normalize(former[zero])[0]
+    return x, int(zero.sum())
+
+
+def second_moment(rows):
+    """Mean [d] and mean of x x^T [d, d] of all rows, in float64, read in blocks."""
+    total, outer = 0, 0
+    for _, block in rows.blocks(BLOCK):
+        block = block.astype(np.float64)
+        total, outer = total + block.sum(axis=0), outer + block.T @ block
+    return total / len(rows), outer / len(rows)
+
+
+def largest_eigenvectors(matrix, dim, step):
+    """Eigenvalues [dim] and eigenvectors [d, dim] of a symmetric matrix [d, d], largest first."""
+    values, vectors = np.linalg.eigh(matrix)
+    rank = int((values > values[-1] * 1e-10).sum())
+    if dim > rank:
+        raise InputError(f"{step}:dim={dim}: the training rows span {rank} dimensions")
+    return values[::-1][:dim], vectors[:, ::-1][:, :dim]
+
+
+def l2(groups, p, ngpu):
+    return dict.fromkeys(groups, normalize)
+
+
+def center(groups, p, ngpu):
+    mean, _ = second_moment(groups["train"])
+    return dict.fromkeys(groups, lambda x: (x - mean, 0))
+
+
+def whiten(groups, p, ngpu):
+    """x -> diag(l)^(-1/2) V^T (x - mean), with eigenvalues l and eigenvectors V of the covariance (divided by n)."""
+    mean, outer = second_moment(groups["train"])
+    values, vectors = largest_eigenvectors(outer - np.outer(mean, mean), p["dim"], "whiten")
+    matrix = vectors / np.sqrt(values)
+    return dict.fromkeys(groups, lambda x: ((x - mean) @ matrix, 0))
+
+
+def svd(groups, p, ngpu):
+    """Onto the right singular vectors of the training rows (notes, ea65c07; there a randomised solver)."""
+    _, outer = second_moment(groups["train"])
+    _, vectors = largest_eigenvectors(outer, p["dim"], "svd")
+    return dict.fromkeys(groups, lambda x: (x.astype(np.float64) @ vectors, 0))
+
+
+def dba(groups, p, ngpu):
+    """t_i <- normalise(sum of t_j <t_i, t_j>^alpha over the k nearest, itself included) (notes, 2d06c76)."""
+    pool = Pool(groups["train"].read(), ngpu)
+
+    def smooth(x):
+        similarity, rows = pool.search(x, p["k"])
+        return normalize(pool.weighted_sum(power(similarity, p["alpha"]), rows), x)
+
+    return {"train": smooth}
+
+
+def isolate(groups, p, ngpu):
+    """x <- normalise(x - beta * n), n the weighted mean of the nearest training rows (notes, 7cc692d).
+
+    Weights are similarity^alpha above the threshold, else 0; their sum is guarded by 1e-9 as in the notes. A row that
+    the subtraction makes zero keeps its direction and is counted.
+    """
+    rows = groups["train"].read()
+    pool = Pool(centroids(rows, p["centroids"]) if p["centroids"] else rows, ngpu)
+
+    def iterate(iterations, x):
+        kept = 0
+        for _ in range(iterations):
+            similarity, near = pool.search(x, p["k"])
+            weights = power(similarity, p["alpha"]) * (similarity > p["threshold"])
+            mean = pool.weighted_sum(weights / (weights.sum(axis=1, keepdims=True) + 1e-9), near)
+            x, zero = normalize(x - np.float32(p["beta"]) * mean, x)
+            kept += zero
+        return x, kept
+
+    return {name: partial(iterate, p[name[0]]) for name in ("query", "reference") if p[name[0]]}
+
+
+def centroids(rows, n):
+    """n k-means centroids of rows [m, d], of unit length (notes, 7cc692d: 20 iterations, 10,000 rows a centroid)."""
+    if n > len(rows):
+        raise InputError(f"isolate:centroids={n}: there are {len(rows)} training rows")
+    kmeans = faiss.Kmeans(rows.shape[1], n, niter=20, max_points_per_centroid=10000, min_points_per_centroid=1, seed=0)
+    kmeans.train(rows)
+    return normalize(kmeans.centroids)[0]
+
+
+def norm(groups, p, ngpu):
+    """Squared L2 becomes squared L2 + beta * level + norm_constant (notes, d61e3b1; level=distance: d920aad)."""
+    pool = Pool(groups["train"].read(), ngpu)
+
+    def with_level(x):
+        if abs(np.linalg.norm(x, axis=1) - 1).max() > 1e-3:
+            raise InputError("norm: the queries are not of unit length; put l2 before it")
+        level = pool.search(x, p["k"])[0].mean(axis=1, dtype=np.float64)
+        if p["level"] == "distance":
+            level = 2 * level - 2
+        column = np.sqrt((p["beta"] * level + norm_constant(p)).clip(0))
+        return np.column_stack([x, column.astype(np.float32)]), 0
+
+    def with_zero(x):
+        return np.pad(x, ((0, 0), (0, 1))), 0
+
+    return dict.fromkeys(groups, with_zero) | {"query": with_level}
+
+
+def norm_constant(p):
+    """What makes beta * level positive: the least similarity is -1, the largest squared distance 4."""
+    return p["beta"] * (4 if p["level"] == "distance" else 1)
+
+
+STEPS = {  # name -> (function, parameters with their defaults)
+    "l2": (l2, {}), "center": (center, {}), "whiten": (whiten, {"dim": 256}), "svd": (svd, {"dim": 256}),
+    "dba": (dba, {"k": 10, "alpha": 3.0}),
+    "isolate": (isolate, {"beta": 0.35, "k": 10, "q": 3, "r": 3, "threshold": -1.0, "alpha": 0.0, "centroids": 0}),
+    "norm": (norm, {"beta": 0.5, "k": 3, "level": "similarity"}),
+    "concat": (None, {}),
+}
+
+
+def parse_step(text):
+    """"isolate:beta=0.35,k=10" -> (name, parameters, defaults filled in). InputError names what is wrong."""
+    name, _, settings = text.partition(":")
+    parameters = dict(STEPS[name][1])
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        if key not in parameters:
+            raise InputError(f"{text}: {name} has no parameter {key!r}, but {', '.join(parameters) or 'none at all'}")
+        try:
+            parameters[key] = type(parameters[key])(value)
+        except ValueError:
+            raise InputError(f"{text}: {key} should be {type(parameters[key]).__name__}, is {value!r}") from None
+        if key in ("k", "dim") and parameters[key] < 1 or key in ("q", "r", "centroids") and parameters[key] < 0:
+            raise InputError(f"{text}: {key}={value} is too small")
+    if parameters.get("level") not in (None, "similarity", "distance"):
+        raise InputError(f"{text}: level is similarity or distance")
+    return name, parameters
+
+
+def step_text(name, parameters):
+    """The inverse of parse_step, every parameter named."""
+    settings = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+                        for key, value in parameters.items())
+    return f"{name}:{settings}" if settings else name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def work_folder(output, inputs, steps):
+    """Folder beside the output for what steps have finished: another one for other inputs, or other steps."""
+    stamps = [(str(Path(file).resolve()), Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in inputs]
+    key = hashlib.sha256(json.dumps([stamps, steps, BLOCK]).encode()).hexdigest()[:16]
+    folder = output.with_name(f".{output.name}.{key}.partial")
+    for other in output.parent.glob(f".{output.name}.*.partial"):
+        if other != folder:
+            shutil.rmtree(other)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def apply(function, rows, file, title):
+    """Apply `function` to all rows, in blocks, into `file`; continue after the last whole block that is in it.
+
+    Returns StoredRows, and the number of rows that could not be changed.
+    """
+    dim = function(rows.read(0, 1))[0].shape[1]
+    kept_file = file.with_suffix(".kept.json")
+    kept = json.loads(kept_file.read_text()) if kept_file.exists() else {}
+    with open(file, "ab") as out:
+        done = out.tell() // (4 * dim)
+        done = done if done == len(rows) else done // BLOCK * BLOCK
+        out.truncate(done * 4 * dim)
+        with tqdm(total=len(rows), initial=done, desc=title, unit=" rows", disable=None) as bar:
+            for start in range(done, len(rows), BLOCK):
+                block, unchanged = function(rows.read(start, start + BLOCK))
+                if unchanged:
+                    kept[str(start)] = unchanged
+                    with replacing(kept_file) as temporary:
+                        temporary.write_text(json.dumps(kept))
+                np.asarray(block, np.float32).tofile(out)
+                bar.update(len(block))
+    return StoredRows(file, rows.ids, dim), sum(kept.values())
+
+
+def run_steps(groups, steps, folder, ngpu):
+    """Apply steps [(name, parameters)] to name -> rows; returns name -> rows."""
+    for number, (name, parameters) in enumerate(steps):
+        if name == "concat":
+            continue
+        changed = STEPS[name][0](groups, parameters, ngpu)
+        after = dict(groups)
+        for group, function in changed.items():
+            if group not in groups:
+                continue
+            title = f"step {number + 1}/{len(steps)} {name} {group}"
+            after[group], kept = apply(function, groups[group], folder / f"{number}-{group}", title)
+            if kept:
+                print(f"{name}: {kept:,} of `{group}` would have become zero and kept their direction", file=sys.stderr)
+        groups = after
+    return groups
+
+
+def output_attrs(files, steps):
+    """Attributes of the output: those of the first input, the steps, where it all came from, and what taints it."""
+    earlier = json.loads(files[0].attrs.get("steps", "[]"))
+    attrs = files[0].attrs | {"steps": earlier + [step_text(*step) for step in steps]}
+    if len(files) > 1:
+        attrs["inputs"] = [str(file.path) for file in files]
+        hashes = [str(file.attrs["checkpoint_sha256"]) for file in files if "checkpoint_sha256" in file.attrs]
+        if hashes:
+            attrs["checkpoint_sha256"] = "+".join(hashes)
+    tainted = sorted({str(file.attrs["contaminated"]) for file in files if file.attrs.get("contaminated")})
+    return attrs | ({"contaminated": ", ".join(tainted)} if tainted else {})
+
+
+def write_pairs(output, groups, constant, ngpu, n=10):
+    """CSV of the n best references of each query, by squared L2; score = -(squared L2) + constant."""
+    from eval_metrics import search_topk
+    query, reference = groups["query"], groups["reference"]
+    found = search_topk(query.read(), reference, min(n, len(reference)), np.empty(0, np.int64), ngpu)
+    found = found[np.lexsort((found["reference"], -found["score"], found["query"]))]
+    with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as out:
+        out.write("query_id,reference_id,score\n")
+        for i, j, score in found.tolist():
+            out.write(f"{query.ids[i]},{reference.ids[j]},{score + constant!r}\n")
+
+
+def check_steps(steps, files):
+    """InputError where steps do not fit each other, or the inputs."""
+    names = [name for name, _ in steps]
+    if not steps:
+        raise InputError(f"no step given: {', '.join(STEPS)}, or --preset")
+    if (len(files) > 1) != ("concat" in names) or "concat" in names[1:]:
+        raise InputError("concat is the first step where there are several inputs, and only there")
+    for name in names:
+        if name not in ("l2", "concat"):
+            for file in files:
+                if "train" not in file.groups:
+                    raise InputError(f"{file.path}: `train` is missing, which {name} learns from; "
+                                     "python train.py --mode extract --target-set qrt writes it")
+    for file in files:
+        file.check_checkpoint()
+
+
+def postprocess(args):
+    """Run the command line."""
+    steps = [parse_step(text) for text in args.steps]
+    output = Path(args.output)
+    if output.suffix not in (".h5", ".hdf5", ".hdf", ".csv"):
+        raise InputError(f"-o {output}: neither .h5 nor .csv")
+    if not output.resolve().parent.is_dir():
+        raise InputError(f"-o {output}: no such folder: {output.parent}")
+    if any(output.resolve() == Path(file).resolve() for file in args.inputs):
+        raise InputError(f"-o {output} is an input")
+    ngpu = count_gpus(args.ngpu)
+    files = []
+    try:
+        for file in args.inputs:
+            files.append(Descriptors(file))
+        check_steps(steps, files)
+        groups = join(files) if len(files) > 1 else files[0].groups
+        if output.suffix == ".csv" and not {"query", "reference"} <= set(groups):
+            raise InputError(f"{args.inputs[0]}: pairs need `query` and `reference`")
+        folder = work_folder(output, args.inputs, [step_text(*step) for step in steps])
+        groups, attrs = run_steps(groups, steps, folder, ngpu), output_attrs(files, steps)
+        if output.suffix == ".csv":
+            write_pairs(output, groups, sum(norm_constant(p) for name, p in steps if name == "norm"), ngpu)
+        else:
+            write_descriptors(output, {name: (rows, rows.ids) for name, rows in groups.items()}, attrs)
+        shutil.rmtree(folder)
+    finally:
+        for file in files:
+            file.__exit__()
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", metavar="IN.h5|STEP", help="descriptor files, and steps in their order")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help=".h5: descriptors; .csv: pairs")
+    parser.add_argument("--preset", choices=PRESETS, help="; ".join(f"{k}: {v}" for k, v in PRESETS.items()))
+    parser.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs to search on; 0: CPU; default: all")
+    args = parser.parse_intermixed_args(argv)
+    is_step = [word.partition(":")[0] in STEPS for word in args.words]
+    args.steps = [word for word, step in zip(args.words, is_step) if step]
+    args.inputs = [word for word, step in zip(args.words, is_step) if not step]
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        if args.preset and args.steps:
+            raise InputError(f"--preset {args.preset} and steps: {', '.join(args.steps)}")
+        args.steps = PRESETS[args.preset].split() if args.preset else args.steps
+        for word in args.inputs:
+            if not Path(word).is_file():
+                raise InputError(f"{word}: neither a file nor a step ({', '.join(STEPS)})")
+        if not args.inputs:
+            raise InputError("no input file given")
+        postprocess(args)
+    except InputError as error:
+        print(f"postprocess.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
