@@ -41,11 +41,10 @@ from augly import utils as augly_utils
 from augly.image import functional as imaugs
 from augly.image.utils import get_template_and_bbox
 from descriptors import InputError
+from photos import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
 from tqdm import tqdm
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 SMALLEST, LARGEST = 64, 1024  # pixels: shorter side of a usable photo, longer side of a query
 DULL = 8  # standard deviation of grey levels (0..255) below which a photo shows almost nothing
 DONORS = 4  # other photos that one query can need: three in a collage, one blended in
@@ -278,32 +277,20 @@ NEED_DONORS = ("blend", "overlay", "collage")
 # Source photos
 
 
-def list_photos(folder):
-    """Paths of all photos below `folder`, sorted; hidden files and folders (and so macOS' ._ files) are left out.
+def find_photos(folder, sample_size, seed):
+    """Paths of the photos below `folder`, at most `sample_size` if given, and [(path, reason)] of what is none.
 
     Raises InputError where the folder does not exist or holds no photo.
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
-    paths = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [os.path.join(parent, n) for n in names if n.lower().endswith(ENDINGS) and not n.startswith(".")]
+    paths, odd = list_photos(folder)
     if not paths:
-        raise InputError(f"{folder}: holds no photo ({', '.join(ENDINGS)})")
-    return sorted(paths)
-
-
-def open_photo(path):
-    """Decode the first frame to 8-bit RGB: 16 bits scaled down, transparency on white, EXIF orientation ignored."""
-    with Image.open(path) as img:
-        img.load()
-        if img.mode.startswith("I"):  # Pillow would clip 16 bits at 255
-            img = Image.fromarray((np.asarray(img) / 257).clip(0, 255).astype(np.uint8))
-        if img.has_transparency_data:
-            img = img.convert("RGBA")
-            img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-        return img.convert("RGB")
+        raise InputError(f"{folder}: holds no photo ({', '.join(PHOTO_ENDINGS)})")
+    if sample_size and sample_size < len(paths):
+        drawn = np.random.default_rng([seed, 2]).choice(len(paths), sample_size, replace=False)
+        paths = [paths[i] for i in sorted(drawn)]
+    return [os.path.join(folder, path) for path in paths], [(os.path.join(folder, path), why) for path, why in odd]
 
 
 def examine(path, tile=None):
@@ -344,10 +331,8 @@ def collect(folders, args, run):
     """
     found, skipped = [], []
     for number, folder in enumerate(folders):
-        paths = list_photos(folder)
-        if args.sample_size and args.sample_size < len(paths):
-            drawn = np.random.default_rng([args.seed, 2]).choice(len(paths), args.sample_size, replace=False)
-            paths = [paths[i] for i in sorted(drawn)]
+        paths, odd = find_photos(folder, args.sample_size, args.seed)
+        skipped += odd
         for parts, rest in run(partial(examine, tile=args.tile), paths, f"reading {folder}"):
             found += [(number, *part) for part in parts]
             skipped += rest
@@ -492,8 +477,7 @@ def build(args, out, run):
               [(q.id, q.reference_id, "+".join(q.edits), json.dumps(a)) for q, a in zip(plan, amounts)])
     write_csv(out / "sources.csv", ("id", "path", "tile"),
               [(name, s.path, ",".join(map(str, s.tile))) for name, s in [(q.id, q.source) for q in plan] + named])
-    if skipped:
-        write_csv(out / "skipped.csv", ("path", "reason"), sorted(skipped))
+    write_skipped(out / "skipped.csv", skipped)
     print(f"{args.out}: {len(references)} references, {queries} queries with and {len(distractors)} without an "
           f"original, {len(training)} training photos, {args.strength} edits")
 
@@ -538,7 +522,7 @@ class ListEdits(argparse.Action):
 
 def build_parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("photos", metavar="PHOTOS", help="folder of photos, nested or not: " + " ".join(ENDINGS))
+    p.add_argument("photos", metavar="PHOTOS", help="folder of photos, nested or not: " + " ".join(PHOTO_ENDINGS))
     p.add_argument("out", metavar="OUT", help="folder to make; must not exist or be empty")
     p.add_argument("--strength", choices=STRENGTHS, default="medium", help="number of edits per query and their ranges "
                    "(default: %(default)s)")

@@ -147,6 +147,13 @@ def test_only_the_edits_asked_for(photos, tmp_path):
     assert all(re.search(rf"^{name} ", said, re.M) for name in make_benchmark.EDITS)
 
 
+def test_sample_of_a_large_folder(photos, tmp_path):
+    said = make(photos, tmp_path / "out", "--sample-size", 20).stdout
+    assert "20 usable photos" in said
+    used = {row["path"] for row in rows(tmp_path / "out/sources.csv")}
+    assert {path.rsplit("/", 2)[1] for path in used} == {"a", "b", "c"}  # drawn at random, not the first ones
+
+
 def test_counts_and_training_photos_from_flags(photos, tmp_path):
     for i in range(10):
         draw_photo(tmp_path / f"others/{i}.jpg", 100 + i)
@@ -175,9 +182,9 @@ def test_near_duplicates_and_bad_photos_are_left_out_and_listed(tmp_path):
     Image.new("RGB", (90, 90), "navy").save(folder / "plain.png")
     draw_photo(folder / "small.png", 50, (40, 90))
     said = make(folder, tmp_path / "out").stdout
-    assert "8 usable photos" in said and "5 unreadable, too small or empty, 1 near-duplicates" in said
+    assert "8 usable photos" in said and "6 unreadable, too small or empty, 1 near-duplicates" in said
     reasons = {row["path"].rsplit("/", 1)[1]: row["reason"] for row in rows(tmp_path / "out/skipped.csv")}
-    assert sorted(reasons) == ["again.jpg", "cut.jpg", "empty.jpg", "plain.png", "small.png", "text.png"]
+    assert sorted(reasons) == ["again.jpg", "cut.jpg", "empty.jpg", "folder.jpg", "plain.png", "small.png", "text.png"]
     assert "0.jpg" in reasons["again.jpg"] and "almost nothing" in reasons["plain.png"]
     assert all(reasons.values())
 
