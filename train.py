@@ -291,6 +291,7 @@ class Descriptor(torch.nn.Module):
         self.backbone = build_backbone(args, pretrained)
         channels = self.backbone.feature_info.channels()[-1] if args.pool == "gem" else self.backbone.num_features
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
+        self.mean, self.std = (list(self.backbone.pretrained_cfg[name]) for name in ("mean", "std"))
         modules = HEADS[args.head](channels, args.dim)
         self.head = list(modules)
         self.dim = args.dim if modules else channels
@@ -367,13 +368,6 @@ def read_backbone_weights(file, arch):
              f"first: {', '.join(odd[:3])}")
     return given
 
-
-def normalisation(net):
-    """Mean and std that the backbone was trained with (its timm config)."""
-    config = net.backbone.pretrained_cfg
-    return list(config["mean"]), list(config["std"])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: plain dicts that load without running code
 
@@ -389,8 +383,8 @@ def read_checkpoint(file):
     except pickle.UnpicklingError as error:
         if not (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
             fail(f"{file} is not a readable checkpoint")
-        fail(f"{file} holds an object of type {found[1]} and was not loaded: it could run code; save it again as a plain "
-             "dict of tensors")
+        fail(f"{file} holds an object of type {found[1]} and was not loaded: it could run code; save it again as a "
+             "plain dict of tensors")
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         fail(f"{file} is not a readable checkpoint: {(str(error).splitlines() or ['empty'])[0]}")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
@@ -473,6 +467,8 @@ def run_process(work, args, url, nproc):
         sys.stdout = open(os.devnull, "w")  # one voice; errors and warnings go to stderr
     try:
         work(args)
+    except InputError as error:  # from a loading process it comes with its traceback
+        fail(str(error).splitlines()[-1].removeprefix("descriptors.InputError: "))
     finally:
         if url:
             dist.destroy_process_group()
@@ -582,7 +578,7 @@ class Trainer:
         self.criterion = Criterion(args, self.net.dim).to(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.epoch, self.step = args.start_epoch, args.start_epoch * self.batches.steps()
-        self.skipped, self.stop = {}, False
+        self.skipped, self.failed, self.stop = {}, 0, False
 
     def seed_everything(self):
         """Agree on a seed; cudnn either repeats itself (seed given) or searches for the fastest kernels."""
@@ -610,8 +606,7 @@ class Trainer:
 
     def build_data(self):
         args = self.args
-        self.mean, self.std = normalisation(self.net)
-        self.views = Views(args, args.dir, args.photos, RESIZES[args.resize], self.mean, self.std)
+        self.views = Views(args, args.dir, args.photos, RESIZES[args.resize], self.net.mean, self.net.std)
         batch = args.batch_size // args.nproc
         self.batches = EpochBatches(len(self.views), batch, args.seed, args.process, args.processes)
         if not self.batches.steps():
@@ -669,6 +664,7 @@ class Trainer:
                 losses.append(self.train_step(images, labels))
                 self.step += 1
                 self.skipped.update({self.views.paths[i]: reason for i, reason in unreadable})
+                self.failed += len(failed)
                 last = self.step == (self.epoch + 1) * steps
                 save = args.save_steps and self.step % args.save_steps == 0
                 if self.step % args.print_freq == 0 or last or save:
@@ -716,8 +712,9 @@ class Trainer:
         skipped = {path: reason for part in gather_objects(self.skipped) for path, reason in part.items()}
         if self.args.process == 0:
             write_skipped(self.args.out / "skipped.csv", list(skipped.items()) + self.args.odd)
-            if skipped:
-                print(f"=> {len(skipped)} unreadable photos replaced by others, see {self.args.out / 'skipped.csv'}")
+            if skipped or self.failed:
+                print(f"=> {len(skipped)} unreadable photos replaced by others, see {self.args.out / 'skipped.csv'}; "
+                      f"{self.failed} operations left out on photos that are too small for them")
         if len(skipped) > max(10, 0.01 * len(self.views)):
             fail(f"{len(skipped)} of {len(self.views)} photos cannot be read, see {self.args.out / 'skipped.csv'}", 1)
 
@@ -732,7 +729,7 @@ class Trainer:
                  "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                  "memory": self.criterion.memory_state(), "rng": rng, "args": plain_args(self.args),
                  "photos": len(self.views), "processes": self.args.processes,
-                 "preprocess": {"mean": self.mean, "std": self.std, "input_size": self.args.input_size,
+                 "preprocess": {"mean": self.net.mean, "std": self.net.std, "input_size": self.args.input_size,
                                 "resize": self.args.resize, "exif_transpose": self.args.exif_transpose},
                  "versions": VERSIONS}
         with replacing(self.args.out / name) as temporary:
@@ -778,10 +775,8 @@ class Log:
     def __init__(self, args, start):
         from torch.utils.tensorboard import SummaryWriter
         self.file = args.out / "log.csv"
-        rows = []
-        if start and self.file.is_file():
-            with open(self.file, newline="") as old:
-                rows = [row for row in list(csv.reader(old))[1:] if len(row) == 6 and int(row[1]) <= start]
+        lines = self.file.read_text().splitlines()[1:] if start and self.file.is_file() else []
+        rows = [row for row in csv.reader(lines) if len(row) == 6 and int(row[1]) <= start]
         with replacing(self.file) as temporary, open(temporary, "w", newline="") as out:
             csv.writer(out).writerows([self.COLUMNS, *rows])
         self.board = SummaryWriter(args.out, purge_step=start + 1)
@@ -803,8 +798,7 @@ def plain_args(args):
 
 
 def memory_estimate(args, dim):
-    """GiB of memory and loss: the library lists every pair of batch and memory as two int64, with distance, mask and
-    gradient about 32 bytes a pair (measured)."""
+    """GiB of memory and loss, which lists all pairs of batch and memory: about 32 bytes a pair (measured)."""
     rows = args.batch_size // args.nproc * args.processes * args.ncrops
     return max(args.memory_size, rows) * (dim * 4 + rows * 32) / 2**30
 
@@ -825,6 +819,8 @@ def prepare_training(args):
         args.resume_file = newest_checkpoint(args.out)
         if not args.resume_file:
             print(f"=> no checkpoint in {args.out} yet, starting from the beginning")
+    if args.resume_file and args.seed is None:
+        args.seed = read_checkpoint(args.resume_file)["args"].get("seed")
     args.out.mkdir(parents=True, exist_ok=True)
 
 
@@ -903,8 +899,7 @@ def extract(args):
         load_weights(net, args.state, args.checkpoint)
     net.amp_dtype = pick_precision(args, args.device_used)
     net = net.to(args.device_used, memory_format=torch.channels_last).eval()
-    mean, std = normalisation(net)
-    args.preprocess = {"mean": mean, "std": std} | getattr(args, "preprocess", {})
+    args.preprocess = {"mean": net.mean, "std": net.std} | getattr(args, "preprocess", {})
     print(f"=> network   {args.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
         f"{args.gem_eval_p:g}, from {args.checkpoint or args.backbone_weights or 'random weights'}")
     groups, skipped = {}, []
@@ -985,12 +980,12 @@ def write_results(args, groups, skipped):
 def main(args):
     warnings.filterwarnings("ignore", "Mapping deprecated model name")  # the resolved name is printed
     logging.getLogger("timm").setLevel(logging.ERROR)  # tells that features_only leaves out the classifier
+    prepare, work = (prepare_training, train) if args.mode == "train" else (prepare_extraction, extract)
     try:
-        prepare, work = (prepare_training, train) if args.mode == "train" else (prepare_extraction, extract)
         prepare(args)
-        launch(work, args)
     except InputError as error:
         fail(error)
+    launch(work, args)
 
 
 if __name__ == "__main__":

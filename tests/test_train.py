@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,6 +69,26 @@ def test_help_is_grouped_and_tells_every_flag():
         assert f"\n{group}" in text
     for action in train.build_parser()._actions:
         assert action.help, action.option_strings
+
+
+def test_readme_lists_every_flag():
+    text = (ROOT / "README.md").read_text()
+    for action in train.build_parser()._actions:
+        for name in action.option_strings:
+            assert re.search(rf"`{name}[ `]", text) or name in ("-h", "--help"), name
+
+
+def test_commands_of_the_notes_parse():
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python train.py (.*?)(?:#.*)?$", readme, re.M)
+    assert len(commands) >= 6
+    os.chdir(ROOT)
+    for command in commands:
+        train.build_parser().parse_args(shlex.split(command))
+    first = train.build_parser().parse_args(shlex.split(commands[0]))
+    recipe = train.build_parser().parse_args(["@exp/v19.args"])
+    differs = {name for name, value in vars(first).items() if value != getattr(recipe, name)}
+    assert differs == {"exp", "dir", "multiprocessing_distributed", "world_size", "rank"}
 
 
 def test_train_py_stays_readable():

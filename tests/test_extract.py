@@ -1,0 +1,203 @@
+"""train.py --mode extract: which photos, which rows, which file."""
+import csv
+import json
+import os
+import shutil
+import subprocess
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from helpers import ROOT, draw_photos, run
+from test_train import exp, odd_photos  # noqa: F401  (fixture)
+
+RAW = ["--mode", "extract", "-a", "test_efficientnet", "--no-pretrained", "--seed", 1, "--input-size", 32, "-j", 1,
+       "--batch-size", 16]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Checkpoint of an untrained network, as training writes it."""
+    folder = tmp_path_factory.mktemp("weights")
+    args = train.parse_args(["-a", "test_efficientnet", "--input-size", "32", "--gem-eval-p", "5", "x"])
+    torch.manual_seed(0)
+    net = train.Descriptor(args, False)
+    torch.save({"state_dict": net.state_dict(), "arch": "test_efficientnet.r160_in1k", "args": train.plain_args(args),
+                "preprocess": {"mean": [0.5] * 3, "std": [0.5] * 3}}, folder / "net.pth.tar")
+    return folder / "net.pth.tar"
+
+
+@pytest.fixture
+def extract(exp, weights):  # noqa: F811
+    def call(data, *flags, code=0, suffix=""):
+        return run("train.py", "--mode", "extract", "-j", 1, "--batch-size", 15, "--exp", exp + suffix, "--weight",
+                   weights, *flags, data, code=code)
+    call.out = lambda suffix="": ROOT / "exp" / (exp + suffix) / "extract"
+    return call
+
+
+def data_folder(root, queries=6, references=10, training=4):
+    draw_photos(root / "query_images", queries, seed=1, name="Q{:05d}.jpg")
+    draw_photos(root / "reference_images", references, seed=2, name="R{:06d}.jpg")
+    draw_photos(root / "training_images", training, seed=3, name="T{:06d}.jpg")
+    return root
+
+
+def read(file):
+    with h5py.File(file) as f:
+        return {name: f[name][()] for name in f}, dict(f.attrs)
+
+
+def skipped(folder):
+    with open(folder / "skipped.csv", newline="", encoding="utf-8") as f:
+        return {os.path.basename(row["path"]): row["reason"] for row in csv.DictReader(f)}
+
+
+def test_descriptors_are_those_of_the_network(tmp_path, extract, weights):
+    data = data_folder(tmp_path)
+    extract(data, "--target-set", "qrt")
+    rows, attrs = read(extract.out() / "fb-isc-submission.h5")
+    assert list(rows["query_ids"]) == [f"Q{i:05d}".encode() for i in range(6)] and rows["train"].shape == (4, 256)
+    assert rows["query_ids"].dtype == "S6" and rows["reference_ids"].dtype == "S7"
+    args = train.parse_args(["-a", "test_efficientnet", "--input-size", "32", "--gem-eval-p", "5", "x"])
+    net = train.Descriptor(args, False).eval()
+    train.load_weights(net, train.read_checkpoint(weights)["state_dict"], weights)
+    for i in range(6):
+        img = Image.open(data / "query_images" / f"Q{i:05d}.jpg")
+        img = img.resize((64, 64), Image.BILINEAR).crop((16, 16, 48, 48))  # 64 px to 32 + 32, centre 32
+        x = (torch.from_numpy(np.array(img)).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+        with torch.no_grad():
+            assert np.allclose(net(x)[0].numpy(), rows["query"][i], atol=1e-5)
+    assert attrs["arch"] == "test_efficientnet.r160_in1k" and attrs["gem_eval_p"] == 5 and attrs["input_size"] == 32
+    assert len(attrs["checkpoint_sha256"]) == 64 and "torch" in json.loads(attrs["versions"])
+
+
+def test_bad_files_are_skipped_and_listed(tmp_path, extract):
+    data = data_folder(tmp_path)
+    folder = data / "query_images"
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("no photo")
+    (folder / "cut.jpg").write_bytes((folder / "Q00000.jpg").read_bytes()[:400])
+    (folder / "folder.jpg").mkdir()
+    done = extract(data)
+    assert "4 skipped" in done.stdout and "6 query" in done.stdout
+    assert set(skipped(extract.out())) == {"empty.jpg", "text.jpg", "cut.jpg", "folder.jpg"}
+    assert all(skipped(extract.out()).values())
+    assert "cut.jpg" in extract(data, "--strict", code=1).stderr
+    for name in folder.glob("Q*"):
+        name.unlink()
+    done = extract(data, code=2)
+    assert "none of the 3 photos" in done.stderr and len(done.stderr.strip().splitlines()[-1:]) == 1
+
+
+def test_names_stay_whole_and_unique(tmp_path, extract):
+    data = data_folder(tmp_path)
+    folder = data / "query_images"
+    names = ["É'日本", "a" * 40, "UPPER", "with space"]
+    for name, ending in zip(names, (".JPG", ".JPEG", ".PNG", ".jpg")):
+        Image.new("RGB", (40, 40), (len(name) * 5, 9, 99)).save(folder / (name + ending), "PNG" if "P" == ending[1] else
+                                                                "JPEG")
+    (folder / "._Q00000.jpg").write_bytes(b"sidecar")
+    extract(data)
+    rows, _ = read(extract.out() / "fb-isc-submission.h5")
+    ids = [name.decode() for name in rows["query_ids"]]
+    assert set(names) <= set(ids) and len(set(ids)) == len(ids) == len(rows["query"]) == 10
+    (folder / "b").mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "b" / "UPPER.jpg")
+    done = extract(data, code=2)
+    assert "UPPER.PNG" in done.stderr and "b/UPPER.jpg" in done.stderr
+
+
+def test_odd_photos_give_finite_descriptors(tmp_path, extract):
+    data = data_folder(tmp_path)
+    odd_photos(data / "query_images")
+    os.remove(data / "query_images" / "photo.webp")  # the same stem twice is an error of its own
+    done = extract(data)
+    rows, _ = read(extract.out() / "fb-isc-submission.h5")
+    assert "1 skipped" in done.stdout and "DecompressionBomb" in skipped(extract.out())["bomb.png"]
+    assert np.isfinite(rows["query"]).all() and len(rows["query"]) == 6 + 12
+    ids = list(rows["query_ids"])
+    assert rows["query"][ids.index(b"grey8")] @ rows["query"][ids.index(b"grey16")] > 0.99
+
+
+def test_three_processes_write_the_same_file(tmp_path, extract):
+    data = data_folder(tmp_path, queries=1003, references=7, training=2)
+    (data / "query_images" / "broken.jpg").write_bytes(b"")
+    extract(data, "--target-set", "qrt")
+    extract(data, "--target-set", "qrt", "--multiprocessing-distributed", "--nproc", 3, "--dist-url",
+            f"tcp://localhost:{20001 + os.getpid() % 20000}", suffix="-3")
+    (one, _), (three, _) = (read(extract.out(suffix) / "fb-isc-submission.h5") for suffix in ("", "-3"))
+    assert len(set(three["query_ids"])) == len(three["query"]) == 1003
+    for name in ("query", "reference", "train"):
+        assert (one[f"{name}_ids"] == three[f"{name}_ids"]).all()
+        assert np.abs(one[name] - three[name]).max() < 1e-6  # batches differ: 15 photos, and 5 in each process
+    assert skipped(extract.out()) == skipped(extract.out("-3"))
+    assert not [file for file in os.listdir(extract.out("-3")) if file.startswith(".")]
+
+
+def test_dryrun_and_subset_cut_rows_and_ids_alike(tmp_path, extract):
+    data = data_folder(tmp_path, queries=3, references=120)
+    (data / "rids_subset.txt").write_text("R000119\nR000004\n")
+    extract(data, "--dryrun")
+    rows, _ = read(extract.out() / "fb-isc-submission.h5")
+    assert rows["reference"].shape[0] == len(rows["reference_ids"]) == 100 and len(rows["query"]) == 3
+    extract(data, "--eval-subset")
+    subset, _ = read(extract.out() / "fb-isc-submission-subset.h5")
+    assert list(subset["reference_ids"]) == [b"R000004", b"R000119"] and len(subset["query"]) == 3
+    assert np.allclose(subset["reference"][0], rows["reference"][4], atol=1e-6)
+    (data / "rids_subset.txt").write_text("R000119\nR999999\n")
+    assert "R999999" in extract(data, "--eval-subset", code=2).stderr
+
+
+def test_groups_are_added_and_other_checkpoints_kept_apart(tmp_path, extract, weights):
+    data = data_folder(tmp_path)
+    file = extract.out() / "fb-isc-submission.h5"
+    extract(data, "--target-set", "qr")
+    before, attrs = read(file)
+    extract(data, "--target-set", "t")
+    after, _ = read(file)
+    assert (after["query"] == before["query"]).all() and len(after["train"]) == 4
+    state = torch.load(weights, weights_only=True)
+    state["state_dict"]["fc.weight"] += 1
+    torch.save(state, tmp_path / "other.pth.tar")
+    done = extract(data, "--target-set", "t", "--weight", tmp_path / "other.pth.tar")
+    backup = file.with_name(f"fb-isc-submission.{attrs['checkpoint_sha256'][:8]}.h5")
+    assert str(backup) in done.stdout and len(read(backup)[0]["query"]) == 6
+    assert set(read(file)[0]) == {"train", "train_ids"}
+
+
+def test_metrics_follow_where_the_truth_is_known(tmp_path, extract):
+    data = data_folder(tmp_path)
+    for i in range(3):
+        shutil.copy(data / "reference_images" / f"R{i:06d}.jpg", data / "query_images" / f"Q{i:05d}.jpg")
+    (data / "public_ground_truth.csv").write_text("query_id,reference_id\n" + "".join(
+        f"Q{i:05d},{f'R{i:06d}' if i < 3 else ''}\n" for i in range(6)))
+    done = extract(data)
+    assert '"average_precision": 1.0' in done.stdout and '"recall_p90": 1.0' in done.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--target-set", "qx"], "--target-set"), (["--target-set", ""], "--target-set"),
+    (["--eval-subset"], "select_ref_subset.py"), (["--dim", 128], "--dim differs"),
+    (["-a", "test_resnet"], "does not fit"), (["-a", "nonesuch"], "--arch")])
+def test_wrong_flags(tmp_path, extract, flags, words):
+    assert words in extract(data_folder(tmp_path), *flags, code=2).stderr
+
+
+def test_missing_folders_and_checkpoints(tmp_path, exp):  # noqa: F811
+    data = data_folder(tmp_path)
+    done = run("train.py", "--mode", "extract", "--exp", exp, data, code=2)
+    assert "no checkpoint in" in done.stderr and "--weight" in done.stderr
+    subprocess.run(["rm", "-r", data / "training_images"], check=True)
+    assert "training_images" in run("train.py", *RAW, "--exp", exp, "--target-set", "t", data, code=2).stderr
+
+
+def test_raw_features_need_no_checkpoint_and_no_hub(tmp_path, exp):  # noqa: F811
+    data = data_folder(tmp_path)
+    run("train.py", *RAW, "--exp", exp, data, env={"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9"})
+    rows, _ = read(ROOT / "exp" / exp / "extract" / "fb-isc-submission.h5")
+    assert rows["query"].shape[1] > 32 and np.allclose(np.linalg.norm(rows["query"], axis=1), 1, atol=1e-5)
