@@ -223,7 +223,8 @@ def test_ensemble_of_other_order_or_dimension(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["isolate:gamma=1"], "isolate has no parameter 'gamma', but beta, k"), (["isolate:k=x"], "k should be int, is 'x'"),
+    (["isolate:gamma=1"], "isolate has no parameter 'gamma', but beta, k"),
+    (["isolate:k=x"], "k should be int, is 'x'"),
     (["dba:k=0"], "k=0 is too small"), (["norm:level=loud"], "level is similarity or distance"),
     (["smooth"], "smooth: neither a file nor a step"), ([], "no step given"), (["concat"], "only there"),
     (["svd:dim=7"], "span 6 dimensions"), (["isolate:centroids=99"], "50 training rows"),
@@ -247,7 +248,8 @@ def test_wrong_inputs(tmp_path, capsys):
                       keep=["reference", "train"])
     process(tmp_path, "l2", inputs=[file], code=2)
     assert "different checkpoints: `query` second, `reference` first, `train` first" in capsys.readouterr().err
-    assert "nothing.h5: neither a file nor a step" in run("scripts/postprocess.py", "nothing.h5", "-o", "x.h5", code=2).stderr
+    done = run("scripts/postprocess.py", "nothing.h5", "-o", "x.h5", code=2)
+    assert "nothing.h5: neither a file nor a step" in done.stderr
 
 
 def test_a_killed_run_continues_from_its_last_block(tmp_path, monkeypatch):
@@ -284,19 +286,20 @@ def test_a_killed_run_continues_from_its_last_block(tmp_path, monkeypatch):
 
 
 def test_killed_with_sigkill(tmp_path):
-    """A process killed in the middle leaves no output; the next one finishes it, and other steps never use its blocks."""
+    """A process killed in the middle leaves no output; the next one goes on from its blocks."""
     file = tmp_path / "in.h5"
     write_descriptors(file, {name: (unit(30000, 64, i), [f"{name[0]}{j:05d}" for j in range(30000)])
                              for i, name in enumerate(("query", "reference", "train"))}, {})
-    command = [sys.executable, "scripts/postprocess.py", str(file), "-o", str(tmp_path / "out.h5"), "isolate:q=1,r=1,k=3"]
-    process_ = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = ["scripts/postprocess.py", file, "-o", tmp_path / "out.h5", "isolate:q=1,r=1,k=3"]
+    process_ = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     while process_.poll() is None and not any(f.stat().st_size for f in tmp_path.glob(".out.h5.*/0-query")):
         time.sleep(0.01)
     process_.send_signal(signal.SIGKILL)
     process_.wait()
     assert not (tmp_path / "out.h5").exists() and (partial := list(tmp_path.glob(".out.h5.*.partial")))
     first = (partial[0] / "0-query").read_bytes()[:8192 * 64 * 4]
-    run(*command[1:])
+    run(*command)
     out = load(tmp_path / "out.h5")
     assert np.array_equal(out["query"][:8192], np.frombuffer(first, np.float32).reshape(-1, 64))
     rows = load(file)

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Choose the reference subset for quick evaluations: the references of all true pairs, and a seeded draw of others.
+
+    python scripts/select_ref_subset.py input/public_ground_truth.csv -o input/rids_subset.txt
+
+writes one reference id per line, sorted. `train.py --mode extract --eval-subset` then extracts these alone. Scores on a
+subset are higher than those on all references, and comparable only between runs with the same subset. The notes drew
+100,000 of the million ids with replacement, without a seed, which left about 95,200 distinct ones (--replacement).
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from descriptors import Descriptors, InputError, first_three, replacing
+from eval_metrics import positive, read_ground_truth
+
+DISC21 = 1_000_000  # references R000000 to R999999
+
+
+def reference_ids(source):
+    """Ids [n], sorted, from a number (of DISC21's ids), a folder of photos, or a descriptor file."""
+    if source.isdecimal():
+        return np.char.mod("R%06d", np.arange(int(source)))
+    path = Path(source)
+    if path.is_dir():
+        return np.unique([file.stem for file in path.rglob("*.*") if file.is_file() and not file.name.startswith(".")])
+    with Descriptors(path) as file:
+        return np.sort(file["reference"].ids)
+
+
+def select(positives, ids, size, seed, replacement=False):
+    """Sorted union of the ids of the true pairs [p] and `size` draws from ids [n]."""
+    if size > len(ids) and not replacement:
+        raise InputError(f"--size {size}: there are {len(ids)} references")
+    if len(unknown := np.setdiff1d(positives, ids)):
+        raise InputError(f"references of true pairs that --references lacks: {first_three(unknown)}")
+    return np.union1d(positives, np.random.default_rng(seed).choice(ids, size, replace=replacement))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ground_truth", help="CSV query_id, reference_id")
+    parser.add_argument("-o", "--output", default="input/rids_subset.txt", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--references", default=str(DISC21), metavar="N|DIR|FILE", help="draw from R000000 ... (N ids, "
+                        "default: %(default)s), the photos in a folder, or the references of a descriptor file")
+    parser.add_argument("--size", type=positive, default=100_000, metavar="N", help="draws (default: %(default)s)")
+    parser.add_argument("--replacement", action="store_true", help="draw with replacement, as in the notes")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        if not Path(args.output).resolve().parent.is_dir():
+            raise InputError(f"-o {args.output}: no such folder: {Path(args.output).parent}")
+        positives = read_ground_truth(args.ground_truth)[1].reference_id.to_numpy(str)
+        subset = select(positives, reference_ids(args.references), args.size, args.seed, args.replacement)
+        with replacing(args.output) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in subset), encoding="utf-8")
+    except InputError as error:
+        print(f"select_ref_subset.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {len(subset):,} references, {len(np.unique(positives)):,} of them of true pairs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
