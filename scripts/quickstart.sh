@@ -60,7 +60,7 @@ else
     epochs=20
 fi
 
-step "Before: descriptors of the ImageNet network as it is"
+step "Before: descriptors of the ImageNet network as it is, and their scores"
 show_and_run "$python" train.py --mode extract --exp quickstart-raw "${network[@]}" --head none --target-set qrt \
     quickstart/benchmark
 
@@ -68,14 +68,10 @@ step "Training: $epochs epochs with the recipe of experiment v31, made small"
 show_and_run "$python" train.py @exp/v31.args --exp quickstart "${network[@]}" --epochs $epochs --batch-size 32 \
     --lr 0.05 --memory-size 1024 --seed 7 quickstart/benchmark/training_images
 
-step "After: descriptors of the trained network"
+step "After: descriptors of the trained network, and their scores"
 show_and_run "$python" train.py --mode extract --exp quickstart --target-set qrt quickstart/benchmark
 
-step "Scores before training"
-show_and_run "$python" scripts/eval_metrics.py exp/quickstart-raw/extract/fb-isc-submission.h5 \
-    quickstart/benchmark/public_ground_truth.csv
-
-step "Scores after training"
+step "The same scores with a picture; those before training stand above"
 show_and_run "$python" scripts/eval_metrics.py exp/quickstart/extract/fb-isc-submission.h5 \
     quickstart/benchmark/public_ground_truth.csv --picture quickstart.png --photos quickstart/benchmark
 
