@@ -575,6 +575,20 @@ def data_uri(image):
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
+def number_table(result, prefix=""):
+    """The output as [(label, text)], numbers rounded, nested entries prefixed."""
+    rows = []
+    for key, value in result.items():
+        label = prefix + key.replace("_", " ")
+        if isinstance(value, dict):
+            rows += number_table(value, f"{label}: ")
+        elif isinstance(value, list):
+            rows.append((label, ", ".join(f"{v:.5f}" if isinstance(v, float) else str(v) for v in value)))
+        else:
+            rows.append((label, f"{value:.5f}" if isinstance(value, float) else value))
+    return rows
+
+
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>{{ title }}</title><style>
@@ -582,7 +596,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; 
 .grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)) }
 figure { margin: 0 } figure img { width: 100%; height: auto } figcaption { font-weight: 600 }
 table { border-collapse: collapse } td, th { padding: 2px 10px 2px 0; text-align: right; vertical-align: top }
-td:first-child, th:first-child { text-align: left }
+td:first-child, th:first-child { text-align: left; overflow-wrap: break-word }
+.edits td, .edits th { white-space: nowrap; font-size: 14px; padding-right: 8px }
 .card { border: 1px solid #ccc; border-radius: 6px; padding: 8px } .thumbs { display: flex; gap: 8px }
 .thumbs span { flex: 1; min-width: 0; font-size: 12px } .thumbs img { display: block; max-width: 100%; height: auto }
 </style></head><body>
@@ -590,7 +605,7 @@ td:first-child, th:first-child { text-align: left }
 <table>{% for key, value in numbers %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
 <h2>Curves</h2><div class="grid">{% for caption, image in figures %}
 <figure><figcaption>{{ caption }}</figcaption><img src="{{ image }}" alt="{{ caption }}"></figure>{% endfor %}</div>
-{% if edits %}<h2>By edit</h2><table><tr><th>edit</th><th>queries</th><th>positives</th><th>AP</th><th>R@P90</th></tr>
+{% if edits %}<h2>By edit</h2><table class="edits"><tr><th>edit</th><th>queries</th><th>positives</th><th>AP</th><th>R@P90</th></tr>
 {% for edit, queries, positives, ap, recall in edits %}<tr><td>{{ edit }}</td><td>{{ queries }}</td>
 <td>{{ positives }}</td>{% for x in (ap, recall) %}<td>{{ "" if x is none else "%.3f" % x }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endif %}
@@ -614,7 +629,7 @@ def write_report(folder, evaluation, result, photos, edits):
     errors = evaluation.pairs[~evaluation.pairs.is_true].head(20)
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
         title=f"Copy detection: {Path(evaluation.path).name}",
-        numbers=[(key, value if isinstance(value, str) else json.dumps(value)) for key, value in result.items()],
+        numbers=number_table(result),
         figures=[(caption, data_uri(png)) for caption, png in drawn.values()],
         edits=metrics_per_edit(evaluation, edits) if edits.is_file() else [],
         lists=[("Worst misses", cards(evaluation, worst_misses(evaluation), photos, "miss")),

@@ -335,7 +335,7 @@ def test_report_and_picture(photos, tmp_path, capsys):
     page = (tmp_path / "report/index.html").read_text()
     files = sorted(file.name for file in (tmp_path / "report").iterdir())
     assert files == ["index.html", "precision_recall.png", "recall.png", "scores.png"]
-    for text in ("average_precision", "crop", "blur", "Worst misses", "Most confident errors", "Q7"):
+    for text in ("average precision", "crop", "blur", "Worst misses", "Most confident errors", "Q7"):
         assert text in page
     assert "http" not in page and page.count("data:image/png") == 3 and page.count("data:image/jpeg") > 20
     assert Image.open(tmp_path / "p.png").size[0] == 900
