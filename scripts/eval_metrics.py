@@ -318,7 +318,7 @@ class Evaluation:
     """
 
     def __init__(self, path, ground_truth, args):
-        self.path, self.attrs = path, {}
+        self.path, self.attrs = path, {"topk": args.topk} if args.topk else {}
         self.queries, self.positives = ground_truth
         read = self.read_csv if is_csv(path, args) else self.read_h5
         pairs = read(path, args)

@@ -408,7 +408,11 @@ def postprocess(args):
         if output.suffix == ".csv" and not {"query", "reference"} <= set(groups):
             raise InputError(f"{args.inputs[0]}: pairs need `query` and `reference`")
         folder = work_folder(output, args.inputs, [step_text(*step) for step in steps])
-        groups, attrs = run_steps(groups, steps, folder, ngpu), output_attrs(files, steps)
+        try:
+            groups, attrs = run_steps(groups, steps, folder, ngpu), output_attrs(files, steps)
+        except InputError:
+            shutil.rmtree(folder)
+            raise
         if output.suffix == ".csv":
             write_pairs(output, groups, sum(norm_constant(p) for name, p in steps if name == "norm"), ngpu)
         else:

@@ -87,6 +87,7 @@ def test_descriptors_equal_brute_force(tmp_path, capsys, seed, monkeypatch):
             assert result["average_precision"] == pytest.approx(ap, abs=1e-9), case
             assert result["recall_p90"] == pytest.approx(recall, abs=1e-9), case
             assert result["threshold_p90"] == (threshold and pytest.approx(threshold, abs=1e-9)), case
+            assert result.get("topk") == (None if limit else 3)
             assert result["n_candidates"] == min(len(chosen), limit or len(chosen))
             assert result["n_positives"] == sum(bool(t[1]) for t in truth) and result["n_queries"] == len(searched)
 
