@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parent
 LOSSES = {  # name -> loss of pytorch-metric-learning; sees descriptors [batch, dim] against batch or memory
     "contrastive": lambda a: pml.losses.ContrastiveLoss(pos_margin=a.pos_margin, neg_margin=a.neg_margin),
     "triplet": lambda a: pml.losses.TripletMarginLoss(margin=a.margin),
+    "snr": lambda a: pml.losses.SignalToNoiseRatioContrastiveLoss(pos_margin=a.pos_margin, neg_margin=a.neg_margin),
     "ntxent": lambda a: pml.losses.NTXentLoss(temperature=a.temperature),
 }
 MINERS = {  # name -> miner that picks the pairs or triplets that the loss sees; None: all of them
@@ -56,7 +57,8 @@ MINERS = {  # name -> miner that picks the pairs or triplets that the loss sees;
     "triplet": lambda a: pml.miners.TripletMarginMiner(margin=a.margin, type_of_triplets=a.type_of_triplets),
 }
 HEADS = {  # name -> modules between pooled features [batch, channels] and the L2 normalisation, in order
-    "linear-bn": lambda c, d: {"fc": torch.nn.Linear(c, d, bias=False), "bn": torch.nn.BatchNorm1d(d)},  # notes H-A
+    "linear-bn": lambda c, d: dict(zip(("fc", "bn"), linear_bn(c, d))),  # notes H-A
+    "deep": lambda c, d: {"fc": torch.nn.Sequential(*linear_bn(c, d), torch.nn.ReLU(), *linear_bn(d, d))},  # H-deep
     "linear": lambda c, d: {"fc": torch.nn.Linear(c, d)},  # notes H-nobn
     "none": lambda c, d: {},  # pooled features as they are
 }
@@ -140,8 +142,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
     ],
     "loss and memory": [
         ("--loss", list(LOSSES), "contrastive", "loss between views of the same and of other photos"),
-        ("--pos-margin M", float, 0.0, "contrastive: distance up to which positives are close enough"),
-        ("--neg-margin M", float, 0.7, "contrastive: distance from which negatives are far enough (1.0 is cosine 0.5)"),
+        ("--pos-margin M", float, 0.0, "contrastive, snr: distance up to which positives are close enough"),
+        ("--neg-margin M", float, 0.7, "contrastive, snr: distance from which negatives are far enough"),
         ("-m --margin M", float, 0.05, "triplet: margin"),
         ("--temperature T", float, 0.1, "ntxent: temperature"),
         ("--miner", list(MINERS), "none", "picks the pairs or triplets that the loss sees"),
@@ -279,6 +281,10 @@ def gem(x, p, eps=1e-6):
     return x.clamp(min=eps).pow(p).mean((-2, -1)).pow(1 / p)
 
 
+def linear_bn(channels, dim):
+    return torch.nn.Linear(channels, dim, bias=False), torch.nn.BatchNorm1d(dim)
+
+
 class Descriptor(torch.nn.Module):
     """Images [B, 3, s, s] -> descriptors [B, dim] of unit length, fp32. State keys: backbone.*, fc.*, bn.*.
 
@@ -289,7 +295,7 @@ class Descriptor(torch.nn.Module):
         super().__init__()
         self.pool, self.gem_p, self.gem_eval_p, self.amp_dtype = args.pool, args.gem_p, args.gem_eval_p, None
         self.backbone = build_backbone(args, pretrained)
-        channels = self.backbone.feature_info.channels()[-1] if args.pool == "gem" else self.backbone.num_features
+        channels = self.backbone.feature_info.channels()[-1] if args.pool == "gem" else self.backbone.head_hidden_size
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         self.mean, self.std = (list(self.backbone.pretrained_cfg[name]) for name in ("mean", "std"))
         modules = HEADS[args.head](channels, args.dim)
@@ -299,6 +305,8 @@ class Descriptor(torch.nn.Module):
             self.add_module(name, module)
             if isinstance(module, torch.nn.Linear):
                 torch.nn.init.xavier_normal_(module.weight)
+                if module.bias is not None:
+                    torch.nn.init.zeros_(module.bias)
 
     def forward(self, images):
         with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
@@ -417,10 +425,7 @@ def newest_checkpoint(folder):
 
 
 def launch(work, args):
-    """Run `work(args)` once, or in --nproc processes with --multiprocessing-distributed, or as torchrun says.
-
-    Sets args.process (number over all machines), args.processes, args.local (number on this machine).
-    """
+    """Run `work(args)` here, in --nproc new processes, or in torchrun's; args.process counts over all machines."""
     args.process, args.processes, args.local = 0, 1, args.gpu or 0
     if "TORCHELASTIC_RUN_ID" in os.environ:
         env = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
