@@ -672,7 +672,7 @@ class Trainer:
                 self.failed += len(failed)
                 last = self.step == (self.epoch + 1) * steps
                 save = args.save_steps and self.step % args.save_steps == 0
-                if self.step % args.print_freq == 0 or last or save:
+                if self.step % args.print_freq == 0 or last or save or (self.stop and args.processes == 1):
                     self.check(losses)
                     seconds = time.time() - began
                     images = self.batches.batch * args.ncrops * args.processes

@@ -462,11 +462,12 @@ def newest_step(folder):
 
 def test_ctrl_c_leaves_a_checkpoint_that_continues(photos, exp):
     flags = list(map(str, [sys.executable, "train.py", *TINY, "--epochs", 200, "-p", 1, "--exp", exp, photos]))
-    process = subprocess.Popen(flags, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(flags, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               start_new_session=True)
     out = ROOT / "exp" / exp / "train"
     while newest_step(out) < 4:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loading processes too
     assert "continue with --resume auto" in process.communicate(timeout=60)[0] and process.returncode == 130
     step = checkpoint(exp, "latest")["step"]
     done = run("train.py", *TINY, "--exp", exp, "--epochs", step // 6 + 1, "--resume", "auto", photos)
