@@ -245,31 +245,31 @@ def contrast(img):
 
 
 GROUPS = {"shape": 2, "tone": 1, "detail": 1, "mark": 2, "frame": 1, "encoding": 1}  # in order: most edits of a query
-STRENGTHS = {"mild": (1, 2), "medium": (2, 4), "hard": (3, 5)}  # fewest and most edits of a query
+STRENGTHS = {"mild": (1, 2), "medium": (1, 3), "hard": (2, 3)}  # fewest and most edits of a query
 EDITS = {
-    "crop": Edit("shape", crop, "share of the area kept", (0.6, 0.9), (0.35, 0.6), (0.2, 0.4)),
-    "aspect": Edit("shape", change_aspect, "stretch of one side", (1.1, 1.3), (1.3, 1.6), (1.6, 2.2)),
-    "rotate": Edit("shape", rotate, "degrees, either way", (2, 10), (10, 45), (20, 180)),
-    "perspective": Edit("shape", perspective, "shift of corners / side", (0.05, 0.1), (0.1, 0.2), (0.2, 0.35)),
+    "crop": Edit("shape", crop, "share of the area kept", (0.6, 0.9), (0.4, 0.7), (0.25, 0.5)),
+    "aspect": Edit("shape", change_aspect, "stretch of one side", (1.1, 1.3), (1.2, 1.5), (1.4, 1.9)),
+    "rotate": Edit("shape", rotate, "degrees, either way", (2, 10), (5, 25), (15, 90)),
+    "perspective": Edit("shape", perspective, "shift of corners / side", (0.05, 0.1), (0.1, 0.15), (0.15, 0.25)),
     "hflip": Edit("shape", lambda img, *_: ImageOps.mirror(img)),
     "vflip": Edit("shape", lambda img, *_: ImageOps.flip(img)),
-    "color": Edit("tone", jitter_color, "jitter", (0.1, 0.25), (0.25, 0.45), (0.45, 0.7)),
+    "color": Edit("tone", jitter_color, "jitter", (0.1, 0.25), (0.2, 0.4), (0.35, 0.6)),
     "gray": Edit("tone", lambda img, *_: img.convert("L").convert("RGB")),
-    "brightness": Edit("tone", change_brightness, "factor or its inverse", (1.1, 1.3), (1.3, 1.7), (1.7, 2.5)),
-    "filter": Edit("tone", apply_filter, "share of the filtered image", (0.2, 0.4), (0.4, 0.7), (0.7, 1)),
-    "blur": Edit("detail", blur, "radius / shorter side", (0.005, 0.01), (0.01, 0.015), (0.015, 0.025)),
-    "pixelize": Edit("detail", pixelize, "resolution kept", (0.4, 0.6), (0.25, 0.4), (0.15, 0.25)),
-    "noise": Edit("detail", add_noise, "sigma / white", (0.02, 0.05), (0.05, 0.12), (0.12, 0.25)),
-    "shuffle": Edit("detail", shuffle_pixels, "share of the pixels", (0.03, 0.08), (0.08, 0.2), (0.2, 0.4)),
-    "text": Edit("mark", overlay_text, "letter height / shorter side", (0.05, 0.1), (0.1, 0.15), (0.15, 0.25)),
-    "emoji": Edit("mark", overlay_emoji, "height / image height", (0.1, 0.2), (0.2, 0.35), (0.3, 0.5)),
-    "stripes": Edit("mark", overlay_stripes, "opacity", (0.1, 0.3), (0.3, 0.6), (0.5, 0.9)),
-    "blend": Edit("mark", blend, "opacity of another photo", (0.1, 0.2), (0.2, 0.35), (0.3, 0.45)),
-    "pad": Edit("frame", pad, "border / side", (0.05, 0.15), (0.15, 0.3), (0.3, 0.6)),
-    "overlay": Edit("frame", overlay_onto_photo, "height / other photo's height", (0.7, 0.9), (0.5, 0.7), (0.3, 0.6)),
-    "collage": Edit("frame", make_collage, "cells: 2, or 4 from 3 on", (2, 2.5), (2, 4), (3, 4)),
-    "screenshot": Edit("frame", make_screenshot, "share of the page around it", (0, 0.3), (0.3, 0.7), (0.7, 1)),
-    "jpeg": Edit("encoding", encode_jpeg, "quality", (40, 70), (20, 40), (5, 20)),
+    "brightness": Edit("tone", change_brightness, "factor or its inverse", (1.1, 1.3), (1.2, 1.6), (1.5, 2.1)),
+    "filter": Edit("tone", apply_filter, "share of the filtered image", (0.2, 0.4), (0.3, 0.6), (0.5, 1)),
+    "blur": Edit("detail", blur, "radius / shorter side", (0.005, 0.01), (0.01, 0.015), (0.01, 0.02)),
+    "pixelize": Edit("detail", pixelize, "resolution kept", (0.4, 0.6), (0.3, 0.5), (0.2, 0.35)),
+    "noise": Edit("detail", add_noise, "sigma / white", (0.02, 0.05), (0.04, 0.08), (0.06, 0.14)),
+    "shuffle": Edit("detail", shuffle_pixels, "share of the pixels", (0.03, 0.08), (0.05, 0.12), (0.1, 0.25)),
+    "text": Edit("mark", overlay_text, "letter height / shorter side", (0.05, 0.1), (0.08, 0.15), (0.12, 0.22)),
+    "emoji": Edit("mark", overlay_emoji, "height / image height", (0.1, 0.2), (0.15, 0.3), (0.25, 0.4)),
+    "stripes": Edit("mark", overlay_stripes, "opacity", (0.1, 0.3), (0.2, 0.5), (0.4, 0.7)),
+    "blend": Edit("mark", blend, "opacity of another photo", (0.1, 0.2), (0.15, 0.25), (0.2, 0.35)),
+    "pad": Edit("frame", pad, "border / side", (0.05, 0.15), (0.1, 0.25), (0.25, 0.5)),
+    "overlay": Edit("frame", overlay_onto_photo, "height / other photo's height", (0.7, 0.9), (0.55, 0.8), (0.4, 0.65)),
+    "collage": Edit("frame", make_collage, "cells: 2, or 4 from 3 on", (2, 2.5), (2, 3), (2, 4)),
+    "screenshot": Edit("frame", make_screenshot, "share of the page around it", (0, 0.3), (0.2, 0.6), (0.5, 1)),
+    "jpeg": Edit("encoding", encode_jpeg, "quality", (40, 70), (15, 40), (8, 25)),
 }
 NEED_DONORS = ("blend", "overlay", "collage")
 
