@@ -27,7 +27,7 @@ from descriptors import Descriptors, InputError, count_gpus, first_three, replac
 from tqdm import tqdm
 
 PAIR = np.dtype([("query", np.int32), ("reference", np.int64), ("score", np.float64)])  # rows, -(squared L2)
-QUERIES_AT_ONCE = 1024
+QUERIES_AT_ONCE = 4096  # larger batches keep the matrix products efficient
 FIRST_BLOCK = 16  # reference rows of the first search, in which every pair is a candidate
 BYTES_PER_PAIR = 64  # of memory where a whole block turns out to be candidates, measured
 GPU_NEIGHBOURS = 128  # per query and block; queries with more candidates than that are searched on the CPU
@@ -736,8 +736,8 @@ def parse_args(argv=None):
                    "thumbnails")
     g = parser.add_argument_group("machine")
     g.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs to search on; 0: CPU; default: all")
-    g.add_argument("--memory", type=size_in_bytes, default="1G", metavar="SIZE", help="for the search, e.g. 500M; the "
-                   "result does not depend on it (default: 1G)")
+    g.add_argument("--memory", type=size_in_bytes, default="2G", metavar="SIZE", help="for the search, e.g. 500M; the "
+                   "result does not depend on it (default: 2G)")
     return parser.parse_args(argv)
 
 
