@@ -417,7 +417,8 @@ def load_weights(net, state, file):
 def newest_checkpoint(folder):
     """The checkpoint with most steps done: the last epoch's, or latest.pth.tar where that went further."""
     files = sorted(folder.glob("checkpoint_*.pth.tar"))[-1:] + list(folder.glob("latest.pth.tar"))
-    return max(files, key=lambda file: read_checkpoint(file).get("step", 0)) if files else None
+    steps_done = lambda file: read_checkpoint(file).get("step", 0)
+    return max(files, key=steps_done) if len(files) > 1 else next(iter(files), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,10 +510,11 @@ def loader_options(args):
 
 def gather_rows(x):
     """[B, ...] of each process -> [processes * B, ...] in order of rank; the own block keeps its gradient."""
-    blocks = [torch.empty_like(x) for _ in range(dist.get_world_size())] if dist.is_initialized() else [x]
-    if dist.is_initialized():
-        dist.all_gather(blocks, x.detach().contiguous())
-        blocks[dist.get_rank()] = x
+    if not dist.is_initialized():
+        return x
+    blocks = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(blocks, x.detach().contiguous())
+    blocks[dist.get_rank()] = x
     return torch.cat(blocks)
 
 
@@ -675,10 +677,10 @@ class Trainer:
                 if self.step % args.print_freq == 0 or last or save or (self.stop and args.processes == 1):
                     self.check(losses)
                     seconds = time.time() - began
-                    images = self.batches.batch * args.ncrops * args.processes
-                    speed, share = len(losses) * images / seconds, waited / seconds
+                    seen = len(losses) * self.batches.batch * args.ncrops * args.processes
                     if self.log:
-                        self.log.write(bar, self.epoch, self.step, np.mean(losses), self.learning_rate(), speed, share)
+                        self.log.write(bar, self.epoch, self.step, np.mean(losses), self.learning_rate(),
+                                       seen / seconds, waited / seconds)
                     losses, waited, began = [], 0.0, time.time()
                     if save and not last:
                         self.save("latest.pth.tar")
@@ -906,7 +908,7 @@ def extract(args):
     net = net.to(args.device_used, memory_format=torch.channels_last).eval()
     args.preprocess = {"mean": net.mean, "std": net.std} | getattr(args, "preprocess", {})
     print(f"=> network   {args.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
-        f"{args.gem_eval_p:g}, from {args.checkpoint or args.backbone_weights or 'random weights'}")
+          f"{args.gem_eval_p:g}, from {args.checkpoint or args.backbone_weights or 'random weights'}")
     groups, skipped = {}, []
     for name, group in args.groups.items():
         rows, indices, bad = merge_parts(args, name, *describe_photos(args, net, name, group["paths"]))
