@@ -3,10 +3,13 @@
 A pipeline is a text: `crop:0.2=1 [jitter:0.4:0.4:0.4:0.1=0.8 gray] erase` is a crop to 0.2..1 of the area, always, then
 in random order a colour jitter with probability 0.8 and a grey conversion, then an erased rectangle, both with the
 default probability. Every random choice comes from one generator per view, never from a global one, so a view depends
-on (seed, epoch, photo, view number) only. Distributions: notes v8..v36, augly 0.1.2, torchvision 0.10.
+on (seed, epoch, photo, view number) only. Distributions: notes v8..v86, augly 0.1.2, torchvision 0.10.
 """
+import functools
+import inspect
 import math
 import os
+import re
 from pathlib import Path
 
 import augly.image as imaugs
@@ -15,15 +18,19 @@ import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from descriptors import InputError, replacing
 from photos import UNREADABLE, open_photo
 
+EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 OPS = {  # name -> operation of a view: (RGB image, numpy Generator, Views, parameters...) -> image; erase: on a tensor
     "clean": lambda img, rng, v: v.resize(img, v.size),
     "crop": lambda img, rng, v, smallest: random_resized_crop(img, rng, v.size, smallest),
-    "jitter": lambda img, rng, v, *strengths: color_jitter(img, rng, *strengths),
+    "overlay-crop": lambda img, rng, v, smallest, prob, low, high, opacity: overlay_and_crop(
+        img, rng, v, smallest, prob, low, high, opacity),
+    "jitter": lambda img, rng, v, brightness, contrast, saturation, hue: color_jitter(
+        img, rng, brightness, contrast, saturation, hue),
     "saturation": lambda img, rng, v, factor: TF.adjust_saturation(img, factor),
     "brightness": lambda img, rng, v, low, high: TF.adjust_brightness(img, rng.uniform(low, high)),
     "pixelize": lambda img, rng, v: imaugs.pixelization(img, ratio=max(rng.uniform(0.1, 1), 1 / min(img.size))),
@@ -36,7 +43,8 @@ OPS = {  # name -> operation of a view: (RGB image, numpy Generator, Views, para
     "hflip": lambda img, rng, v: TF.hflip(img),
     "vflip": lambda img, rng, v: TF.vflip(img),
     "rotation": lambda img, rng, v: imaugs.rotate(img, degrees=rng.uniform(0, 180)),
-    "text": lambda img, rng, v: overlay_text(img, rng),
+    "edge": lambda img, rng, v: img.filter(EDGE_FILTERS[rng.integers(2)]),
+    "text": lambda img, rng, v, fewest=None, most=None, lines=1: overlay_text(img, rng, fewest, most, lines),
     "emoji": lambda img, rng, v: overlay_emoji(img, rng),
     "screenshot": lambda img, rng, v: overlay_onto_screenshot(img, rng),
     "overlay": lambda img, rng, v: overlay_onto_photo(img, rng, v),
@@ -63,6 +71,11 @@ def parse_ops(text, default_prob, flag="view"):
             op = (name, tuple(map(float, parameters)), float(prob) if prob else default_prob)
         except ValueError:
             raise InputError(f"{flag}: '{word}' is not name[:number...][=probability]") from None
+        try:
+            inspect.signature(OPS[name]).bind(None, None, None, *parameters)
+        except TypeError:
+            wanted = ":".join([name, *list(inspect.signature(OPS[name]).parameters)[3:]])
+            raise InputError(f"{flag}: '{word}' is not {wanted}") from None
         if inside:
             groups[-1].append(op)
         else:
@@ -113,11 +126,26 @@ def random_perspective(img, rng, distortion):
     return TF.perspective(img, corners, [[int(x), int(y)] for x, y in moved])
 
 
-def overlay_text(img, rng):
-    """Five characters of augly's default font, random colour, in the upper left quarter's reach."""
-    return imaugs.overlay_text(img, text=rng.integers(1, 1000, 5).tolist(), font_size=rng.uniform(0.1, 0.3),
-                               color=tuple(rng.integers(0, 256, 3).tolist()), x_pos=rng.uniform(0, 0.5),
-                               y_pos=rng.uniform(0, 0.5))
+def overlay_text(img, rng, fewest=None, most=None, lines=1):
+    """Five characters of augly's default font (notes v8); with `fewest` and `most`, that many of a random font's own
+    characters in each of 1..`lines` lines (v48, v50). Random colour, starting in the upper left quarter."""
+    font = dict(font_size=rng.uniform(0.1, 0.3), color=tuple(rng.integers(0, 256, 3).tolist()))
+    x, y = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
+    if fewest is None:
+        return imaugs.overlay_text(img, text=rng.integers(1, 1000, 5).tolist(), x_pos=x, y_pos=y, **font)
+    file = rng.choice(fonts())
+    for line in range(rng.integers(1, int(lines) + 1)):
+        text = rng.integers(0, 2**31, rng.integers(int(fewest), int(most or fewest) + 1)).tolist()  # augly takes the remainder
+        img = imaugs.overlay_text(img, text=text, x_pos=x, y_pos=y + line * font["font_size"], font_file=file, **font)
+    return img
+
+
+@functools.cache
+def fonts():
+    """Files of augly's fonts but for two that cannot be used (notes v48)."""
+    names = Path(augly.utils.FONT_LIST_PATH).read_text(encoding="utf-8").split()
+    names = sorted(Path(name).name for name in names if not re.search("TypeMyMusic|PainttheSky-Regular", name))
+    return [os.path.join(augly.utils.FONTS_DIR, name) for name in names]
 
 
 def overlay_emoji(img, rng):
@@ -136,6 +164,19 @@ def overlay_onto_photo(img, rng, views):
     """Paste the photo onto another training photo, 0.1..0.5 of its height (notes v32)."""
     return imaugs.overlay_image(views.random_photo(rng), overlay=img, overlay_size=rng.uniform(0.1, 0.5),
                                 x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
+
+
+def overlay_and_crop(img, rng, views, smallest, prob, low, high, opacity):
+    """With `prob` one of the photo and another training photo is pasted into the other: `low`..`high` of its height,
+    opacity from `opacity` up; then a crop of at least 0.7. Otherwise a crop of at least `smallest` (notes v79)."""
+    if rng.random() >= prob:
+        return random_resized_crop(img, rng, views.size, smallest)
+    photos = [img, views.random_photo(rng)]
+    below, above = photos if rng.random() < 0.5 else photos[::-1]
+    size = rng.uniform(low, high)
+    img = imaugs.overlay_image(below, overlay=above, opacity=rng.uniform(opacity, 1), overlay_size=size,
+                               x_pos=rng.uniform(0, 1 - size), y_pos=rng.uniform(0, 1 - size))
+    return random_resized_crop(img, rng, views.size, 0.7)
 
 
 def random_erasing(tensor, rng):
