@@ -25,7 +25,12 @@ def list_photos(root):
             if entry.name.startswith("."):  # macOS sidecars, notebook checkpoints
                 continue
             looks_like_photo = entry.name.lower().endswith(PHOTO_ENDINGS)
-            if not entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link to itself
+                odd.append((path, error.strerror))
+                continue
+            if not is_folder:
                 paths += [path] if looks_like_photo else []
             elif looks_like_photo:
                 odd.append((path, "is a folder"))
