@@ -1,0 +1,654 @@
+#!/usr/bin/env python3
+"""Find copies: from two folders of photos to a page of answers.
+
+    python scripts/find_copies.py QUERIES ARCHIVE -o report --exp v31        what of QUERIES is in ARCHIVE?
+    python scripts/find_copies.py photo.jpg ARCHIVE -o report --exp v31      one picture
+    python scripts/find_copies.py PHOTOS -o report --exp v31                 near-duplicates within one folder
+    python scripts/find_copies.py queries.h5 archive.h5 -o report            descriptor files
+
+Photos are described by train.py, with flags of its own after `--`: -- --input-size 448 --device cpu. What is described
+stays in the cache: the next run describes only photos that are new or changed (size or time; --hash: content) and
+forgets those that are gone. A run that was killed goes on from its last chunk.
+
+The report is a folder that opens from disk: index.html with thumbnails, pairs.csv (query_id, reference_id: paths, or
+ids of descriptor files; score: minus the squared L2 distance; precision, where the checkpoint carries a calibration;
+group, within one collection), and skipped.csv, the photos that could not be read. Search is exact.
+"""
+import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+from descriptors import BlockRows, Descriptors, InputError, count_gpus, replacing
+from photos import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+H5_ENDINGS = (".h5", ".hdf5", ".hdf")
+CHUNKS = 2048, 65536  # least and most photos per run of train.py; in between as many as are described already
+THUMBNAIL = 256  # px
+MOST_PAIRS = 50_000  # what a page can be as high as in every browser
+SETTINGS = ("input_size", "resize", "gem_eval_p")  # attributes that tell descriptors of one checkpoint apart
+
+
+class WorkError(Exception):
+    """What failed while working, in one line; exit code 1."""
+
+
+def shown(path):
+    """Path as text that is valid UTF-8; other bytes become \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cache: what train.py described
+
+
+@dataclass
+class Stamp:
+    """What tells that a file has changed."""
+    size: int
+    mtime: int  # nanoseconds
+    sha256: str = None  # with --hash
+
+    def same(self, other):
+        if self.sha256 and other.sha256:
+            return self.sha256 == other.sha256
+        return (self.size, self.mtime) == (other.size, other.mtime)
+
+
+class Cache:
+    """SQLite file of the descriptors of one checkpoint with one set of flags, for any number of roots.
+
+    One row per photo: root and path (absolute, bytes), stamp, descriptor (float32) or the reason why there is none.
+    Only one process at a time can have it open.
+    """
+
+    def __init__(self, file):
+        self.file = file
+        self.db = sqlite3.connect(file, timeout=0)
+        self.db.executescript("""
+            PRAGMA locking_mode = EXCLUSIVE;
+            BEGIN EXCLUSIVE;
+            CREATE TABLE IF NOT EXISTS photos (root BLOB, path BLOB, size INTEGER, mtime INTEGER, sha256 TEXT, row BLOB,
+                                               reason TEXT, PRIMARY KEY (root, path));
+            CREATE TABLE IF NOT EXISTS attrs (name TEXT PRIMARY KEY, value TEXT);
+            COMMIT;""")
+
+    def stamps(self, root):
+        """path -> Stamp of what is known below the root."""
+        rows = self.db.execute("SELECT path, size, mtime, sha256 FROM photos WHERE root = ?", (os.fsencode(root),))
+        return {os.fsdecode(path): Stamp(*stamp) for path, *stamp in rows}
+
+    def count(self):
+        return self.db.execute("SELECT count(*) FROM photos").fetchone()[0]
+
+    def attrs(self):
+        """Attributes of train.py's descriptor files; empty before the first."""
+        return {name: json.loads(value) for name, value in self.db.execute("SELECT name, value FROM attrs")}
+
+    def store(self, root, photos, attrs):
+        """Write [(path, Stamp, row or None, reason or None)] in one transaction."""
+        with self.db:
+            self.db.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?, ?, ?)", [
+                (os.fsencode(root), os.fsencode(path), stamp.size, stamp.mtime, stamp.sha256,
+                 None if row is None else row.tobytes(), reason) for path, stamp, row, reason in photos])
+            self.db.executemany("INSERT OR REPLACE INTO attrs VALUES (?, ?)",
+                                [(name, json.dumps(value)) for name, value in attrs.items()])
+
+    def touch(self, root, stamps):
+        """Write new stamps, path -> Stamp, of photos whose content is still the same."""
+        with self.db:
+            self.db.executemany("UPDATE photos SET size = ?, mtime = ?, sha256 = ? WHERE root = ? AND path = ?", [
+                (stamp.size, stamp.mtime, stamp.sha256, os.fsencode(root), os.fsencode(path))
+                for path, stamp in stamps.items()])
+
+    def forget(self, root, paths):
+        with self.db:
+            self.db.executemany("DELETE FROM photos WHERE root = ? AND path = ?",
+                                [(os.fsencode(root), os.fsencode(path)) for path in paths])
+
+    def read(self, root, wanted):
+        """Of the `wanted` paths (a set): paths [n] sorted, rows float32 [n, d], [(path, reason)] of the others."""
+        paths, rows, skipped = [], [], []
+        for path, row, reason in self.db.execute(
+                "SELECT path, row, reason FROM photos WHERE root = ? ORDER BY path", (os.fsencode(root),)):
+            path = os.fsdecode(path)
+            if path in wanted and row is None:
+                skipped.append((path, reason))
+            elif path in wanted:
+                paths.append(path)
+                rows.append(np.frombuffer(row, np.float32))
+        return paths, np.array(rows), skipped
+
+
+def stamp_files(root, output, with_hash):
+    """Photos of a folder, or one photo: path -> Stamp, and [(path, reason)] of what cannot be one.
+
+    What lies below the folder `output` is left out: reports hold thumbnails.
+    """
+    single = os.path.isfile(root)
+    paths, odd = ([root], []) if single else list_photos(root)
+    stamps, odd = {}, [(os.path.join(root, path), reason) for path, reason in odd]
+    for path in tqdm(paths, desc=shown(root), unit="file", disable=None, leave=False, delay=1):
+        path = os.path.join(root, path)
+        if path.startswith(os.path.join(output, "")):
+            continue
+        try:
+            info = os.stat(path)
+            if not stat.S_ISREG(info.st_mode):
+                odd.append((path, "is not a file"))
+                continue
+            stamps[path] = Stamp(info.st_size, info.st_mtime_ns, with_hash and sha256_of(path) or None)
+        except OSError as error:
+            odd.append((path, error.strerror))
+    return stamps, odd
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def update(cache, root, stamps, odd, extraction):
+    """Describe what is new or changed below `root`, chunk by chunk, and forget what is gone.
+
+    What lies in a folder that cannot be read at the moment is not forgotten.
+    """
+    known = cache.stamps(root)
+    same = {path for path, stamp in stamps.items() if path in known and stamp.same(known[path])}
+    cache.touch(root, {path: stamps[path] for path in same if stamps[path] != known[path] and stamps[path].sha256})
+    unreadable = tuple(os.path.join(path, "") for path, _ in odd)
+    cache.forget(root, [path for path in known if path not in stamps and not path.startswith(unreadable)])
+    new = [path for path in stamps if path not in same]
+    least, most = CHUNKS
+    while new:
+        size = min(most, max(least, cache.count()))
+        chunk, new = new[:size], new[size:]
+        print(f"describing {len(chunk):,} of {len(chunk) + len(new):,} new photos in {shown(root)}", file=sys.stderr)
+        described, attrs = extraction.describe(chunk)
+        cache.store(root, [(path, stamps[path], *described[i]) for i, path in enumerate(chunk)], attrs)
+
+
+class Extraction:
+    """Runs of `train.py --mode extract` with one checkpoint and one set of flags, in staging folders below `folder`."""
+
+    def __init__(self, weights, flags, folder):
+        self.weights, self.flags, self.folder = weights, flags, folder
+        self.sha256 = sha256_of(weights[1])
+
+    def key(self):
+        """Hash of all that descriptors depend on; flags that only say where and how fast to compute are left out."""
+        neutral = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+        neutral.add_argument("--multiprocessing-distributed", "--strict", action="store_true")
+        neutral.add_argument("-j", "--workers", "-b", "--batch-size", "--device", "--gpu", "--nproc", "--dist-url")
+        flags = neutral.parse_known_args(self.flags)[1]
+        return hashlib.sha256(json.dumps([self.weights[0], self.sha256, flags]).encode()).hexdigest()[:16]
+
+    def describe(self, files):
+        """Photos -> [(row float32 [d], None) or (None, reason)] of each, and the descriptor file's attributes.
+
+        train.py takes ids from file names: here they are numbers, the names of links, so that any name will do.
+        """
+        staging = Path(tempfile.mkdtemp(prefix="chunk-", dir=self.folder))
+        try:
+            photos, out = staging / "reference_images", staging / "extract"
+            photos.mkdir()
+            for i, file in enumerate(files):
+                os.symlink(file, photos / f"{i:08d}.jpg")
+            code = subprocess.run([sys.executable, ROOT / "train.py", "--mode", "extract", "--target-set", "r",
+                                   "--exp", staging, *self.weights, *self.flags, staging],
+                                  stdout=subprocess.DEVNULL).returncode
+            described = [None] * len(files)
+            for path, reason in read_skipped(out / "skipped.csv"):
+                described[int(Path(path).stem)] = None, reason
+            if code and None in described:  # train.py also fails where no photo of a chunk can be read
+                self.fail(code)
+            attrs = self.read_rows(out / "fb-isc-submission.h5", described) if None in described else {}
+            return described, attrs
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def read_rows(self, file, described):
+        """Put the rows of a descriptor file into `described`; returns the attributes to keep."""
+        with Descriptors(file) as descriptors:
+            rows = descriptors["reference"]
+            for i, row in zip(rows.ids.astype(int), rows.read()):
+                described[i] = row, None
+            return {name: descriptors.attrs[name] if name == "calibration" else str(descriptors.attrs[name])
+                    for name in ("calibration", "checkpoint_sha256", *SETTINGS) if name in descriptors.attrs}
+
+    def fail(self, code):
+        if shutil.disk_usage(self.folder).free < 2**20:
+            raise WorkError(f"{self.folder}: no space left on device; what was described before is kept")
+        error = InputError if code == 2 else WorkError
+        raise error("train.py could not describe the photos, see above; what was described before is kept")
+
+
+def read_skipped(file):
+    """[(path, reason)] of a skipped.csv, if it is there."""
+    if not file.is_file():
+        return []
+    with open(file, newline="", encoding="utf-8") as lines:
+        return list(csv.reader(lines))[1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collections: photos with their descriptors
+
+
+class ArrayRows(BlockRows):
+    """Rows [n, dim] in memory."""
+
+    def __init__(self, rows, ids):
+        self.rows, self.ids, self.shape = rows, ids, rows.shape
+
+    def read(self, start=0, stop=None):
+        return self.rows[start:stop]
+
+
+@dataclass
+class Collection:
+    """n photos: ids [n] as pairs.csv has them, names [n] as people read them, files [n] or None where there is no photo
+    to show, rows [n, dim], attributes of their descriptor file, [(path, reason)] of skipped photos."""
+    source: str
+    ids: list
+    names: list
+    files: list
+    rows: BlockRows
+    attrs: dict
+    skipped: list = field(default_factory=list)
+
+
+def read_folder(source, cache, extraction, args):
+    """Collection of a folder, or of one photo, through the cache. Raises InputError: no photo, none readable."""
+    root = os.path.realpath(source)
+    stamps, odd = stamp_files(root, os.path.realpath(args.output), args.hash)
+    if not stamps:
+        raise InputError(f"no photos in {shown(source)} ({', '.join(PHOTO_ENDINGS)})"
+                         + (f"; {shown(odd[0][0])}: {odd[0][1]}" if odd else ""))
+    update(cache, root, stamps, odd, extraction)
+    paths, rows, skipped = cache.read(root, stamps.keys())
+    skipped = [(shown(path), reason) for path, reason in odd + skipped]
+    if not paths:
+        write_skipped(Path(args.output) / "skipped.csv", skipped)
+        raise InputError(f"none of the {len(stamps)} photos in {shown(source)} can be read, see "
+                         f"{Path(args.output) / 'skipped.csv'}")
+    names = [shown(os.path.relpath(path, root) if path != root else os.path.basename(path)) for path in paths]
+    ids = [shown(os.path.join(source, os.path.relpath(path, root)) if path != root else source) for path in paths]
+    return Collection(source, ids, names, paths, ArrayRows(rows, ids), cache.attrs(), skipped)
+
+
+def read_file(file, preference, photos):
+    """Collection of the first group in `preference` that an open descriptor file holds; its photos by id below the
+    folder `photos`."""
+    file.check_checkpoint()
+    name = next(name for name in preference if name in file.groups)
+    rows, by_id = file[name], {}
+    if photos:
+        folder = Path(photos).resolve() / f"{name}_images"
+        by_id = {Path(path).stem: str(folder / path) for path in list_photos(folder)[0]}
+    ids = rows.ids.tolist()
+    return Collection(file.path, ids, ids, [by_id.get(name) for name in ids], rows, file.attrs)
+
+
+def check_comparable(queries, archive):
+    """InputError where the distances between two collections would mean nothing."""
+    if queries.rows.shape[1] != archive.rows.shape[1]:
+        raise InputError(f"{queries.source} has {queries.rows.shape[1]} dimensions, "
+                         f"{archive.source} {archive.rows.shape[1]}")
+    for name in ("checkpoint_sha256", *SETTINGS):
+        a, b = (str(c.attrs.get(name, "unknown")) for c in (queries, archive))
+        if a != b and "unknown" not in (a, b):
+            raise InputError(f"{queries.source} and {archive.source} are of different {name}: {a[:12]}, {b[:12]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration: scores to precision
+
+
+class Calibration:
+    """Precision as a function of the score.
+
+    A descriptor file carries it as its attribute `calibration`, JSON: {"scores": [ascending], "precision": [share of
+    right answers among those at or above each score], "copies_ratio": share of the queries that had a copy}.
+    """
+
+    def __init__(self, text, source):
+        try:
+            table = json.loads(text)
+            self.scores, precision = (np.array(table[name], float) for name in ("scores", "precision"))
+            self.copies_ratio = float(table["copies_ratio"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{source}: attribute `calibration` cannot be read: {error}") from None
+        if self.scores.ndim != 1 or self.scores.shape != precision.shape or not len(self.scores) or \
+                not (np.diff(self.scores) > 0).all() or not ((precision >= 0) & (precision <= 1)).all():
+            raise InputError(f"{source}: attribute `calibration`: `scores` should rise, `precision` be from 0 to 1")
+        self.precision = np.maximum.accumulate(precision)
+
+    def at(self, scores):
+        """Precision [n] at scores [n], interpolated."""
+        return np.interp(scores, self.scores, self.precision)
+
+    def threshold(self, precision, source):
+        """The smallest score whose precision reaches `precision`."""
+        i = int(np.searchsorted(self.precision, precision))
+        if i == len(self.scores):
+            raise InputError(f"--precision {precision:g}: the calibration of {source} reaches {self.precision[-1]:.3f}")
+        if i == 0:
+            return float(self.scores[0])
+        return float(np.interp(precision, self.precision[i - 1:i + 1], self.scores[i - 1:i + 1]))
+
+
+def read_calibration(args, *collections):
+    """Calibration that one of the collections carries, or None, which is an error with --precision."""
+    for collection in collections:
+        if "calibration" in collection.attrs:
+            return Calibration(collection.attrs["calibration"], collection.source)
+    if args.precision is not None:
+        raise InputError(f"--precision: the descriptors of {shown(collections[0].source)} carry no calibration; "
+                         "--threshold takes a score")
+    print("no calibration in the checkpoint: scores only", file=sys.stderr)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search
+
+PAIRS = np.dtype([("query", int), ("reference", int), ("score", float)])
+
+
+def find_pairs(queries, archive, k, ngpu):
+    """The k nearest of each query, exactly: PAIRS, best first. A photo is no copy of itself; within one collection a
+    pair is listed once."""
+    from eval_metrics import search_topk
+    within = archive is queries
+    overlap = within or set(filter(None, queries.files)) & set(archive.files)
+    k_search = min(k + bool(overlap), len(archive.rows))
+    found = search_topk(queries.rows.read(), archive.rows, k_search, np.empty(0, np.int64), ngpu, progress=True)
+    found = found.astype(PAIRS)[np.lexsort((found["reference"], -found["score"], found["query"]))]
+    if within:
+        found = found[found["query"] != found["reference"]]
+    elif overlap:
+        found = found[[queries.files[i] != archive.files[j] for i, j, _ in found.tolist()]]
+    found["score"] += 0.0  # no -0.0
+    first = np.searchsorted(found["query"], found["query"])
+    found = found[np.arange(len(found)) - first < k]
+    if within:
+        a, b = found["query"].copy(), found["reference"].copy()
+        found["query"], found["reference"] = np.minimum(a, b), np.maximum(a, b)
+        found = found[np.unique(found[["query", "reference"]], return_index=True)[1]]
+    return found[np.lexsort((found["reference"], found["query"], -found["score"]))]
+
+
+def group_numbers(pairs):
+    """Number [n], from 1, of the connected component that each pair belongs to; that of the best pair is 1."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    n = int(max(pairs["reference"].max(initial=0), pairs["query"].max(initial=0))) + 1
+    graph = coo_array((np.ones(len(pairs), np.int8), (pairs["query"], pairs["reference"])), shape=(n, n))
+    label = connected_components(graph, directed=False)[1][pairs["query"]]
+    _, first, label = np.unique(label, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[label] + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def write_pairs(file, queries, archive, pairs, calibration, grouped):
+    columns = {"query_id": [queries.ids[i] for i in pairs["query"]],
+               "reference_id": [archive.ids[j] for j in pairs["reference"]],
+               "score": map(repr, pairs["score"].tolist())}
+    if calibration:
+        columns["precision"] = [f"{p:.4f}" for p in calibration.at(pairs["score"])]
+    if grouped:
+        columns["group"] = group_numbers(pairs).tolist()
+    with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([columns, *zip(*columns.values())])
+
+
+def thumbnail(path):
+    """JPEG bytes of a photo, upright, at most THUMBNAIL px; None where it cannot be read."""
+    try:
+        with Image.open(path) as img:
+            img.draft("RGB", (THUMBNAIL, THUMBNAIL))  # JPEG decodes at a fraction of its size
+            img = img.convert("RGB") if img.format == "JPEG" else open_photo(path)
+            img = ImageOps.exif_transpose(img)
+    except UNREADABLE:
+        return None
+    img.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    img.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def write_thumbnail(path, folder):
+    """Name of a photo's thumbnail in `folder`, made unless it is there; None where there is no photo."""
+    try:
+        info = os.stat(path) if path else None
+    except OSError:
+        info = None
+    if info is None:
+        return None
+    key = os.fsencode(path) + f"/{info.st_size}/{info.st_mtime_ns}".encode()
+    file = folder / (hashlib.blake2b(key, digest_size=12).hexdigest() + ".jpg")
+    if not file.exists():
+        content = thumbnail(path)
+        if content is None:
+            return None
+        with replacing(file) as temporary:
+            temporary.write_bytes(content)
+    return file.name
+
+
+def photo_table(queries, archive, pairs, folder):
+    """What the page shows of the photos in pairs: [[name, URI or None, thumbnail or None]], and pairs as rows of it:
+    [[query, reference, score]]."""
+    rows, entries = {}, []
+    for collection, column in ((queries, "query"), (archive, "reference")):
+        for i in pairs[column].tolist():
+            if (id(collection), i) not in rows:
+                rows[id(collection), i] = len(entries)
+                entries.append((collection.names[i], collection.files[i]))
+    folder.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        thumbs = list(tqdm(pool.map(write_thumbnail, [file for _, file in entries], [folder] * len(entries)),
+                           total=len(entries), desc="thumbnails", unit="photo", disable=None, delay=1))
+    photos = [[name, file and "file://" + quote(os.fsencode(file)), thumb]
+              for (name, file), thumb in zip(entries, thumbs)]
+    return photos, [[rows[id(queries), i], rows[id(archive), j], score] for i, j, score in pairs.tolist()]
+
+
+def write_report(folder, queries, archive, pairs, threshold, calibration, most):
+    """thumbs/, pairs.csv, skipped.csv and, last, index.html, each under its final name only when it is whole."""
+    within, skipped = archive is queries, queries.skipped + (archive.skipped if archive is not queries else [])
+    kept = pairs if threshold is None else pairs[pairs["score"] >= threshold]
+    photos, on_page = photo_table(queries, archive, pairs[:most], folder / "thumbs")
+    data = {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
+            "count": [len(queries.ids), len(archive.ids)], "skipped": len(skipped), "threshold": threshold,
+            "left_out": len(pairs) - len(on_page), "photos": photos, "pairs": on_page,
+            "calibration": calibration and {"scores": calibration.scores.tolist(),
+                                            "precision": calibration.precision.tolist(),
+                                            "copies_ratio": calibration.copies_ratio}}
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can close the script element
+    page = (Path(__file__).with_name("page.html")).read_text(encoding="utf-8").replace("{{data}}", text)
+    write_pairs(folder / "pairs.csv", queries, archive, kept, calibration, within and threshold is not None)
+    write_skipped(folder / "skipped.csv", skipped)
+    with replacing(folder / "index.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    for name in set(os.listdir(folder / "thumbs")) - {thumb for *_, thumb in photos}:
+        (folder / "thumbs" / name).unlink()
+    what = f"{len(queries.ids):,} photos" if within else f"{len(queries.ids):,} queries and {len(archive.ids):,} photos"
+    print(f"{len(kept):,} pairs of {what}: {folder / 'index.html'}"
+          + (f"; {len(skipped):,} skipped, see {folder / 'skipped.csv'}" if skipped else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def pick_weights(args):
+    """The flag and file of what describes the photos. Raises InputError: none given, no such file."""
+    given = [(flag, file) for flag, file in (("--weight", args.weight), ("--backbone-weights", args.backbone_weights))
+             if file]
+    if args.exp:
+        files = list((ROOT / "exp" / args.exp / "train").glob("*.pth.tar"))
+        if not files:
+            raise InputError(f"--exp {args.exp}: no checkpoint in {ROOT / 'exp' / args.exp / 'train'}")
+        given.append(("--weight", max(files, key=lambda file: file.stat().st_mtime)))
+    if len(given) != 1:
+        raise InputError("a folder of photos needs one of --exp NAME, --weight FILE, --backbone-weights FILE")
+    flag, file = given[0]
+    if not os.path.isfile(file):
+        raise InputError(f"{flag}: no such file: {file}")
+    return flag, os.path.realpath(file)
+
+
+def is_file_of_descriptors(source):
+    return source.lower().endswith(H5_ENDINGS) and not os.path.isdir(source)
+
+
+def check_args(args):
+    """Everything about the flags that can be wrong, before any work."""
+    for source in filter(None, (args.queries, args.archive)):
+        if not os.path.exists(source):
+            raise InputError(f"no such file or folder: {shown(source)}")
+        if os.path.isfile(source) and not source.lower().endswith(H5_ENDINGS + PHOTO_ENDINGS):
+            raise InputError(f"{shown(source)} is neither a photo nor a descriptor file ({', '.join(H5_ENDINGS)})")
+    if not Path(args.output).resolve().parent.is_dir():
+        raise InputError(f"-o {args.output}: no such folder: {Path(args.output).parent}")
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise InputError(f"-o {args.output} is not a folder")
+    if args.threshold is not None and args.precision is not None:
+        raise InputError("--threshold and --precision: give one")
+    if args.precision is not None and not 0 < args.precision <= 1:
+        raise InputError(f"--precision {args.precision:g} is not between 0 and 1")
+    if args.topk < 1 or not 0 < args.pairs <= MOST_PAIRS:
+        raise InputError(f"--topk is at least 1, --pairs from 1 to {MOST_PAIRS:,}")
+    ours = {"--mode", "--exp", "--target-set", "--weight", "--backbone-weights", "--dryrun", "--eval-subset"}
+    if taken := ours & set(args.flags):
+        raise InputError(f"{', '.join(sorted(taken))} cannot be given to train.py after --")
+    args.ngpu = count_gpus(args.ngpu)
+    if args.archive and os.path.realpath(args.archive) == os.path.realpath(args.queries):
+        args.archive = None
+
+
+def open_cache(args):
+    """(Cache, Extraction) for the folders on the command line. What a killed run left in the folder is removed."""
+    weights, folder = pick_weights(args), Path(args.cache or Path(args.output) / "cache").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    extraction = Extraction(weights, args.flags, folder)
+    file = folder / f"{extraction.key()}.sqlite"
+    try:
+        cache = Cache(file)
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise InputError(f"{file} is in use by another run") from None
+        raise
+    for left in folder.glob("chunk-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return cache, extraction
+
+
+def read_collections(args, stack):
+    """Collections of QUERIES and ARCHIVE: the same one twice where a collection is searched within itself."""
+    sources = [stack.enter_context(Descriptors(source)) if is_file_of_descriptors(source) else source
+               for source in (args.queries, args.archive) if source]
+    if any(isinstance(source, str) for source in sources):
+        Path(args.output).mkdir(exist_ok=True)
+        through = open_cache(args)
+    elif len(sources) == 1 and {"query", "reference"} <= set(sources[0].groups):
+        sources *= 2
+    preferences = ("query", "reference", "train"), ("reference", "query", "train")
+    collections = [read_folder(source, *through, args) if isinstance(source, str) else
+                   read_file(source, names, args.photos) for source, names in zip(sources, preferences)]
+    return collections[0], collections[-1]
+
+
+def find_copies(args):
+    """Run the command line."""
+    check_args(args)
+    with contextlib.ExitStack() as stack:
+        queries, archive = read_collections(args, stack)
+        check_comparable(queries, archive)
+        calibration, threshold = read_calibration(args, archive, queries), args.threshold
+        if args.precision is not None:
+            threshold = calibration.threshold(args.precision, archive.source)
+        Path(args.output).mkdir(exist_ok=True)
+        pairs = find_pairs(queries, archive, args.topk, args.ngpu)
+        write_report(Path(args.output), queries, archive, pairs, threshold, calibration, args.pairs)
+
+
+def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="Flags after -- go to train.py.", allow_abbrev=False)
+    parser.add_argument("queries", metavar="QUERIES", help="folder of photos, photo, or descriptor file")
+    parser.add_argument("archive", metavar="ARCHIVE", nargs="?", help="the same; left out: QUERIES within itself, or "
+                        "query against reference where a descriptor file holds both")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the report")
+    g = parser.add_argument_group("what describes photos")
+    g.add_argument("--exp", metavar="NAME", help="the newest checkpoint of exp/NAME")
+    g.add_argument("--weight", metavar="FILE", help="this checkpoint")
+    g.add_argument("--backbone-weights", metavar="FILE", help="raw features of these weights (with -- -a ARCH)")
+    g.add_argument("--cache", metavar="DIR", help="what was described, for any number of reports; can be deleted any "
+                   "time (default: cache in the report)")
+    g.add_argument("--hash", action="store_true", help="tell changed photos by their content, not by size and time")
+    g = parser.add_argument_group("pairs")
+    g.add_argument("--topk", type=int, default=10, metavar="K", help="answers per query (default: %(default)s)")
+    g.add_argument("--threshold", type=float, metavar="SCORE", help="pairs.csv holds pairs from this score on, the "
+                   "page starts with it (default: all)")
+    g.add_argument("--precision", type=float, metavar="P", help="the threshold that reaches this precision, by the "
+                   "checkpoint's calibration")
+    g.add_argument("--pairs", type=int, default=20_000, metavar="N", help="the best N pairs are on the page (default: "
+                   "%(default)s)")
+    g.add_argument("--photos", metavar="DIR", help="folder with query_images and reference_images, for thumbnails of "
+                   "descriptor files")
+    g.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs to search on; 0: CPU; default: all")
+    args = parser.parse_args(argv[:at])
+    args.flags = argv[at + 1:]
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        find_copies(args)
+    except InputError as error:
+        print(f"find_copies.py: {error}", file=sys.stderr)
+        return 2
+    except WorkError as error:
+        print(f"find_copies.py: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"find_copies.py: {error.filename or args.output}: {error.strerror or error}", file=sys.stderr)
+    except sqlite3.Error as error:
+        print(f"find_copies.py: {args.cache or args.output}: cache: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("find_copies.py: stopped; what was described is kept", file=sys.stderr)
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
