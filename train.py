@@ -25,14 +25,11 @@ A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line
 import argparse
 import csv
 import datetime
-import difflib
 import hashlib
 import json
 import logging
 import math
 import os
-import pickle
-import re
 import shlex
 import signal
 import subprocess
@@ -46,21 +43,27 @@ ROOT = Path(__file__).resolve().parent
 # ---------------------------------------------------------------------------------------------------------------------
 # What an experiment chooses from: one entry per choice. Entries are called late, after the heavy imports below.
 
-LOSSES = {  # name -> loss of pytorch-metric-learning; sees descriptors [batch, dim] against batch or memory
-    "contrastive": lambda a: pml.losses.ContrastiveLoss(pos_margin=a.pos_margin, neg_margin=a.neg_margin),
-    "triplet": lambda a: pml.losses.TripletMarginLoss(margin=a.margin),
-    "snr": lambda a: pml.losses.SignalToNoiseRatioContrastiveLoss(pos_margin=a.pos_margin, neg_margin=a.neg_margin),
-    "ntxent": lambda a: pml.losses.NTXentLoss(temperature=a.temperature),
+LOSSES = {  # name -> criterion for `n` photos: (outputs of the network, labels) -> scalar; see scripts/losses.py
+    "contrastive": lambda a, n: pairs(a, pml.losses.ContrastiveLoss(pos_margin=a.pos_margin, neg_margin=a.neg_margin)),
+    "triplet": lambda a, n: pairs(a, pml.losses.TripletMarginLoss(margin=a.margin)),
+    "snr": lambda a, n: pairs(a, pml.losses.ContrastiveLoss(pos_margin=a.pos_margin, neg_margin=a.neg_margin,
+                                                           distance=SNRDistance())),
+    "ntxent": lambda a, n: pairs(a, NTXentLoss(a.temperature)),
+    "ntxent-margin": lambda a, n: pairs(a, NTXentLoss(a.temperature, a.margin)),
+    "arcface": lambda a, n: ArcFaceLoss(n, a.dim, a.margin, a.scale),
+    "simsiam": lambda a, n: SimSiamLoss(),
 }
 MINERS = {  # name -> miner that picks the pairs or triplets that the loss sees; None: all of them
     "none": lambda a: None,
     "triplet": lambda a: pml.miners.TripletMarginMiner(margin=a.margin, type_of_triplets=a.type_of_triplets),
+    "bipartite": lambda a: None,  # of the pairs between view 0 and the other views
 }
 HEADS = {  # name -> modules between pooled features [batch, channels] and the L2 normalisation, in order
-    "linear-bn": lambda c, d: dict(zip(("fc", "bn"), linear_bn(c, d))),  # notes H-A
-    "deep": lambda c, d: {"fc": torch.nn.Sequential(*linear_bn(c, d), torch.nn.ReLU(), *linear_bn(d, d))},  # H-deep
-    "linear": lambda c, d: {"fc": torch.nn.Linear(c, d)},  # notes H-nobn
-    "none": lambda c, d: {},  # pooled features as they are
+    "linear-bn": lambda c, a: dict(zip(("fc", "bn"), linear_bn(c, a.dim))),  # notes H-A
+    "deep": lambda c, a: {"fc": torch.nn.Sequential(*linear_bn(c, a.dim), torch.nn.ReLU(), *linear_bn(a.dim, a.dim))},
+    "linear": lambda c, a: {"fc": torch.nn.Linear(c, a.dim)},  # notes H-nobn
+    "simsiam": lambda c, a: {"projector": projector(c, a.dim), "predictor": predictor(a.dim, a.pred_dim)},
+    "none": lambda c, a: {},  # pooled features as they are
 }
 OPTIMIZERS = {  # name -> optimizer over parameter groups
     "sgd": lambda groups, a: torch.optim.SGD(groups, a.lr, momentum=a.momentum),
@@ -81,7 +84,8 @@ HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle 
         "hflip=0.5 vflip text emoji erase")
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
 FOLDERS = {"query": "query_images", "reference": "reference_images", "train": "training_images"}
-FROM_CHECKPOINT = ("arch", "pool", "head", "dim", "gem_p", "gem_eval_p", "input_size", "resize", "exif_transpose")
+FROM_CHECKPOINT = ("arch", "pool", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "input_size", "resize",
+                   "exif_transpose")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -123,6 +127,9 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--gem-eval-p P", float, 4.0, "GeM exponent in extraction"),
         ("--head", list(HEADS), "linear-bn", "from pooled features to descriptor; none: the pooled features"),
         ("--dim N", int, 256, "descriptor dimensions"),
+        ("--pred-dim N", int, 512, "head simsiam: hidden dimensions of the predictor"),
+        ("--extract-from", ["proj", "pred", "proj+pred"], "proj", "head simsiam: describe by projection, prediction or "
+         "their sum"),
         ("--input-size PX", int, 224, "side of the network's square input"),
         ("--resize", list(RESIZES), "crop", "whole photo to square; crop: shorter side to PX + 32, centre crop "
          "(notes v3..v51); square: stretch (v52 on)"),
@@ -134,6 +141,15 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
     ],
     "training data and views": [
         ("--sample-size N", int, 100_000, "use the first N photos in order of their paths"),
+        ("--grow-epochs N", int, 0, "double the sample after every N epochs; each time the optimizer, and with arcface "
+         "the classes, start anew, and beyond 100,000 photos the batch is halved; 0: never (notes v4)"),
+        ("--grow-to N", int, 1_000_000, "up to N photos"),
+        ("--epoch-steps N", int, 0, "an epoch ends after N steps; 0: when all photos were seen"),
+        ("--pairs FILE", str, None, "train on the pairs of a ground truth (query_id,reference_id), of DIR's "
+         "query_images and reference_images: view 0 from the query, view 1 from the reference; descriptors of such a "
+         "network are marked as contaminated"),
+        ("--negatives N", int, 0, "add to each photo N random ones of --negatives-dir that match nothing"),
+        ("--negatives-dir DIR", str, None, "their folder; photos that occur in --pairs are left out"),
         ("--ncrops N", int, 2, "views per photo"),
         ("--view0 OPS", str, MODERATE, "operations of view 0 in order, each name[:parameter...][=probability]; those "
          "in [brackets] in random order; all names stand in scripts/views.py"),
@@ -144,14 +160,19 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--loss", list(LOSSES), "contrastive", "loss between views of the same and of other photos"),
         ("--pos-margin M", float, 0.0, "contrastive, snr: distance up to which positives are close enough"),
         ("--neg-margin M", float, 0.7, "contrastive, snr: distance from which negatives are far enough"),
-        ("-m --margin M", float, 0.05, "triplet: margin"),
+        ("-m --margin M", float, 0.05, "triplet: margin; arcface: angle in radians; ntxent-margin: taken off the "
+         "positives' cosine"),
+        ("-s --scale S", float, 30.0, "arcface: factor of the cosines"),
         ("--temperature T", float, 0.1, "ntxent: temperature"),
-        ("--miner", list(MINERS), "none", "picks the pairs or triplets that the loss sees"),
+        ("--miner", list(MINERS), "none", "picks the pairs or triplets that the loss sees; bipartite: pairs of view 0 "
+         "with other views"),
         ("--type-of-triplets", ["all", "hard", "semihard", "easy"], "all", "triplet miner: which ones"),
         ("--memory-size N", int, 1024, "descriptors of earlier batches that the loss compares with (cross-batch "
          "memory, arXiv 1912.06798); 0: none"),
+        ("--memory-enqueue", ["all", "view0", "crosswise"], "all", "which descriptors enter the memory; view0: those "
+         "of view 0, with which the other views are compared; crosswise: a second memory does the reverse"),
         ("--world-scaled-loss", bool, False, "multiply the loss by the number of processes, so that gradients do not "
-         "shrink with it as in the notes"),
+         "shrink with it as in the notes; arcface and simsiam never do"),
     ],
     "optimisation": [
         ("--epochs N", int, 100, "also the length of the schedule"),
@@ -160,9 +181,11 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--lr --learning-rate LR", float, 0.05, "used as given, not scaled by the batch size"),
         ("--lr-schedule", list(SCHEDULES), "cosine", "cosine and linear change per epoch, cosine-iter per step"),
         ("--momentum M", float, 0.9, "SGD"),
-        ("--wd --weight-decay W", float, 1e-4, "never on 1-D parameters, biases and gains"),
-        ("--batch-norm", ["sync", "local"], "sync", "statistics over all GPUs or each its own; processes without a "
-         "GPU always have their own"),
+        ("--wd --weight-decay W", float, 1e-4, "on matrices and kernels; not on 1-D parameters, biases and gains"),
+        ("--decay-all", bool, False, "weight decay on all parameters (notes v1, v2)"),
+        ("--fix-pred-lr", bool, False, "head simsiam: the predictor keeps its first learning rate"),
+        ("--batch-norm", ["sync", "local", "shuffled"], "sync", "statistics over all GPUs or each its own (processes "
+         "without a GPU always have their own); shuffled: its own, of a batch drawn from all processes"),
         ("--amp", ["auto", "off", "bf16", "fp16"], "auto", "precision of the backbone; auto: bf16 where the device "
          "computes in it, else fp16 on GPUs and fp32 on CPUs; extraction on a CPU is fp32, head and loss always are"),
     ],
@@ -219,13 +242,13 @@ def parse_args(argv=None):
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     args.given = list(vars(parser.parse_args(argv)))
-    for name in ("batch_size", "epochs", "input_size", "sample_size", "dim", "print_freq"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.workers < 0 or args.memory_size < 0:
-        fail("--workers and --memory-size cannot be negative")
-    args.dir = Path(args.dir or ("input/training_images" if args.mode == "train" else "input"))
-    for flag in ("weight", "backbone_weights", "resume"):
+    for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq"), 1),
+                         (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives"), 0)):
+        for name in names:
+            if getattr(args, name) < least:
+                fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    args.dir = Path(args.dir or ("input/training_images" if args.mode == "train" and not args.pairs else "input"))
+    for flag in ("weight", "backbone_weights", "resume", "pairs"):
         file = getattr(args, flag)
         if file and file != "auto" and not Path(file).is_file():
             fail(f"--{flag.replace('_', '-')}: no such file: {file}")
@@ -235,18 +258,36 @@ def parse_args(argv=None):
         file = Path(args.weight if args.mode == "extract" and args.weight else args.resume).resolve()
         args.exp = file.parent.parent.name if file.parent.name == "train" else "default"
     args.out = ROOT / "exp" / args.exp / args.mode
+    args.contaminated, args.negative_photos = None, []
     if args.mode == "train":
         check_training_flags(args)
     return args
 
 
 def check_training_flags(args):
-    if args.ncrops < 2:
-        fail(f"--ncrops {args.ncrops}: a photo needs at least 2 views, or there are no positive pairs")
-    rows = args.batch_size * args.ncrops * max(1, args.world_size)
+    least = 1 if args.loss == "arcface" else 2
+    if args.ncrops < least or (args.pairs and args.ncrops != 2):
+        fail(f"--ncrops {args.ncrops}: " + ("a pair has 2 views" if args.pairs else
+                                            "a photo needs at least 2 views, or there are no positive pairs"))
+    if (args.loss == "simsiam") != (args.head == "simsiam"):
+        fail(f"--loss {args.loss} with --head {args.head}: simsiam needs both")
+    if args.loss in ("arcface", "simsiam"):
+        if "memory_size" in args.given and args.memory_size:
+            fail(f"--memory-size {args.memory_size}: --loss {args.loss} has no memory; give 0")
+        args.memory_size = 0
+        if args.negatives:
+            fail(f"--negatives {args.negatives}: --loss {args.loss} compares no photos")
+    if args.memory_enqueue != "all" and not args.memory_size:
+        fail(f"--memory-enqueue {args.memory_enqueue} needs a --memory-size")
+    if args.grow_epochs and args.pairs:
+        fail("--grow-epochs: pairs do not grow")
+    if args.negatives and not args.negatives_dir:
+        fail(f"--negatives {args.negatives} needs their folder, --negatives-dir")
+    views = args.ncrops + args.negatives
+    rows = args.batch_size * views * max(1, args.world_size)
     if 0 < args.memory_size < rows:
         fail(f"--memory-size {args.memory_size} is smaller than one batch of {rows} descriptors (--batch-size "
-             f"{args.batch_size} x --ncrops {args.ncrops}{f' x {args.world_size} machines' * (args.world_size > 1)})")
+             f"{args.batch_size} x {views} views{f' x {args.world_size} machines' * (args.world_size > 1)})")
 
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the imports that take seconds: --help, wrong flags
@@ -260,166 +301,19 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torchvision  # noqa: E402
 import torchvision.transforms.functional as TF  # noqa: E402
-from timm.models import load_state_dict as load_timm_file  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
+from checkpoints import load_weights, newest_checkpoint, read_checkpoint  # noqa: E402
+from descriptors import Descriptors, InputError, first_three, replacing, write_descriptors  # noqa: E402
+from losses import ArcFaceLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss, SNRDistance  # noqa: E402
+from network import (Descriptor, SimSiam, check_arch, linear_bn, predictor, projector,  # noqa: E402
+                     read_backbone_weights)
 from photos import PHOTO_ENDINGS, list_photos, write_skipped  # noqa: E402
-from views import (EpochBatches, Views, WholePhotos, collate_photos, collate_views, parse_ops,  # noqa: E402
-                   write_views_png)
+from views import (EpochBatches, Pairs, Views, WholePhotos, collate_photos, collate_views,  # noqa: E402
+                   parse_ops, write_views_png)
 
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, pml, np)}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Network
-
-
-def gem(x, p, eps=1e-6):
-    """Generalised mean pooling [B, C, H, W] -> [B, C]: (mean of max(x, eps)^p)^(1/p) (arXiv 1711.02512)."""
-    return x.clamp(min=eps).pow(p).mean((-2, -1)).pow(1 / p)
-
-
-def linear_bn(channels, dim):
-    return torch.nn.Linear(channels, dim, bias=False), torch.nn.BatchNorm1d(dim)
-
-
-class Descriptor(torch.nn.Module):
-    """Images [B, 3, s, s] -> descriptors [B, dim] of unit length, fp32. State keys: backbone.*, fc.*, bn.*.
-
-    Only the backbone runs under autocast (`amp_dtype`); pooling, head and normalisation stay in fp32.
-    """
-
-    def __init__(self, args, pretrained):
-        super().__init__()
-        self.pool, self.gem_p, self.gem_eval_p, self.amp_dtype = args.pool, args.gem_p, args.gem_eval_p, None
-        self.backbone = build_backbone(args, pretrained)
-        channels = self.backbone.feature_info.channels()[-1] if args.pool == "gem" else self.backbone.head_hidden_size
-        self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
-        self.mean, self.std = (list(self.backbone.pretrained_cfg[name]) for name in ("mean", "std"))
-        modules = HEADS[args.head](channels, args.dim)
-        self.head = list(modules)
-        self.dim = args.dim if modules else channels
-        for name, module in modules.items():
-            self.add_module(name, module)
-            if isinstance(module, torch.nn.Linear):
-                torch.nn.init.xavier_normal_(module.weight)
-                if module.bias is not None:
-                    torch.nn.init.zeros_(module.bias)
-
-    def forward(self, images):
-        with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            features = self.backbone(images)
-        with torch.autocast(images.device.type, enabled=False):
-            if self.pool == "gem":
-                features = features[-1].float()
-                features = features.permute(0, 3, 1, 2) if self.channels_last else features
-                features = gem(features, self.gem_p if self.training else self.gem_eval_p)
-            features = features.float()
-            for name in self.head:
-                features = getattr(self, name)(features)
-            return F.normalize(features)
-
-
-def build_backbone(args, pretrained):
-    """timm network for `args.arch`: feature maps with pool gem, pooled features with pool backbone.
-
-    `pretrained`: True asks the hub, False gives random weights, a state dict of the whole network is loaded.
-    """
-    kwargs = dict(features_only=True) if args.pool == "gem" else dict(num_classes=0)
-    with torch.device("meta"):
-        config = timm.create_model(args.arch).pretrained_cfg
-    if config.get("fixed_input_size"):
-        kwargs["img_size"] = args.input_size
-    if isinstance(pretrained, dict):
-        kwargs["pretrained_cfg_overlay"] = dict(state_dict=pretrained)
-    try:
-        return timm.create_model(args.arch, pretrained=bool(pretrained), **kwargs)
-    except (RuntimeError, AttributeError) as error:
-        fail(f"--arch {args.arch} cannot be built with --pool {args.pool}: {error}")
-    except OSError as error:
-        fail(f"the weights of {args.arch} cannot be downloaded ({str(error).splitlines()[0]}); give --backbone-weights "
-             "FILE, --weight FILE or --no-pretrained")
-
-
-def check_arch(name):
-    """Resolved timm name 'arch.tag' of a possibly old name."""
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
-        fail(f"--arch: timm has no model '{name}'" + (f"; close: {', '.join(close)}" if close else ""))
-    with torch.device("meta"):
-        config = timm.create_model(name).pretrained_cfg
-    return config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
-
-
-def read_backbone_weights(file, arch):
-    """State dict of a local file under timm's names; weights of another implementation with the same tensors in the
-    same order are renamed by position. Whatever does not fit is an error."""
-    try:
-        given = load_timm_file(file)
-    except Exception as error:  # timm and pickle raise many kinds
-        fail(f"--backbone-weights {file}: {str(error).splitlines()[0]}")
-    with torch.device("meta"):
-        net = timm.create_model(arch)
-    wanted = net.state_dict()
-    classifier = net.pretrained_cfg.get("classifier") or ()
-    classifier = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    missing = [name for name in wanted if name not in given and not name.startswith(classifier)]
-    if missing and [v.shape for v in given.values()] == [v.shape for v in wanted.values()]:
-        print(f"=> {file}: other names, same shapes in the same order as {arch}; matched by position")
-        return dict(zip(wanted, given.values()))
-    odd = missing or [name for name in wanted if not name.startswith(classifier)
-                      and given[name].shape != wanted[name].shape]
-    if odd:
-        fail(f"--backbone-weights {file} does not fit {arch}: {len(odd)} tensors missing or of another shape, "
-             f"first: {', '.join(odd[:3])}")
-    return given
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: plain dicts that load without running code
-
-
-def read_checkpoint(file):
-    """Dict of a checkpoint of this script or of the published ISC21 weights; tensors on the CPU.
-
-    Only tensors, plain containers and argparse.Namespace are unpickled; anything else is refused.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
-            fail(f"{file} is not a readable checkpoint")
-        fail(f"{file} holds an object of type {found[1]} and was not loaded: it could run code; save it again as a "
-             "plain dict of tensors")
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        fail(f"{file} is not a readable checkpoint: {(str(error).splitlines() or ['empty'])[0]}")
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        fail(f"{file} is not a checkpoint: it has no 'state_dict'")
-    state = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
-    args = checkpoint.get("args") or {}
-    return checkpoint | {"state_dict": state, "args": vars(args) if isinstance(args, argparse.Namespace) else args}
-
-
-def load_weights(net, state, file):
-    """Load strictly; say what does not fit."""
-    own = net.state_dict()
-    shapes = [f"{k} {list(state[k].shape)}, here {list(own[k].shape)}" for k in own
-              if k in state and state[k].shape != own[k].shape]
-    keys = [f"{k} missing" for k in own if k not in state] + [f"{k} unexpected" for k in state if k not in own]
-    if shapes or keys:
-        fail(f"{file} does not fit this network ({len(shapes + keys)} differences): {'; '.join((shapes + keys)[:3])}"
-             + "; --dim differs?" * any(text.startswith(("fc.", "bn.")) for text in shapes))
-    net.load_state_dict(state)
-
-
-def newest_checkpoint(folder):
-    """The checkpoint with most steps done: the last epoch's, or latest.pth.tar where that went further."""
-    files = sorted(folder.glob("checkpoint_*.pth.tar"))[-1:] + list(folder.glob("latest.pth.tar"))
-    steps_done = lambda file: read_checkpoint(file).get("step", 0)
-    return max(files, key=steps_done) if len(files) > 1 else next(iter(files), None)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices and processes
@@ -508,16 +402,6 @@ def loader_options(args):
                 multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
 
 
-def gather_rows(x):
-    """[B, ...] of each process -> [processes * B, ...] in order of rank; the own block keeps its gradient."""
-    if not dist.is_initialized():
-        return x
-    blocks = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(blocks, x.detach().contiguous())
-    blocks[dist.get_rank()] = x
-    return torch.cat(blocks)
-
-
 def gather_objects(x):
     """A picklable object of each process -> list in order of rank."""
     objects = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -530,46 +414,31 @@ def gather_objects(x):
 # Training
 
 
-def param_groups(net, weight_decay):
-    """Weight decay for matrices and kernels only: none for 1-D parameters, biases and NFNet gains."""
-    plain = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    spared = {name for name, p in plain.items() if p.ndim <= 1 or name.endswith(".bias") or "gain" in name}
-    return [{"params": [p for name, p in plain.items() if name in spared], "weight_decay": 0.0},
-            {"params": [p for name, p in plain.items() if name not in spared], "weight_decay": weight_decay}]
+def build_net(args, pretrained):
+    return (SimSiam if args.head == "simsiam" else Descriptor)(args, HEADS[args.head], pretrained)
 
 
-class Criterion(torch.nn.Module):
-    """Loss of the gathered batch, against the memory where there is one.
+def pairs(args, loss):
+    return PairCriterion(args, loss, MINERS[args.miner](args))
 
-    Every process sees all descriptors in order of rank, so all compute the same loss and hold the same memory
-    (pytorch-metric-learning's own distributed wrapper puts each rank's block first). Only the own block carries a
-    gradient and DDP averages: gradients shrink with the number of processes, as in the notes (--world-scaled-loss).
-    """
 
-    def __init__(self, args, dim):
-        super().__init__()
-        self.scale = args.processes if args.world_scaled_loss else 1
-        self.loss, self.miner, self.memory = LOSSES[args.loss](args), MINERS[args.miner](args), None
-        if args.memory_size:
-            self.memory = pml.losses.CrossBatchMemory(self.loss, dim, args.memory_size, self.miner)
+def param_groups(module, args):
+    """Weight decay for matrices and kernels only: none for 1-D parameters, biases and NFNet gains (--decay-all: for
+    all). With --fix-pred-lr the predictor's parameters are groups of their own, marked as `fixed`."""
+    groups = {}
+    for name, p in module.named_parameters():
+        spared = not args.decay_all and (p.ndim <= 1 or name.endswith(".bias") or "gain" in name)
+        fixed = args.fix_pred_lr and ".predictor." in name
+        groups.setdefault((fixed, not spared), []).append(p)
+    return [{"params": groups[key], "weight_decay": args.wd * key[1], "fixed": key[0]} for key in sorted(groups)]
 
-    def forward(self, descriptors, labels):
-        """Descriptors [B, dim] and labels [B] of this process -> scalar."""
-        descriptors, labels = gather_rows(descriptors), gather_rows(labels)
-        if self.memory is not None:
-            return self.memory(descriptors, labels) * self.scale
-        return self.loss(descriptors, labels, self.miner(descriptors, labels) if self.miner else None) * self.scale
 
-    def memory_state(self):
-        """The ring buffer with what the library's state_dict leaves out: its pointer and whether it is full."""
-        m = self.memory
-        return m and {"embeddings": m.embedding_memory, "labels": m.label_memory, "next": m.queue_idx,
-                      "filled": m.has_been_filled}
-
-    def load_memory_state(self, state):
-        m = self.memory
-        m.embedding_memory, m.label_memory = state["embeddings"], state["labels"]
-        m.queue_idx, m.has_been_filled = state["next"], state["filled"]
+def sample_of_epoch(args, epoch):
+    """Photos used in `epoch` and photos per step of a process; both change where the sample grows (notes v4)."""
+    doublings = epoch // args.grow_epochs if args.grow_epochs else 0
+    counts = [min(args.sample_size * 2 ** i, max(args.grow_to, args.sample_size)) for i in range(doublings + 1)]
+    halvings = sum(count > max(before, 100_000) for before, count in zip(counts, counts[1:]))
+    return min(counts[-1], len(args.photos)), max(1, args.batch_size // args.nproc >> halvings)
 
 
 class Trainer:
@@ -580,11 +449,10 @@ class Trainer:
         self.amp_dtype = pick_precision(args, self.device)
         self.seed_everything()
         self.build_network()
-        self.build_data()
-        self.optimizer = OPTIMIZERS[args.optimizer](param_groups(self.net, args.wd), args)
-        self.criterion = Criterion(args, self.net.dim).to(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
-        self.epoch, self.step = args.start_epoch, args.start_epoch * self.batches.steps()
+        self.epoch, self.done = args.start_epoch, 0  # `done` steps of this epoch
+        self.build_stage(sample_of_epoch(args, self.epoch))
+        self.step = self.epoch * self.batches.steps()
         self.skipped, self.failed, self.stop = {}, 0, False
 
     def seed_everything(self):
@@ -600,26 +468,46 @@ class Trainer:
         pretrained = not (args.no_pretrained or args.weight or args.resume_file)
         if args.backbone_weights and pretrained:
             pretrained = read_backbone_weights(args.backbone_weights, args.arch)
-        self.net = Descriptor(args, pretrained)
+        self.net = build_net(args, pretrained)
         if args.weight and not args.resume_file:
-            load_weights(self.net, read_checkpoint(args.weight)["state_dict"], args.weight)
-        self.net.amp_dtype = self.amp_dtype
-        self.model = self.net.to(self.device, memory_format=torch.channels_last)
+            checkpoint = read_checkpoint(args.weight)
+            load_weights(self.net, checkpoint["state_dict"], args.weight)
+            args.contaminated = args.contaminated or checkpoint.get("contaminated")
+        self.net.amp_dtype, args.dim = self.amp_dtype, self.net.dim
+        args.preprocess = {"mean": self.net.mean, "std": self.net.std, "input_size": args.input_size,
+                           "resize": args.resize, "exif_transpose": args.exif_transpose}
+        self.net = self.net.to(self.device, memory_format=torch.channels_last)
         if args.processes > 1 and args.batch_norm == "sync" and self.device.type == "cuda":
-            self.model = self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
-        if dist.is_initialized():
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.model = torch.nn.parallel.DistributedDataParallel(self.net, device_ids=ids)
+            self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
-    def build_data(self):
-        args = self.args
-        self.views = Views(args, args.dir, args.photos, RESIZES[args.resize], self.net.mean, self.net.std)
-        batch = args.batch_size // args.nproc
-        self.batches = EpochBatches(len(self.views), batch, args.seed, args.process, args.processes)
+    def build_stage(self, sample):
+        """Photos, criterion and optimizer for `sample` (photos, photos per step of a process)."""
+        args, self.sample = self.args, sample
+        data = Pairs if args.pairs else Views
+        self.views = data(args, args.dir, args.photos[:sample[0]], RESIZES[args.resize], self.net.mean, self.net.std)
+        self.batches = EpochBatches(len(self.views), sample[1], args.seed, args.process, args.processes,
+                                    args.epoch_steps)
         if not self.batches.steps():
-            fail(f"{len(self.views)} photos do not fill one batch of {batch * args.processes}; lower --batch-size")
+            fail(f"{len(self.views)} photos do not fill one batch of {sample[1] * args.processes}; lower --batch-size")
         self.loader = torch.utils.data.DataLoader(self.views, batch_sampler=self.batches, collate_fn=collate_views,
                                                   persistent_workers=args.workers > 0, **loader_options(args))
+        self.criterion = LOSSES[args.loss](args, len(self.views)).to(self.device)
+        self.objective = Objective(self.net, self.criterion, args.ncrops, args.batch_norm == "shuffled")
+        self.optimizer = OPTIMIZERS[args.optimizer](param_groups(self.objective, args), args)
+        if dist.is_initialized():
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.objective = torch.nn.parallel.DistributedDataParallel(self.objective, ids)
+
+    def init_classes(self):
+        """Start each class vector as its photo's descriptor, before unit length, from the clean view (notes v3)."""
+        args = self.args
+        rows, labels, _ = merge_parts(args, "classes", *describe_photos(
+            args, self.net.eval(), "classes", [str(args.dir / path) for path in self.views.paths], self.net.embed))
+        weights = self.criterion.W.data
+        if args.process == 0:
+            weights[:, labels] = torch.from_numpy(rows).to(self.device).T
+        if dist.is_initialized():
+            dist.broadcast(weights, 0)
 
     def run(self):
         args = self.args
@@ -630,10 +518,17 @@ class Trainer:
             write_views_png(self.views, args.out / "views.png")
             with replacing(args.out / "args.json") as temporary:
                 temporary.write_text(json.dumps(plain_args(args), indent=2) + "\n")
+        if args.loss == "arcface" and not args.resume_file:
+            self.init_classes()
         self.log = Log(args, self.step) if args.process == 0 else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(self, "stop", True))
         while self.epoch < args.epochs:
+            if self.sample != (sample := sample_of_epoch(args, self.epoch)):
+                self.build_stage(sample)
+                print(f"=> grown to {sample[0]:,} photos, {self.batches.steps():,} steps per epoch")
+                if args.loss == "arcface":
+                    self.init_classes()
             self.train_epoch()
         print(f"=> done: {args.out / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
@@ -653,13 +548,14 @@ class Trainer:
 
     def learning_rate(self):
         args = self.args
-        return args.lr * SCHEDULES[args.lr_schedule](self.epoch, self.step / self.batches.steps(), args.epochs)
+        now = self.epoch + self.done / self.batches.steps()
+        return args.lr * SCHEDULES[args.lr_schedule](self.epoch, now, args.epochs)
 
     def train_epoch(self):
-        """The rest of epoch `self.epoch`, from step `self.step` on; ends with its checkpoint."""
+        """The rest of epoch `self.epoch`, after the `self.done` steps that it had; ends with its checkpoint."""
         args, steps = self.args, self.batches.steps()
-        self.batches.epoch, self.batches.start = self.epoch, self.step - self.epoch * steps
-        self.model.train()
+        self.batches.epoch, self.batches.start = self.epoch, self.done
+        self.objective.train()
         losses, waited, began = [], 0.0, time.time()
         with tqdm(total=steps, initial=self.batches.start, desc=f"epoch {self.epoch}", unit="step",
                   disable=args.process > 0) as bar:
@@ -669,10 +565,10 @@ class Trainer:
                 images, labels, unreadable, failed = next(batches)
                 waited += time.time() - asked
                 losses.append(self.train_step(images, labels))
-                self.step += 1
-                self.skipped.update({self.views.paths[i]: reason for i, reason in unreadable})
+                self.step, self.done = self.step + 1, self.done + 1
+                self.skipped.update(unreadable)
                 self.failed += len(failed)
-                last = self.step == (self.epoch + 1) * steps
+                last = self.done == steps
                 save = args.save_steps and self.step % args.save_steps == 0
                 if self.step % args.print_freq == 0 or last or save or (self.stop and args.processes == 1):
                     self.check(losses)
@@ -686,15 +582,15 @@ class Trainer:
                         self.save("latest.pth.tar")
                 bar.update()
         self.report_skipped()
-        self.epoch += 1
+        self.epoch, self.done = self.epoch + 1, 0
         self.save(f"checkpoint_{self.epoch - 1:04d}.pth.tar")
 
     def train_step(self, images, labels):
         """One optimizer step; returns the loss as a tensor that is not waited for."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.args.lr if group["fixed"] else self.learning_rate()
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        loss = self.criterion(self.model(images), labels.to(self.device, non_blocking=True))
+        loss = self.objective(images, labels.to(self.device, non_blocking=True))
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -731,14 +627,12 @@ class Trainer:
                               "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None})
         if self.args.process:
             return
-        state = {"epoch": self.epoch, "step": self.step, "steps_per_epoch": self.batches.steps(),
+        state = {"epoch": self.epoch, "step": self.step, "done": self.done, "steps_per_epoch": self.batches.steps(),
                  "arch": self.args.arch_tag, "state_dict": self.net.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                 "memory": self.criterion.memory_state(), "rng": rng, "args": plain_args(self.args),
-                 "photos": len(self.views), "processes": self.args.processes,
-                 "preprocess": {"mean": self.net.mean, "std": self.net.std, "input_size": self.args.input_size,
-                                "resize": self.args.resize, "exif_transpose": self.args.exif_transpose},
-                 "versions": VERSIONS}
+                 "criterion": self.criterion.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "scaler": self.scaler.state_dict(), "rng": rng, "args": plain_args(self.args),
+                 "photos": len(self.views), "processes": self.args.processes, "preprocess": self.args.preprocess,
+                 "contaminated": self.args.contaminated, "versions": VERSIONS}
         with replacing(self.args.out / name) as temporary:
             torch.save(state, temporary)
         if name != "latest.pth.tar":
@@ -747,24 +641,21 @@ class Trainer:
     def resume(self, file):
         """Take up the run of `file`. What changed since is told; an incomplete epoch starts anew if its steps moved."""
         args, state = self.args, read_checkpoint(file)
-        if "step" not in state:
+        if "done" not in state:
             fail(f"--resume {file}: not a checkpoint of this script; start from it with --weight")
         load_weights(self.net, state["state_dict"], file)
-        self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step, self.done = state["epoch"], state["step"], state["done"]
+        trained = sample_of_epoch(args, self.epoch - (self.done == 0))  # a growth may come next
+        if trained != self.sample:
+            self.build_stage(trained)
         moved = [f"{name} {old} -> {new}" for name, old, new in (
             ("photos", state["photos"], len(self.views)), ("processes", state["processes"], args.processes),
             ("photos per step", state["args"]["batch_size"], args.batch_size)) if old != new]
         if state["steps_per_epoch"] != self.batches.steps() or state["args"]["seed"] != args.seed:
-            self.step = self.epoch * self.batches.steps()
+            self.step, self.done = self.step - self.done, 0
             moved += ["an incomplete epoch starts anew"]
-        memory, ours = state["memory"], self.criterion.memory_state()
-        if memory and ours and memory["embeddings"].shape == ours["embeddings"].shape:
-            self.criterion.load_memory_state({k: v.to(self.device) if torch.is_tensor(v) else v
-                                              for k, v in memory.items()})
-        elif memory or ours:
-            moved += ["the memory starts empty (its size changed)"]
+        moved += self.load_criterion(state)
         if state["processes"] == args.processes:
             torch.set_rng_state(state["rng"][args.process]["cpu"])
             if self.device.type == "cuda" and state["rng"][args.process]["cuda"] is not None:
@@ -772,6 +663,22 @@ class Trainer:
         if moved:
             print(f"=> warning: not the run that {file} comes from: {'; '.join(moved)}")
         print(f"=> resumed {file} at epoch {self.epoch}, step {self.step}")
+
+    def load_criterion(self, state):
+        """Memory or classes, and the optimizer with the command line's settings; says what starts anew instead."""
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        shapes = [{name: x.shape for name, x in criterion.items() if torch.is_tensor(x)}
+                  for criterion in (state["criterion"], self.criterion.state_dict())]
+        if shapes[0] != shapes[1] and self.args.loss == "arcface":
+            self.init_classes()
+            return ["classes and optimizer start anew"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, setting in zip(self.optimizer.param_groups, settings):
+            group.update(setting)
+        if shapes[0] != shapes[1]:
+            return ["the memory starts empty (its size changed)"]
+        self.criterion.load_state_dict(state["criterion"])
+        return []
 
 
 class Log:
@@ -801,12 +708,15 @@ class Log:
 def plain_args(args):
     """The command line as plain values: what args.json and checkpoints hold."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-            if name not in ("photos", "odd", "device_used", "given", "found")}
+            if name not in ("photos", "odd", "device_used", "given", "found", "negative_photos")}
 
 
 def memory_estimate(args, dim):
-    """GiB of memory and loss, which lists all pairs of batch and memory: about 32 bytes a pair (measured)."""
-    rows = args.batch_size // args.nproc * args.processes * args.ncrops
+    """GiB of memory and loss, which lists all pairs of batch and memory: about 32 bytes a pair (measured); or of the
+    classes with gradient and momentum, and the logits."""
+    rows = args.batch_size // args.nproc * args.processes * (args.ncrops + args.negatives)
+    if args.loss == "arcface":
+        return max(sample_of_epoch(args, epoch)[0] for epoch in range(args.epochs)) * (dim * 12 + rows * 20) / 2**30
     return max(args.memory_size, rows) * (dim * 4 + rows * 32) / 2**30
 
 
@@ -817,10 +727,13 @@ def prepare_training(args):
         parse_ops(getattr(args, flag), args.op_prob, f"--{flag}")
     if not args.dir.is_dir():
         fail(f"no such folder: {args.dir}")
-    photos, args.odd = list_photos(args.dir)
+    photos, odd = list_pairs(args) if args.pairs else list_photos(args.dir)
+    args.odd = [(str(args.dir / path), reason) for path, reason in odd]
     if not photos:
         fail(f"no photos in {args.dir} ({', '.join(PHOTO_ENDINGS)})")
-    args.found, args.photos = len(photos), photos[:args.sample_size]
+    args.found, args.photos = len(photos), photos[:max(args.sample_size, args.grow_to * bool(args.grow_epochs))]
+    args.contaminated = Path(args.pairs).name if args.pairs else None
+    args.negative_photos = list_negatives(args) if args.negatives else []
     args.resume_file = args.resume
     if args.resume == "auto":
         args.resume_file = newest_checkpoint(args.out)
@@ -829,6 +742,35 @@ def prepare_training(args):
     if args.resume_file and args.seed is None:
         args.seed = read_checkpoint(args.resume_file)["args"].get("seed")
     args.out.mkdir(parents=True, exist_ok=True)
+
+
+def list_pairs(args):
+    """[(query path, reference path)] of the ground truth's positive pairs, relative to DIR; and what is no photo."""
+    groups = {group: list_group(args, group) for group in ("query", "reference")}
+    paths = {group: dict(zip(listed["ids"], listed["paths"])) for group, listed in groups.items()}
+    with open(args.pairs, newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("reference_id")]
+    if not rows or "query_id" not in rows[0]:
+        fail(f"--pairs {args.pairs}: no pairs in columns query_id and reference_id")
+    pairs = sorted((row["query_id"], row["reference_id"]) for row in rows)
+    absent = sorted({name for pair in pairs for group, name in zip(paths, pair) if name not in paths[group]})
+    if absent:
+        fail(f"--pairs {args.pairs}: {len(absent)} ids without a photo in {args.dir}: {first_three(absent)}")
+    found = [tuple(os.path.relpath(paths[group][name], args.dir) for group, name in zip(paths, pair)) for pair in pairs]
+    return found, sum((listed["odd"] for listed in groups.values()), [])
+
+
+def list_negatives(args):
+    """Paths of photos that match nothing: those of --negatives-dir but the photos of --pairs."""
+    folder = Path(args.negatives_dir)
+    if not folder.is_dir():
+        fail(f"--negatives-dir: no such folder: {folder}")
+    used = {os.path.realpath(args.dir / path) for pair in args.photos for path in pair} if args.pairs else set()
+    found = [path for path in (str(folder / name) for name in list_photos(folder)[0])
+             if os.path.realpath(path) not in used]
+    if len(found) < args.negatives:
+        fail(f"--negatives {args.negatives}: {folder} has {len(found)} photos to draw from")
+    return found
 
 
 def train(args):
@@ -853,11 +795,11 @@ def prepare_extraction(args):
     if not (file or args.backbone_weights or args.no_pretrained):
         fail(f"no checkpoint in {args.out.parent / 'train'}; train --exp {args.exp} first, or give --weight FILE, "
              "--backbone-weights FILE (raw features)")
-    args.checkpoint, stored = file, {}
+    args.checkpoint, args.contaminated, stored = file, None, {}
     if file:
         checkpoint = read_checkpoint(file)
         stored = checkpoint["args"] | {"arch": checkpoint.get("arch") or checkpoint["args"].get("arch")}
-        args.preprocess = checkpoint.get("preprocess", {})
+        args.preprocess, args.contaminated = checkpoint.get("preprocess", {}), checkpoint.get("contaminated")
         args.state = checkpoint["state_dict"]
     for name in FROM_CHECKPOINT:
         if name not in args.given and stored.get(name) is not None:
@@ -900,8 +842,8 @@ def list_group(args, group):
 
 def extract(args):
     """Describe all photos, each process every n-th; the first process puts the rows together and writes the file."""
-    net = Descriptor(args, read_backbone_weights(args.backbone_weights, args.arch)
-                     if args.backbone_weights and not args.checkpoint else False)
+    net = build_net(args, read_backbone_weights(args.backbone_weights, args.arch)
+                    if args.backbone_weights and not args.checkpoint else False)
     if args.checkpoint:
         load_weights(net, args.state, args.checkpoint)
     net.amp_dtype = pick_precision(args, args.device_used)
@@ -923,8 +865,9 @@ def extract(args):
 
 
 @torch.inference_mode()
-def describe_photos(args, net, name, paths):
-    """Descriptors [n, dim] of this process's readable photos, their indices [n] and unreadable ones [(i, reason)]."""
+def describe_photos(args, net, name, paths, describe=None):
+    """Descriptors [n, dim] of this process's readable photos, their indices [n] and unreadable ones [(i, reason)].
+    `describe`: images -> descriptors, if not the network itself."""
     mine = range(args.process, len(paths), args.processes)
     loader = torch.utils.data.DataLoader(
         WholePhotos(args, paths, RESIZES[args.resize], args.preprocess["mean"], args.preprocess["std"]),
@@ -936,7 +879,7 @@ def describe_photos(args, net, name, paths):
                 fail(f"{paths[unreadable[0][0]]}: {unreadable[0][1]}", 1)
             if good:
                 images = images.to(args.device_used, non_blocking=True, memory_format=torch.channels_last)
-                rows.append(net(images).float().cpu())
+                rows.append((describe or net)(images).float().cpu())
             indices += good
             bad += unreadable
             bar.update(len(good) + len(unreadable))
@@ -958,22 +901,25 @@ def merge_parts(args, name, rows, indices, bad):
 
 
 def write_results(args, groups, skipped):
-    """Write the descriptor file and skipped.csv; groups of an earlier run with the same checkpoint stay in the file,
-    a file of another checkpoint is kept under a name with that checkpoint's hash. Score it where there is truth."""
+    """Write the descriptor file and skipped.csv; groups of an earlier run with the same settings stay in the file, a
+    file of other settings is kept under a name with a hash of these. Score it where there is truth."""
+    settings = {name: getattr(args, name) for name in FROM_CHECKPOINT} | {
+        "arch": args.arch_tag, "checkpoint_sha256": args.sha256, "contaminated": args.contaminated or "",
+        "extract_from": args.extract_from * (args.head == "simsiam")}
+    settings = {name: value for name, value in settings.items() if value != ""}
     keep = ()
     if args.h5.is_file():
         with Descriptors(args.h5) as old:
-            before = str(old.attrs.get("checkpoint_sha256", "unknown"))
-            same = all(old.attrs.get(name) == getattr(args, name) for name in ("input_size", "resize", "gem_eval_p"))
+            before = {name: str(old.attrs.get(name)) for name in settings}
             keep = [name for name in old.groups if name not in groups]
-        if before != args.sha256 or not same:
+        if before != {name: str(value) for name, value in settings.items()}:
             keep = ()
-            backup = args.h5.with_name(f"{args.h5.stem}.{before[:8]}.h5")
+            tag = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:8]
+            backup = args.h5.with_name(f"{args.h5.stem}.{tag}.h5")
             os.replace(args.h5, backup)
             print(f"=> kept the earlier file of other settings as {backup}")
-    attrs = {name: getattr(args, name) for name in FROM_CHECKPOINT if name != "arch"}
-    write_descriptors(args.h5, groups, attrs | {"arch": args.arch_tag, "checkpoint_sha256": args.sha256, "checkpoint":
-                      str(args.checkpoint or args.backbone_weights), "versions": VERSIONS}, keep=keep)
+    write_descriptors(args.h5, groups, settings | {"checkpoint": str(args.checkpoint or args.backbone_weights),
+                                                   "versions": VERSIONS}, keep=keep)
     write_skipped(args.out / "skipped.csv", skipped)
     print(f"=> wrote {args.h5}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()) +
           (f"; {len(skipped)} skipped, see {args.out / 'skipped.csv'}" if skipped else ""))

@@ -192,40 +192,62 @@ def random_erasing(tensor, rng):
     return tensor
 
 
-class Views(torch.utils.data.Dataset):
-    """Training photos: item (epoch, i) -> views [ncrops, 3, size, size], label, unreadable [(i, reason)], failed ops.
+NEGATIVE_LABEL = 10**9  # the first label of negatives, beyond those of any training set
 
-    In place of an unreadable photo the next readable one is taken, with its own label.
+
+class Views(torch.utils.data.Dataset):
+    """Training photos: item (epoch, i) -> views [ncrops + negatives, 3, size, size], their labels, unreadable
+    [(path, reason)], failed ops.
+
+    In place of an unreadable photo the next readable one is taken, with its own label. Negatives are whole photos with
+    labels of their own (notes v98).
     """
 
     def __init__(self, args, root, paths, resize, mean, std):
         self.root, self.paths, self.seed, self.ncrops, self.strict = root, paths, args.seed, args.ncrops, args.strict
         self.size, self.resize, self.exif, self.mean, self.std = args.input_size, resize, args.exif_transpose, mean, std
         self.pipelines = [parse_ops(args.view0, args.op_prob), parse_ops(args.view1, args.op_prob)]
+        self.negatives, self.negative_photos = args.negatives, args.negative_photos
 
     def __len__(self):
         return len(self.paths)
 
     def open(self, i):
-        return open_photo(os.path.join(self.root, self.paths[i]), self.exif)
+        """The image of each view of photo `i`."""
+        return [open_photo(os.path.join(self.root, self.paths[i]), self.exif)] * self.ncrops
+
+    def name(self, i):
+        return os.path.join(self.root, self.paths[i])
 
     def random_photo(self, rng):
-        img, _, _ = self.open_near(int(rng.integers(len(self.paths))))
-        return img
+        images, _, _ = self.open_near(int(rng.integers(len(self.paths))))
+        return images[0]
 
     def open_near(self, i):
-        """First readable photo from `i` on: image, its index, unreadable ones [(index, reason)] on the way."""
+        """First readable photo from `i` on: images, its index, unreadable ones [(path, reason)] on the way."""
         unreadable = []
         while len(unreadable) < min(len(self.paths), 100):
             try:
                 return self.open(i), i, unreadable
             except UNREADABLE as error:
-                unreadable.append((i, f"{type(error).__name__}: {error}"))
+                unreadable.append((self.name(i), f"{type(error).__name__}: {error}"))
                 if self.strict:
                     break
                 i = (i + 1) % len(self.paths)
-        raise InputError(f"{os.path.join(self.root, self.paths[unreadable[0][0]])}: {unreadable[0][1]}"
+        raise InputError(": ".join(unreadable[0])
                          + (f", nor can the {len(unreadable) - 1} photos after it be read" * (not self.strict)))
+
+    def open_negatives(self, rng):
+        """Random negatives [(image, label)] and unreadable ones; labels lie beyond those of all training photos."""
+        opened, unreadable = [], []
+        for j in rng.permutation(len(self.negative_photos)):
+            if len(opened) == self.negatives:
+                break
+            try:
+                opened.append((open_photo(self.negative_photos[j], self.exif), NEGATIVE_LABEL + int(j)))
+            except UNREADABLE as error:
+                unreadable.append((self.negative_photos[j], f"{type(error).__name__}: {error}"))
+        return opened, unreadable
 
     def view(self, img, epoch, i, number):
         """View `number` of photo `i` as a normalised tensor, and the operations that failed (tiny or odd photos)."""
@@ -249,30 +271,49 @@ class Views(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        img, i, unreadable = self.open_near(i)
-        views, failed = zip(*(self.view(img, epoch, i, number) for number in range(self.ncrops)))
-        return torch.stack(views), i, unreadable, sum(failed, [])
+        images, i, unreadable = self.open_near(i)
+        views, failed = zip(*(self.view(img, epoch, i, number) for number, img in enumerate(images)))
+        views, labels = list(views), [i] * len(views)
+        if self.negatives:
+            negatives, bad = self.open_negatives(np.random.default_rng((self.seed, epoch, i, self.ncrops)))
+            unreadable += bad
+            for img, label in negatives:
+                views.append(TF.normalize(TF.to_tensor(self.resize(img, self.size)), self.mean, self.std))
+                labels.append(label)
+        return torch.stack(views), labels, unreadable, sum(failed, [])
+
+
+class Pairs(Views):
+    """Pairs of photos that show the same, `paths` [(query, reference)]: view 0 is made from the query, view 1 from the
+    reference (notes v89)."""
+
+    def open(self, i):
+        return [open_photo(os.path.join(self.root, path), self.exif) for path in self.paths[i]]
+
+    def name(self, i):
+        return " or ".join(os.path.join(self.root, path) for path in self.paths[i])
 
 
 def collate_views(items):
-    """-> images [ncrops * batch, 3, s, s] view after view, labels alike, unreadable photos, failed operations."""
+    """-> images [views * batch, 3, s, s] view after view, labels alike, unreadable photos, failed operations."""
     views, labels, unreadable, failed = zip(*items)
     images = torch.stack(views, 1).flatten(0, 1)
-    return images, torch.tensor(labels).repeat(views[0].shape[0]), sum(unreadable, []), sum(failed, [])
+    return images, torch.tensor(labels).T.flatten(), sum(unreadable, []), sum(failed, [])
 
 
 class EpochBatches(torch.utils.data.Sampler):
     """This process's batches of (epoch, photo index); the order depends on (seed, epoch) only, the tail is dropped.
 
-    Set `epoch` and `start` (steps already done) before each pass.
+    An epoch ends after `limit` steps, if that is not 0. Set `epoch` and `start` (steps already done) before each pass.
     """
 
-    def __init__(self, count, batch, seed, rank, world):
-        self.count, self.batch, self.seed, self.rank, self.world = count, batch, seed, rank, world
+    def __init__(self, count, batch, seed, rank, world, limit=0):
+        self.count, self.batch, self.seed, self.rank, self.world, self.limit = count, batch, seed, rank, world, limit
         self.epoch = self.start = 0
 
     def steps(self):
-        return self.count // (self.batch * self.world)
+        whole = self.count // (self.batch * self.world)
+        return min(whole, self.limit) if self.limit else whole
 
     def __len__(self):
         return self.steps() - self.start
@@ -288,9 +329,9 @@ def write_views_png(views, file):
     """Eight photos in rows: as they are, then their views of the first epoch, so that one look shows what is seen."""
     rows = []
     for i in np.linspace(0, len(views) - 1, min(8, len(views))).astype(int):
-        img, i, _ = views.open_near(int(i))
-        tensors = [TF.to_tensor(TF.resize(img, [views.size, views.size]))]
-        for number in range(views.ncrops):
+        images, i, _ = views.open_near(int(i))
+        tensors = [TF.to_tensor(TF.resize(images[0], [views.size, views.size]))]
+        for number, img in enumerate(images):
             view, _ = views.view(img, 0, i, number)
             tensors.append(view * torch.tensor(views.std)[:, None, None] + torch.tensor(views.mean)[:, None, None])
         rows += tensors

@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     args = train.parse_args(["-a", "test_efficientnet", "--input-size", "32", "--gem-eval-p", "5", "x"])
     torch.manual_seed(0)
-    net = train.Descriptor(args, False)
+    net = train.build_net(args, False)
     torch.save({"state_dict": net.state_dict(), "arch": "test_efficientnet.r160_in1k", "args": train.plain_args(args),
                 "preprocess": {"mean": [0.5] * 3, "std": [0.5] * 3}}, folder / "net.pth.tar")
     return folder / "net.pth.tar"
@@ -64,7 +64,7 @@ def test_descriptors_are_those_of_the_network(tmp_path, extract, weights):
     assert list(rows["query_ids"]) == [f"Q{i:05d}".encode() for i in range(6)] and rows["train"].shape == (4, 256)
     assert rows["query_ids"].dtype == "S6" and rows["reference_ids"].dtype == "S7"
     args = train.parse_args(["-a", "test_efficientnet", "--input-size", "32", "--gem-eval-p", "5", "x"])
-    net = train.Descriptor(args, False).eval()
+    net = train.build_net(args, False).eval()
     train.load_weights(net, train.read_checkpoint(weights)["state_dict"], weights)
     for i in range(6):
         img = Image.open(data / "query_images" / f"Q{i:05d}.jpg")

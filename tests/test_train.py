@@ -23,6 +23,7 @@ import photos as photo_files
 import train
 import views
 from helpers import ROOT, draw_photos, run
+from network import gem
 
 RECIPES = sorted(path.stem for path in (ROOT / "exp").glob("*.args"))
 TINY = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "--memory-size", 24,
@@ -51,9 +52,9 @@ def assert_same_state(a, b):
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for name, value in a["state_dict"].items():
         assert torch.equal(value, b["state_dict"][name]), name
-    for name in ("embeddings", "labels"):
-        assert torch.equal(a["memory"][name], b["memory"][name]), name
-    assert (a["memory"]["next"], a["memory"]["filled"]) == (b["memory"]["next"], b["memory"]["filled"])
+    assert a["criterion"].keys() == b["criterion"].keys()
+    for name, value in a["criterion"].items():
+        assert torch.equal(value, b["criterion"][name]) if torch.is_tensor(value) else value == b["criterion"][name]
     for i, state in a["optimizer"]["state"].items():
         assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
 
@@ -229,7 +230,7 @@ def test_odd_photos_survive_training(tmp_path, exp):
     done = run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--op-prob", 0.8, tmp_path)
     assert "14 found" in done.stdout and "1 unreadable photos" in done.stdout
     rows = list(csv.reader(open(ROOT / "exp" / exp / "train" / "skipped.csv")))
-    assert rows[1][0] == "bomb.png" and "DecompressionBomb" in rows[1][1]
+    assert rows[1][0] == str(tmp_path / "bomb.png") and "DecompressionBomb" in rows[1][1]
 
 
 def test_opened_photos_are_rgb_and_keep_their_values(tmp_path):
@@ -261,18 +262,18 @@ def test_views_png_and_args_json_show_the_run(photos, exp):
 def network(**changes):
     args = train.parse_args(["-a", "test_efficientnet", "--no-pretrained", "--input-size", "64", "x"])
     vars(args).update(changes)
-    return train.Descriptor(args, False)
+    return train.build_net(args, False)
 
 
 def test_gem_and_descriptor_formula():
     x = torch.rand(2, 5, 4, 3) - 0.3
     by_hand = np.power(np.power(np.maximum(x.double().numpy(), 1e-6), 3.0).mean((2, 3)), 1 / 3)
-    assert np.allclose(train.gem(x, 3.0), by_hand, atol=1e-6)
+    assert np.allclose(gem(x, 3.0), by_hand, atol=1e-6)
     net = network(gem_p=3.0, gem_eval_p=5.0)
     images = torch.rand(4, 3, 64, 64)
     for training, p in ((True, 3.0), (False, 5.0)):
         net.train(training)
-        features = train.gem(net.backbone(images)[-1], p)
+        features = gem(net.backbone(images)[-1], p)
         expected = torch.nn.functional.normalize(net.bn(net.fc(features)))
         assert torch.allclose(net(images), expected, atol=1e-5)
     assert {name.split(".")[0] for name in net.state_dict()} == {"backbone", "fc", "bn"}
@@ -288,12 +289,15 @@ def test_channels_last_feature_maps_are_pooled_over_space():
 
 
 def test_no_weight_decay_on_vectors_biases_and_gains():
-    net = network(arch="test_nfnet")
+    args = train.parse_args(["-a", "test_nfnet", "--no-pretrained", "--wd", "0.1", "x"])
+    net = train.build_net(args, False)
     names = {id(p): name for name, p in net.named_parameters()}
-    spared, decayed = ([names[id(p)] for p in group["params"]] for group in train.param_groups(net, 0.1))
+    spared, decayed = ([names[id(p)] for p in group["params"]] for group in train.param_groups(net, args))
     assert any(name.endswith("gain") for name in spared) and "fc.weight" in decayed and "bn.weight" in spared
     assert len(spared) + len(decayed) == len(names)
     assert not any(name.endswith(".bias") or "gain" in name for name in decayed)
+    args.decay_all = True
+    assert [(len(g["params"]), g["weight_decay"]) for g in train.param_groups(net, args)] == [(len(names), 0.1)]
 
 
 def test_schedules():
@@ -312,95 +316,12 @@ def test_local_backbone_weights(tmp_path, photos, exp):
     torch.save({k: v for k, v in list(net.state_dict().items())[3:]}, tmp_path / "short.pth")
     for name in ("own.safetensors", "renamed.pth"):
         state = train.read_backbone_weights(tmp_path / name, "test_efficientnet")
-        backbone = train.Descriptor(train.parse_args(["-a", "test_efficientnet", "x"]), state).backbone
+        backbone = train.build_net(train.parse_args(["-a", "test_efficientnet", "x"]), state).backbone
         assert torch.equal(backbone.conv_stem.weight, net.conv_stem.weight)
     flags = [flag for flag in TINY if flag != "--no-pretrained"]
     done = run("train.py", *flags, "--exp", exp, "--backbone-weights", tmp_path / "short.pth", photos, code=2)
     assert "3 tensors missing" in done.stderr and "conv_stem.weight" in done.stderr
     run("train.py", *flags, "--exp", exp, "--epochs", 1, "--backbone-weights", tmp_path / "own.safetensors", photos)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss and memory, against the definitions
-
-
-def dense_contrastive(batches, memory_size, pos_margin, neg_margin):
-    """Loss and gradient of the last of `batches` [(descriptors [B, d], labels [B])], by the definition (notes v10):
-    enqueue first, then each row against all of the memory but its own copy; means over non-zero terms, summed."""
-    memory = []
-    for descriptors, labels in batches:
-        x = descriptors.double().detach().requires_grad_()
-        memory += [(row.detach(), int(label), (len(batches), i)) for i, (row, label) in enumerate(zip(x, labels))]
-        fresh = {id(entry) for entry in memory[-len(x):]}
-        memory = memory[-memory_size:]
-        own = [entry for entry in memory if id(entry) in fresh]
-        positive, negative = [], []
-        for i, label in enumerate(labels):
-            for entry in memory:
-                if entry is own[i]:
-                    continue
-                distance = (torch.nn.functional.normalize(x[i], dim=0) - entry[0] / entry[0].norm()).norm()
-                if entry[1] == int(label):
-                    positive.append(torch.relu(distance - pos_margin))
-                else:
-                    negative.append(torch.relu(neg_margin - distance))
-        terms = [torch.stack(part)[torch.stack(part) > 0] for part in (positive, negative)]
-        loss = sum(part.mean() for part in terms if len(part))
-    loss.backward()
-    return loss.detach(), x.grad, memory
-
-
-def batches_of(count, size, dim=8):
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.nn.functional.normalize(torch.randn(size, dim, generator=generator)),
-             torch.randint(0, 6, (size,), generator=generator)) for _ in range(count)]
-
-
-def criterion(processes=1, **changes):
-    args = Namespace(loss="contrastive", miner="none", memory_size=20, pos_margin=0.1, neg_margin=1.1, margin=0.1,
-                     temperature=0.1, type_of_triplets="all", world_scaled_loss=False, processes=processes)
-    vars(args).update(changes)
-    return train.Criterion(args, 8)
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])  # 5 x 8 rows wrap around the 20 slots of the memory
-def test_memory_loss_equals_its_definition(count):
-    batches, ours = batches_of(count, 8), criterion()
-    for descriptors, labels in batches:
-        x = descriptors.clone().requires_grad_()
-        loss = ours(x, labels)
-    loss.backward()
-    expected, gradient, memory = dense_contrastive(batches, 20, 0.1, 1.1)
-    assert abs(loss.item() - expected.item()) < 1e-5
-    assert torch.allclose(x.grad.double(), gradient, atol=1e-5)
-    state = ours.memory_state()
-    filled = 20 if state["filled"] else state["next"]
-    assert sorted(state["labels"][:filled].tolist()) == sorted(entry[1] for entry in memory)
-
-
-def two_ranks(rank, meeting, results):
-    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
-    ours = criterion(processes=2)
-    for descriptors, labels in batches_of(5, 8):
-        half = slice(4 * rank, 4 * rank + 4)
-        x = descriptors[half].clone().requires_grad_()
-        loss = ours(x, labels[half])
-    loss.backward()
-    torch.save({"loss": loss.detach(), "grad": x.grad, **ours.memory_state()}, f"{results}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_memory_loss_on_two_ranks_equals_its_definition(tmp_path):
-    torch.multiprocessing.spawn(two_ranks, (tmp_path / "meeting", tmp_path), nprocs=2)
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    expected, gradient, memory = dense_contrastive(batches_of(5, 8), 20, 0.1, 1.1)
-    assert torch.allclose(torch.cat([part["grad"] for part in parts]).double(), gradient, atol=1e-5)
-    for part in parts:
-        assert abs(part["loss"].item() - expected.item()) < 1e-5
-        for name in ("embeddings", "labels"):
-            assert torch.equal(part[name], parts[0][name])
-    order = [(parts[0]["next"] + i) % 20 for i in range(20)]  # oldest first
-    assert parts[0]["labels"][order].tolist() == [entry[1] for entry in memory]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,7 +343,7 @@ def test_spawned_processes_and_torchrun_train_alike(photos, exp):
         photos)
     a, b = checkpoint(f"{exp}a"), checkpoint(f"{exp}b")
     assert_same_state(a, b)
-    assert a["memory"]["filled"] and a["processes"] == 2
+    assert a["criterion"]["memories.0._extra_state"]["filled"] and a["processes"] == 2
     done = run("train.py", *TINY, "--exp", f"{exp}a", "--epochs", 3, "--resume", "auto", photos)
     assert "processes 2 -> 1" in done.stdout and "at epoch 2, step 12" in done.stdout
     assert checkpoint(f"{exp}a", "checkpoint_0002")["step"] == 18

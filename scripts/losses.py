@@ -1,0 +1,161 @@
+"""What training minimises: losses between descriptors, the memory of earlier batches, image classes, SimSiam.
+
+A criterion is a module (outputs of the network, labels) -> scalar. pytorch-metric-learning's losses are used as they
+are; those that would list every triple of anchor, positive and negative are given here over the matrix of anchors and
+references alone, with the same values.
+"""
+import pytorch_metric_learning as pml
+import pytorch_metric_learning.distances
+import pytorch_metric_learning.losses
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
+from torch.nn import functional as F
+
+
+def gather_rows(x):
+    """[B, ...] of each process -> [processes * B, ...] in order of rank; the own block keeps its gradient."""
+    if not dist.is_initialized():
+        return x
+    blocks = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(blocks, x.detach().contiguous())
+    blocks[dist.get_rank()] = x
+    return torch.cat(blocks)
+
+
+class SNRDistance(pml.distances.SNRDistance):
+    """Var(a - r) / Var(a) over the dimensions (Yuan et al., CVPR 2019; notes v15), for all anchors a [B, d] and
+    references r [M, d] as Var(a) + Var(r) - 2 Cov(a, r): B x M values, where the library makes B x M x d."""
+
+    def compute_mat(self, query_emb, ref_emb):
+        a, r = (x - x.mean(1, keepdim=True) for x in (query_emb, ref_emb))
+        var_a, var_r = (x.square().sum(1) for x in (a, r))
+        return ((var_a[:, None] + var_r - 2 * a @ r.T) / var_a[:, None]).clamp(min=0)
+
+
+class NTXentLoss(pml.losses.NTXentLoss):
+    """Mean over positive pairs (a, p) of log(1 + sum over negatives n of a of e^((s_an - s_ap + margin) / t)).
+
+    s is the cosine and t the temperature (arXiv 1807.03748; notes v14). `margin` is taken off the positives' cosine
+    (notes v60). Needs matrices of batch x references, where the library makes positives x negatives.
+    """
+
+    def __init__(self, temperature, margin=0.0):
+        super().__init__(temperature)
+        self.margin, self.loss_method = margin, self.mat_based_loss
+
+    def _compute_loss(self, mat, pos_mask, neg_mask):
+        if not (pos_mask.any() and neg_mask.any()):
+            return self.zero_losses()
+        anchors, positives = pos_mask.nonzero(as_tuple=True)
+        negatives = (mat / self.temperature).masked_fill(neg_mask == 0, torch.finfo(mat.dtype).min).logsumexp(1)
+        losses = F.softplus(negatives[anchors] - (mat[anchors, positives] - self.margin) / self.temperature)
+        return {"loss": {"losses": losses, "indices": (anchors, positives), "reduction_type": "pos_pair"}}
+
+
+class ArcFaceLoss(pml.losses.ArcFaceLoss):
+    """Cross-entropy over s cos(t + m) for the photo's own class, s cos(t) for the others (arXiv 1801.07698; notes v3).
+    `margin` m in radians; the gradient stays finite where a descriptor meets its class vector."""
+
+    per_view = False
+
+    def __init__(self, classes, dim, margin, scale):
+        super().__init__(classes, dim, margin, scale)
+
+    def init_margin(self):
+        pass  # given in radians
+
+    def get_angles(self, cosine):
+        return cosine.clamp(-1 + 1e-6, 1 - 1e-6).acos()
+
+
+class SimSiamLoss(torch.nn.Module):
+    """Minus the mean cosine between the prediction of one view and the projection of another, which gets no gradient
+    (arXiv 2011.10566; notes v1)."""
+
+    per_view = True  # the network sees each view by itself, with batch statistics of its own
+
+    def forward(self, outputs, labels):
+        """[(projection, prediction) of each view], each [B, dim] -> scalar."""
+        pairs = [(p, z.detach()) for i, (_, p) in enumerate(outputs) for j, (z, _) in enumerate(outputs) if i != j]
+        return -sum(F.cosine_similarity(p, z).mean() for p, z in pairs) / len(pairs)
+
+
+class Memory(pml.losses.CrossBatchMemory):
+    """The library's ring buffer of descriptors (arXiv 1912.06798), whose state_dict leaves out where it stands."""
+
+    def get_extra_state(self):
+        return {"next": self.queue_idx, "filled": self.has_been_filled}
+
+    def set_extra_state(self, state):
+        self.queue_idx, self.has_been_filled = state["next"], state["filled"]
+
+
+ENQUEUE = {  # --memory-enqueue -> for each memory: all rows enter it (None), only those of view 0, only the others
+    "all": [None], "view0": [True], "crosswise": [True, False]}
+
+
+class PairCriterion(torch.nn.Module):
+    """Loss of the gathered batch, against the memory where there is one.
+
+    Every process sees all descriptors in order of rank, so all compute the same loss and hold the same memory
+    (pytorch-metric-learning's own distributed wrapper puts each rank's block first). Only the own block carries a
+    gradient and DDP averages: gradients shrink with the number of processes, as in the notes (--world-scaled-loss).
+
+    Rows that enter a memory alone (view0, crosswise: notes v12, v61) are no anchors of it. The bipartite miner (notes
+    v11) compares view 0 with the other views only; against a memory it means all pairs, as without a miner (v13).
+    """
+
+    per_view = False
+
+    def __init__(self, args, loss, miner):
+        super().__init__()
+        self.loss, self.miner, self.memories = loss, miner, torch.nn.ModuleList()
+        self.scale = args.processes if args.world_scaled_loss else 1
+        self.views, self.bipartite = args.ncrops + args.negatives, args.miner == "bipartite"
+        self.enqueue = ENQUEUE[args.memory_enqueue]
+        if args.memory_size:
+            self.memories.extend(Memory(loss, args.dim, args.memory_size, miner) for _ in self.enqueue)
+
+    def forward(self, descriptors, labels):
+        """Descriptors [B, dim] and labels [B] of this process, view after view -> scalar."""
+        view0 = torch.arange(len(labels), device=labels.device) < len(labels) // self.views
+        descriptors, labels, view0 = (gather_rows(x) for x in (descriptors, labels, view0))
+        if self.memories:
+            masks = [None if which is None else view0 == which for which in self.enqueue]
+            loss = sum(memory(descriptors, labels, enqueue_mask=mask) for memory, mask in zip(self.memories, masks))
+        elif self.bipartite:
+            loss = self.loss(descriptors[view0], labels[view0], ref_emb=descriptors[~view0], ref_labels=labels[~view0])
+        else:
+            loss = self.loss(descriptors, labels, self.miner(descriptors, labels) if self.miner else None)
+        return loss * self.scale
+
+
+class Objective(torch.nn.Module):
+    """Network and criterion as one module, so that DDP sees the parameters of both: (images, labels) -> scalar."""
+
+    def __init__(self, net, criterion, views, shuffled):
+        super().__init__()
+        self.net, self.criterion, self.views, self.shuffled = net, criterion, views, shuffled
+        self._ddp_params_and_buffers_to_ignore = [  # DDP would send the memory, the same in all processes, at each step
+            f"criterion.{name}" for name, _ in criterion.named_buffers()]
+
+    def forward(self, images, labels):
+        """Images [views * B, 3, s, s] and labels [views * B], view after view."""
+        if self.criterion.per_view:
+            return self.criterion([self.net(view) for view in images.chunk(self.views)], labels)
+        outputs = forward_shuffled(self.net, images) if self.shuffled else self.net(images)
+        return self.criterion(outputs, labels)
+
+
+def forward_shuffled(net, images):
+    """Outputs for this process's images, computed in batches drawn from all processes, so that the batch statistics of
+    one process tell nothing about which rows belong together (arXiv 1911.05722; notes v21, with its gradient)."""
+    if not dist.is_initialized():
+        return net(images)
+    rank, rows = dist.get_rank(), len(images)
+    order = torch.randperm(dist.get_world_size() * rows).to(images.device)
+    dist.broadcast(order, 0)
+    mine = slice(rank * rows, (rank + 1) * rows)
+    outputs = torch.cat(all_gather(net(gather_rows(images)[order[mine]])))
+    return outputs[order.argsort()[mine]]

@@ -1,0 +1,144 @@
+"""The network: timm backbone, pooling, head, unit length; and the weights it starts from.
+
+Shapes: images [B, 3, s, s] -> feature map [B, C, h, w] -> pooled features [B, C] -> descriptors [B, dim].
+"""
+import difflib
+
+import timm
+import torch
+from timm.models import load_state_dict as load_timm_file
+from torch.nn import functional as F
+
+from descriptors import InputError, first_three
+
+
+def gem(x, p, eps=1e-6):
+    """Generalised mean pooling [B, C, H, W] -> [B, C]: (mean of max(x, eps)^p)^(1/p) (arXiv 1711.02512)."""
+    return x.clamp(min=eps).pow(p).mean((-2, -1)).pow(1 / p)
+
+
+def linear_bn(channels, dim, affine=True):
+    return [torch.nn.Linear(channels, dim, bias=False), torch.nn.BatchNorm1d(dim, affine=affine)]
+
+
+def projector(channels, dim):
+    """Three linear layers with batch norm, the last without ReLU and affine part (arXiv 2011.10566; notes H-SS)."""
+    return torch.nn.Sequential(*linear_bn(channels, dim), torch.nn.ReLU(), *linear_bn(dim, dim), torch.nn.ReLU(),
+                               *linear_bn(dim, dim, affine=False))
+
+
+def predictor(dim, hidden):
+    return torch.nn.Sequential(*linear_bn(dim, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, dim))
+
+
+class Descriptor(torch.nn.Module):
+    """Images [B, 3, s, s] -> descriptors [B, dim] of unit length, fp32. State keys: backbone.*, then the head's.
+
+    `head` makes the modules between pooled features and descriptor: (channels, args) -> {name: module}. Only the
+    backbone runs under autocast (`amp_dtype`); pooling, head and normalisation stay in fp32.
+    """
+
+    def __init__(self, args, head, pretrained):
+        super().__init__()
+        self.pool, self.gem_p, self.gem_eval_p, self.amp_dtype = args.pool, args.gem_p, args.gem_eval_p, None
+        self.backbone = build_backbone(args, pretrained)
+        channels = self.backbone.feature_info.channels()[-1] if args.pool == "gem" else self.backbone.head_hidden_size
+        self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
+        self.mean, self.std = (list(self.backbone.pretrained_cfg[name]) for name in ("mean", "std"))
+        modules = head(channels, args)
+        self.head = list(modules)
+        self.dim = args.dim if modules else channels
+        for name, module in modules.items():
+            self.add_module(name, module)
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.xavier_normal_(module.weight)
+                if module.bias is not None:
+                    torch.nn.init.zeros_(module.bias)
+
+    def pooled(self, images):
+        """Images [B, 3, s, s] -> pooled features [B, channels], fp32."""
+        with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            features = self.backbone(images)
+        if self.pool == "backbone":
+            return features.float()
+        features = features[-1].float()
+        features = features.permute(0, 3, 1, 2) if self.channels_last else features
+        return gem(features, self.gem_p if self.training else self.gem_eval_p)
+
+    def embed(self, images):
+        """Images [B, 3, s, s] -> descriptors [B, dim] before they get unit length."""
+        features = self.pooled(images)
+        for name in self.head:
+            features = getattr(self, name)(features)
+        return features
+
+    def forward(self, images):
+        return F.normalize(self.embed(images))
+
+
+class SimSiam(Descriptor):
+    """In training -> projection and prediction, each [B, dim]; else what `extract_from` names (notes v1, v2)."""
+
+    def __init__(self, args, head, pretrained):
+        super().__init__(args, head, pretrained)
+        self.extract_from = args.extract_from
+
+    def forward(self, images):
+        z = self.projector(self.pooled(images))
+        p = self.predictor(z)
+        return (z, p) if self.training else F.normalize({"proj": z, "pred": p, "proj+pred": z + p}[self.extract_from])
+
+
+def build_backbone(args, pretrained):
+    """timm network for `args.arch`: feature maps with pool gem, pooled features with pool backbone.
+
+    `pretrained`: True asks the hub, False gives random weights, a state dict of the whole network is loaded.
+    """
+    kwargs = dict(features_only=True) if args.pool == "gem" else dict(num_classes=0)
+    with torch.device("meta"):
+        config = timm.create_model(args.arch).pretrained_cfg
+    if config.get("fixed_input_size"):
+        kwargs["img_size"] = args.input_size
+    if isinstance(pretrained, dict):
+        kwargs["pretrained_cfg_overlay"] = dict(state_dict=pretrained)
+    try:
+        return timm.create_model(args.arch, pretrained=bool(pretrained), **kwargs)
+    except (RuntimeError, AttributeError) as error:
+        raise InputError(f"--arch {args.arch} cannot be built with --pool {args.pool}: {error}") from None
+    except OSError as error:
+        raise InputError(f"the weights of {args.arch} cannot be downloaded ({str(error).splitlines()[0]}); give "
+                         "--backbone-weights FILE, --weight FILE or --no-pretrained") from None
+
+
+def check_arch(name):
+    """Resolved timm name 'arch.tag' of a possibly old name."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
+        raise InputError(f"--arch: timm has no model '{name}'" + (f"; close: {', '.join(close)}" if close else ""))
+    with torch.device("meta"):
+        config = timm.create_model(name).pretrained_cfg
+    return config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+
+
+def read_backbone_weights(file, arch):
+    """State dict of a local file under timm's names; weights of another implementation with the same tensors in the
+    same order are renamed by position. Whatever does not fit is an error."""
+    try:
+        given = load_timm_file(file)
+    except Exception as error:  # timm and pickle raise many kinds
+        raise InputError(f"--backbone-weights {file}: {str(error).splitlines()[0]}") from None
+    with torch.device("meta"):
+        net = timm.create_model(arch)
+    wanted = net.state_dict()
+    classifier = net.pretrained_cfg.get("classifier") or ()
+    classifier = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    missing = [name for name in wanted if name not in given and not name.startswith(classifier)]
+    if missing and [v.shape for v in given.values()] == [v.shape for v in wanted.values()]:
+        print(f"=> {file}: other names, same shapes in the same order as {arch}; matched by position")
+        return dict(zip(wanted, given.values()))
+    odd = missing or [name for name in wanted if not name.startswith(classifier)
+                      and given[name].shape != wanted[name].shape]
+    if odd:
+        raise InputError(f"--backbone-weights {file} does not fit {arch}: {len(odd)} tensors missing or of another "
+                         f"shape, first: {first_three(odd)}")
+    return given
