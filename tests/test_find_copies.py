@@ -1,0 +1,418 @@
+"""find_copies.py: cache, pairs, calibration, report; the page in headless Chromium."""
+import csv
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import find_copies as fc
+from descriptors import InputError, write_descriptors
+from helpers import ROOT, draw_photos, run
+from photos import list_photos
+
+SCRIPT = "scripts/find_copies.py"
+HOSTILE = ["<img src=x onerror=\"document.title='owned'\">.jpg", "</script><script>document.title='owned'</script>.jpg",
+           "it's \"quoted\".jpg", "100%41 %.jpg", "emoji 🐈‍⬛.jpg", "line\nbreak.jpg", "&lt;b&gt;&amp;.jpg"]
+BAD = ["broken.jpg", "empty.PNG", "pipe.jpg", "nowhere.jpg"]
+
+
+def table(file):
+    with open(file, newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def unit_rows(n, dim=8, seed=0):
+    rows = np.random.default_rng(seed).standard_normal((n, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders, through train.py
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights of a small network."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "net.pth"
+    torch.save(timm.create_model("test_efficientnet").state_dict(), file)
+    return file
+
+
+FLAGS = ["--", "-a", "test_efficientnet", "--input-size", 32, "-j"]
+
+
+def test_hostile_folders_become_a_report_and_the_second_run_describes_nothing(tmp_path, weights):
+    archive = draw_photos(tmp_path / "archive", 3)
+    for i, name in enumerate(HOSTILE):
+        target = archive / f"folder {i}" / name.replace("</", "<")
+        target.parent.mkdir()
+        shutil.move(draw_photos(tmp_path / "one", 1, seed=9 + i) / "0000.jpg", target)
+    shutil.copy(archive / "0001.jpg", os.fsencode(archive / "bytes ") + b"\xff.jpg")
+    (archive / "same").mkdir()
+    shutil.copy(archive / "0000.jpg", archive / "same" / "0000.jpg")
+    (archive / "broken.jpg").write_bytes((archive / "0002.jpg").read_bytes()[:200])
+    (archive / "empty.PNG").touch()
+    (archive / "folder.jpg").mkdir()
+    os.mkfifo(archive / "pipe.jpg")
+    for name, target in (("loop", "loop"), ("again", "."), ("nowhere.jpg", "gone.jpg")):
+        (archive / name).symlink_to(target)
+    report = archive / "report"  # inside: its thumbnails are no photos of the archive
+    command = [SCRIPT, archive, "-o", report, "--backbone-weights", weights, *FLAGS]
+    run(*command, 1, "-b", 8)
+    pairs = table(report / "pairs.csv")
+    copies = [(row["query_id"], row["reference_id"]) for row in pairs if float(row["score"]) > -1e-6]
+    assert sorted(copies) == [(f"{archive}/0000.jpg", f"{archive}/same/0000.jpg"),
+                              (f"{archive}/0001.jpg", f"{archive}/bytes \\xff.jpg")]
+    names = {row[column] for row in pairs for column in ("query_id", "reference_id")}
+    assert names == {f"{archive}/{fc.shown(path)}" for path in list_photos(archive)[0]
+                     if not path.startswith("report/")} - {f"{archive}/{name}" for name in BAD}
+    skipped = {Path(row["path"]).name: row["reason"] for row in table(report / "skipped.csv")}
+    assert set(skipped) == {*BAD, "folder.jpg", "loop"}
+    before = (report / "index.html").read_bytes()
+    start = time.monotonic()
+    again = run(*command, 0)  # flags that only say how fast to compute describe nothing anew
+    assert time.monotonic() - start < 5 and "describing" not in again.stderr
+    assert (report / "index.html").read_bytes() == before and not list((report / "cache").glob("chunk-*"))
+
+
+def test_a_folder_without_a_readable_photo_is_an_error(tmp_path, weights):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_text("text")
+    done = run(SCRIPT, tmp_path / "bad", "-o", tmp_path / "r", "--backbone-weights", weights, *FLAGS, 0, code=2)
+    assert "none of the 1 photos" in done.stderr and not (tmp_path / "r" / "index.html").exists()
+    assert table(tmp_path / "r" / "skipped.csv")[0]["path"] == str(tmp_path / "bad" / "a.jpg")
+
+
+class FakeExtraction:
+    """Stands for train.py: the descriptor is made of the file's bytes; remembers what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def describe(self, files):
+        self.asked.append([Path(file).name for file in files])
+        return [(np.array([len(Path(file).read_bytes()), 1], np.float32), None) for file in files], {}
+
+
+def bring_up(cache, folder, with_hash=False, extraction=None):
+    extraction = extraction or FakeExtraction()
+    stamps, odd = fc.stamp_files(str(folder), "/none", with_hash)
+    fc.update(cache, str(folder), stamps, odd, extraction)
+    return sum(extraction.asked, []), [Path(path).name for path in cache.read(str(folder), stamps.keys())[0]]
+
+
+def test_cache_describes_what_is_new_or_changed_and_forgets_what_is_gone(tmp_path):
+    folder = draw_photos(tmp_path / "photos", 4)
+    names = sorted(path.name for path in folder.iterdir())
+    cache = fc.Cache(tmp_path / "c.sqlite")
+    assert bring_up(cache, folder) == (names, names)
+    assert bring_up(cache, folder) == ([], names)
+    (folder / names[0]).write_bytes(b"other")
+    os.utime(folder / names[1])
+    (folder / names[2]).unlink()
+    (folder / "new.jpg").write_bytes(b"new")
+    assert bring_up(cache, folder) == ([names[0], names[1], "new.jpg"], [names[0], names[1], names[3], "new.jpg"])
+    assert cache.count() == 4
+    assert bring_up(cache, folder, with_hash=True)[0] == []  # size and time vouch for what has no hash yet
+    os.utime(folder / names[1])
+    assert bring_up(cache, folder, with_hash=True)[0] == []
+    info = (folder / "new.jpg").stat()
+    (folder / "new.jpg").write_bytes(b"wen")
+    os.utime(folder / "new.jpg", ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert bring_up(cache, folder)[0] == [] and bring_up(cache, folder, with_hash=True)[0] == ["new.jpg"]
+
+
+def test_photos_in_a_folder_that_cannot_be_read_now_are_not_forgotten(tmp_path, monkeypatch):
+    folder = draw_photos(tmp_path / "photos", 1)
+    draw_photos(folder / "drive", 2)
+    cache = fc.Cache(tmp_path / "c.sqlite")
+    bring_up(cache, folder)
+    monkeypatch.setattr(fc, "list_photos", lambda root: (["0000.jpg"], [("drive", "Permission denied")]))
+    assert bring_up(cache, folder) == ([], ["0000.jpg"]) and cache.count() == 3
+    monkeypatch.undo()
+    assert bring_up(cache, folder) == ([], ["0000.jpg", "0000.jpg", "0001.jpg"])
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = ["scripts", "tests"]
+import find_copies as fc, test_find_copies as t
+fc.CHUNKS = 3, 100
+class Dies(t.FakeExtraction):
+    def describe(self, files):
+        if len(self.asked) == 2: os.kill(os.getpid(), signal.SIGKILL)
+        return super().describe(files)
+t.bring_up(fc.Cache(sys.argv[1]), sys.argv[2], extraction=Dies())
+"""
+
+
+def test_a_killed_run_loses_one_chunk(tmp_path):
+    folder = draw_photos(tmp_path / "photos", 20)
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "c.sqlite", folder], cwd=ROOT)
+    assert killed.returncode == -9
+    cache = fc.Cache(tmp_path / "c.sqlite")
+    assert cache.count() == 6  # chunks of 3, then as many as there are already
+    assert bring_up(cache, folder) == ([f"{i:04d}.jpg" for i in range(6, 20)], [f"{i:04d}.jpg" for i in range(20)])
+
+
+def test_a_cache_in_use_is_an_error(tmp_path, weights):
+    args = fc.parse_args([str(draw_photos(tmp_path / "a", 1)), "-o", str(tmp_path), "--weight", str(weights)])
+    held = fc.open_cache(args)
+    with pytest.raises(InputError, match="in use by another run"):
+        fc.open_cache(args)
+    held[0].db.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Descriptor files, pairs, calibration
+
+CALIBRATION = {"scores": [-1.0, -0.5, -0.1], "precision": [0.2, 0.8, 1.0], "copies_ratio": 0.25}
+
+
+def planted(folder, ids=None, copies=30, others=70, name="all.h5", **attrs):
+    """Descriptor file: `copies` queries near their references R0.., as many as `others` queries near nothing."""
+    reference = unit_rows(copies + others, seed=1)
+    query = np.concatenate([reference[:copies] + 0.02 * unit_rows(copies, seed=2), unit_rows(others, seed=3)])
+    query /= np.linalg.norm(query, axis=1, keepdims=True)
+    write_descriptors(folder / name, {
+        "query": (query.astype(np.float32), [f"Q{i:04d}" for i in range(len(query))]),
+        "reference": (reference, ids or [f"R{i:04d}" for i in range(len(reference))])}, attrs)
+    return folder / name
+
+
+def test_pairs_are_those_of_brute_force_best_first(tmp_path):
+    file = planted(tmp_path)
+    run(SCRIPT, file, "-o", tmp_path / "r", "--topk", 3)
+    pairs = table(tmp_path / "r" / "pairs.csv")
+    with fc.Descriptors(file) as f:
+        q, r = f["query"].read().astype(float), f["reference"].read().astype(float)
+    distances = np.square(q[:, None] - r[None]).sum(axis=2)
+    wanted = sorted(((-distances[i, j], i, j) for i in range(100) for j in np.argsort(distances[i])[:3]), reverse=True)
+    assert [(p["query_id"], p["reference_id"]) for p in pairs] == [(f"Q{i:04d}", f"R{j:04d}") for _, i, j in wanted]
+    assert np.allclose([float(p["score"]) for p in pairs], [w[0] for w in wanted])
+
+
+def test_within_one_collection_each_pair_once_in_groups(tmp_path):
+    rows = unit_rows(40)
+    rows[[10, 20]], rows[31] = rows[0], rows[30]
+    write_descriptors(tmp_path / "r.h5", {"reference": (rows, [f"R{i:02d}" for i in range(40)])}, {})
+    run(SCRIPT, tmp_path / "r.h5", "-o", tmp_path / "r", "--threshold", "-0.001")
+    pairs = table(tmp_path / "r" / "pairs.csv")
+    assert [(p["query_id"], p["reference_id"], p["group"]) for p in pairs] == [
+        ("R00", "R10", "1"), ("R00", "R20", "1"), ("R10", "R20", "1"), ("R30", "R31", "2")]
+
+
+def test_precision_sets_the_threshold_by_the_calibration(tmp_path):
+    file = planted(tmp_path, calibration=CALIBRATION)
+    calibration = fc.Calibration(json.dumps(CALIBRATION), "x")
+    assert calibration.threshold(0.9, "x") == pytest.approx(-0.3) and calibration.threshold(0.1, "x") == -1
+    assert calibration.at([-2, -0.75, -0.3, 0]).tolist() == pytest.approx([0.2, 0.5, 0.9, 1])
+    run(SCRIPT, file, "-o", tmp_path / "r", "--precision", 0.9)
+    pairs = table(tmp_path / "r" / "pairs.csv")
+    assert len(pairs) >= 30 and all(float(p["score"]) >= -0.3 for p in pairs)
+    assert all(float(p["precision"]) == pytest.approx(calibration.at(float(p["score"])), abs=1e-4) for p in pairs)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["{all}", "-o", "{tmp}/r", "--precision", "0.9"], "carry no calibration"),
+    (["{all}", "-o", "{tmp}/r", "--precision", "1.5"], "--precision 1.5 is not between"),
+    (["{all}", "-o", "{tmp}/r", "--precision", "0.9", "--threshold", "0"], "give one"),
+    (["{all}", "-o", "{tmp}/none/r"], "no such folder"),
+    (["{all}", "{other}", "-o", "{tmp}/r"], "different checkpoint_sha256"),
+    (["{bad}", "-o", "{tmp}/r"], "should rise"),
+    (["{tmp}", "-o", "{tmp}/r"], "needs one of --exp"),
+    (["{tmp}", "-o", "{tmp}/r", "--exp", "no-such"], "no checkpoint in"),
+    (["{tmp}/none", "-o", "{tmp}/r"], "no such file or folder"),
+    (["{tmp}", "-o", "{tmp}/r", "--weight", "{all}"], "no photos in"),
+    (["{tmp}", "-o", "{tmp}/r", "--weight", "{all}", "--", "--exp", "x"], "cannot be given to train.py"),
+])
+def test_what_is_wrong_is_said_before_any_work(tmp_path, capsys, flags, message):
+    files = {"tmp": tmp_path, "all": planted(tmp_path, checkpoint_sha256="a" * 64),
+             "other": planted(tmp_path, name="other.h5", checkpoint_sha256="b" * 64),
+             "bad": planted(tmp_path, name="bad.h5", calibration=CALIBRATION | {"scores": [0, -1, 1]})}
+    assert fc.main([flag.format(**files) for flag in flags]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "r" / "index.html").exists()
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_page(tmp_path):
+    file = planted(tmp_path)
+    run(SCRIPT, file, "-o", tmp_path / "r", "--pairs", 10, "--topk", 1)
+    before = (tmp_path / "r" / "index.html").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))  # the error differs in its words only
+    done = subprocess.run([sys.executable, SCRIPT, file, "-o", tmp_path / "r"], cwd=ROOT, capture_output=True,
+                          text=True, preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "File too large" in done.stderr
+    assert (tmp_path / "r" / "index.html").read_bytes() == before and not list((tmp_path / "r").glob(".*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+class Browser:
+    """Headless Chromium, driven over a pair of pipes: no further package is needed."""
+
+    def __init__(self, chromium, profile):
+        to_browser, self.commands = os.pipe()
+        self.answers, from_browser = os.pipe()
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', chromium, "--headless", "--no-sandbox",
+             "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"],
+            pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL)
+        os.close(to_browser)
+        os.close(from_browser)
+        self.buffer, self.number, self.events, self.session = b"", 0, [], {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def receive(self):
+        while b"\0" not in self.buffer:
+            block = os.read(self.answers, 2**16)
+            assert block, "the browser is gone"
+            self.buffer += block
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def call(self, method, **params):
+        self.number += 1
+        os.write(self.commands, json.dumps({"id": self.number, "method": method, "params": params} | self.session)
+                 .encode() + b"\0")
+        while (answer := self.receive()).get("id") != self.number:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, file, width, height=800):
+        self.events = []
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Page.navigate", url=file.as_uri())
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.receive())
+
+    def eval(self, expression):
+        """Value of an expression once the next frames are drawn."""
+        answer = self.call("Runtime.evaluate", returnByValue=True, awaitPromise=True, expression="new Promise(done => "
+                           f"requestAnimationFrame(() => requestAnimationFrame(() => done({expression}))))")
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def press(self, *keys):
+        for key in keys:
+            text = {"text": key} if len(key) == 1 else {}
+            self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
+            self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+    def complaints(self):
+        return [event for event in self.events if event["method"] in (
+            "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Page.javascriptDialogOpening")]
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium on this machine")
+    browser = Browser(chromium, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Report of 400 queries, 4,000 pairs; references have hostile names, a few of them are there as photos."""
+    folder = tmp_path_factory.mktemp("page")
+    ids = [f"{i:04d} {HOSTILE[i % len(HOSTILE)][:-4]}" for i in range(400)]
+    file = planted(folder, ids, 100, 300, calibration=CALIBRATION)
+    (folder / "query_images").mkdir()
+    for i in range(5):
+        draw_photos(folder / "reference_images", 1, seed=i, name=ids[i].replace("/", "_") + ".jpg")
+    assert fc.main([str(file), "-o", str(folder / "r"), "--photos", str(folder), "--threshold", "-0.01"]) == 0
+    return folder / "r" / "index.html"
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_page_shows_what_is_in_sight(browser, page, width):
+    browser.open(page, width)
+    assert browser.eval("counts.textContent").startswith("100 pairs, 100 of 400 queries, score from -0.0100, precision")
+    browser.eval("(slider.value = slider.min, slider.dispatchEvent(new Event('input')))")
+    assert browser.eval("counts.textContent").startswith("4,000 pairs, 400 of 400 queries")
+    assert 10 < browser.eval("document.querySelectorAll('.tile').length") < 150
+    assert browser.eval("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.eval("Math.min(...[...document.querySelectorAll('.tile')].map(t => t.offsetWidth))") > 100
+    browser.eval("scrollTo(0, list.offsetHeight / 2)")
+    assert browser.eval("(r => r.top < 200 && r.bottom > 700)({top: list.firstChild.getBoundingClientRect().top, "
+                        "bottom: list.lastChild.getBoundingClientRect().bottom})")
+    assert browser.complaints() == []
+
+
+def test_names_are_text_and_thumbnails_load(browser, page):
+    browser.open(page, 1400, 3000)
+    assert browser.eval("document.title").endswith("all.h5")
+    titles = browser.eval("[...document.querySelectorAll('.tile')].map(t => t.title).join('|')")
+    assert "onerror" in titles and "<script>" in titles and "🐈‍⬛" in titles and "100%41 %" in titles
+    assert browser.eval("list.querySelectorAll('script, b, img[src=x]').length") == 0
+    loaded = browser.eval("Promise.all([...document.images].map(i => i.decode())).then(() => document.images.length)")
+    assert loaded >= 1 and browser.complaints() == []
+
+
+def test_keys_move(browser, page):
+    browser.open(page, 1400)
+    pressed = []
+    for key in ("j", "j", "ArrowDown", "k", "End", "ArrowDown", "Home"):
+        browser.press(key)
+        pressed.append(browser.eval("selected"))
+    assert pressed == [1, 2, 3, 2, 99, 99, 0] and browser.eval("scrollY") < 100
+    browser.press("?")
+    assert browser.eval("keys.open")
+    browser.press("?", "Enter")
+    assert browser.eval("[keys.open, closer.open, closer.querySelectorAll('img').length]") == [False, True, 2]
+    browser.eval("closer.close()")
+    before = browser.eval("Number(slider.value)")
+    browser.press("-", "-")
+    assert browser.eval("Number(slider.value)") < before and browser.eval("rows[0].answers.length") >= 1
+    browser.press("g")
+    assert "groups" in browser.eval("counts.textContent") and browser.complaints() == []
+
+
+def test_groups_on_the_page_are_those_of_the_table(browser, tmp_path):
+    rows = unit_rows(300)
+    rows[100:200] = rows[:100]
+    rows[200:220] = rows[:20]
+    write_descriptors(tmp_path / "r.h5", {"reference": (rows, [f"R{i:03d}" for i in range(300)])}, {})
+    run(SCRIPT, tmp_path / "r.h5", "-o", tmp_path / "r", "--threshold", "-0.0001")
+    groups = {}
+    for pair in table(tmp_path / "r" / "pairs.csv"):
+        groups.setdefault(pair["group"], set()).update((pair["query_id"], pair["reference_id"]))
+    browser.open(tmp_path / "r" / "index.html", 1400)
+    shown = browser.eval("rows.map(r => [r.photo, ...r.answers.map(a => a[0])].map(p => data.photos[p][0]))")
+    assert len(groups) == 100 and sorted(map(sorted, shown)) == sorted(map(sorted, groups.values()))
+    assert browser.eval("counts.textContent").startswith("140 pairs, 100 groups") and browser.complaints() == []
+
+
+def test_a_photo_of_any_kind_has_a_thumbnail(tmp_path):
+    Image.fromarray(np.full((40, 60), 65535, np.uint16)).save(tmp_path / "16.png")
+    Image.new("RGBA", (600, 30), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("CMYK", (2000, 1000)).save(tmp_path / "cmyk.jpg")
+    for name, size in (("16.png", (60, 40)), ("clear.png", (256, 13)), ("cmyk.jpg", (256, 128))):
+        thumb = tmp_path / fc.write_thumbnail(str(tmp_path / name), tmp_path)
+        with Image.open(thumb) as img:
+            assert img.size == size and img.getpixel((0, 0)) == (255, 255, 255)
+    (tmp_path / "bad.jpg").write_text("no")
+    assert fc.write_thumbnail(str(tmp_path / "bad.jpg"), tmp_path) is None
