@@ -211,6 +211,14 @@ class Rows(BlockRows):
         return block
 
 
+    def random_access(self):
+        """Rows [n, dim] to index at random: a memory map where the file allows it, else in memory."""
+        offset = self.dataset.id.get_offset()  # None where rows are stored in chunks
+        if self.rows is not None or offset is None or self.dataset.dtype != np.dtype("<f4"):
+            return self.read()
+        return np.memmap(self.path, "<f4", "r", offset, self.shape)
+
+
 class Descriptors:
     """Open a descriptor file for reading; a context manager. `descriptors["query"]` is a Rows.
 
