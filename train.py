@@ -433,6 +433,11 @@ def param_groups(module, args):
     return [{"params": groups[key], "weight_decay": args.wd * key[1], "fixed": key[0]} for key in sorted(groups)]
 
 
+def synchronised(args, device):
+    """Whether batch norm has statistics over all processes; PyTorch offers that on GPUs only."""
+    return args.batch_norm == "sync" and args.processes > 1 and device.type == "cuda"
+
+
 def sample_of_epoch(args, epoch):
     """Photos used in `epoch` and photos per step of a process; both change where the sample grows (notes v4)."""
     doublings = epoch // args.grow_epochs if args.grow_epochs else 0
@@ -477,7 +482,7 @@ class Trainer:
         args.preprocess = {"mean": self.net.mean, "std": self.net.std, "input_size": args.input_size,
                            "resize": args.resize, "exif_transpose": args.exif_transpose}
         self.net = self.net.to(self.device, memory_format=torch.channels_last)
-        if args.processes > 1 and args.batch_norm == "sync" and self.device.type == "cuda":
+        if synchronised(args, self.device):
             self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
     def build_stage(self, sample):

@@ -1,12 +1,26 @@
-"""Every recipe runs: two training steps and an extraction with a tiny network; it differs from its parent as noted."""
+"""Every recipe runs: two training steps and an extraction with a tiny network; it differs from its parent as noted, and
+has the property that its note names. Properties of losses alone (v10 .. v15, v21, v60, v61) stand in test_losses.py."""
+import itertools
+import math
+import os
 import re
+import shlex
+import shutil
 import subprocess
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+import timm
+import torch
+from PIL import Image
 
+import losses
 import train
+import views
 from helpers import ROOT, draw_photos
 
 RECIPES = sorted(path.stem for path in (ROOT / "exp").glob("*.args"))
@@ -48,17 +62,6 @@ def flags_of(name):
     return dict(re.match(r"--(\S+)\s*(.*)", line).groups() for line in lines if line.startswith("--"))
 
 
-@pytest.mark.parametrize("name", PARENTS)
-def test_a_recipe_changes_what_its_note_says(name):
-    parent, changed = PARENTS[name]
-    old, new = flags_of(parent), flags_of(name)
-    assert {flag for flag in old.keys() | new.keys() if old.get(flag) != new.get(flag)} == {"exp", *changed.split()}
-
-
-def test_every_recipe_but_the_first_has_a_parent():
-    assert set(RECIPES) - set(PARENTS) == {"v1"}
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """input/ as DISC21 lays it out, with generated photos."""
@@ -69,6 +72,17 @@ def data(tmp_path_factory):
     pairs = [f"Q{i:05d},R{i:06d}" if i < 4 else f"Q{i:05d}," for i in range(8)]
     (root / "public_ground_truth.csv").write_text("\n".join(["query_id,reference_id", *pairs]) + "\n")
     return root
+
+
+@pytest.mark.parametrize("name", PARENTS)
+def test_a_recipe_changes_what_its_note_says(name):
+    parent, changed = PARENTS[name]
+    old, new = flags_of(parent), flags_of(name)
+    assert {flag for flag in old.keys() | new.keys() if old.get(flag) != new.get(flag)} == {"exp", *changed.split()}
+
+
+def test_every_recipe_but_the_first_has_a_parent():
+    assert set(RECIPES) - set(PARENTS) == {"v1"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -91,3 +105,373 @@ def test_a_recipe_trains_and_extracts(name, data, tmp_path, monkeypatch):
         norms = np.linalg.norm(file["reference"][()], axis=1)
         assert file.attrs.get("contaminated") == ("public_ground_truth.csv" if "pairs" in flags else None)
     assert np.allclose(norms, 1, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What sets a recipe apart
+
+
+TINY = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", "32", "--batch-size", "4", "--device", "cpu",
+        "-j", "0"]
+
+
+def args_of(name, folder="x", *flags):
+    """Parsed recipe with a tiny network; without --weight and --pairs, whose files a test does not have."""
+    lines = (ROOT / "exp" / f"{name}.args").read_text().splitlines()
+    words = [word for line in lines if not line.startswith(("#", "--weight", "--pairs"))
+             for word in shlex.split(line)]
+    args = train.parse_args([*words, *TINY, *map(str, flags), str(folder)])
+    vars(args).update(processes=1, process=0, nproc=1)
+    return args
+
+
+def net_of(name, *flags):
+    args = args_of(name, "x", *flags)
+    return train.build_net(args, False), args
+
+
+def views_of(name, data, *flags):
+    args = args_of(name, data / "training_images", "--seed", 1, *flags)
+    args.negative_photos = [str(path) for path in sorted((data / "reference_images").iterdir())]
+    paths = sorted(path.name for path in (data / "training_images").iterdir())
+    return views.Views(args, data / "training_images", paths, train.RESIZES[args.resize], [0.5] * 3, [0.5] * 3)
+
+
+def applied(name, data, monkeypatch, epochs=20, number=1):
+    """Operations that were applied to each view `number`: a list of lists of names."""
+    dataset, seen = views_of(name, data), []
+    for op in views.OPS:
+        monkeypatch.setitem(views.OPS, op, lambda img, rng, v, *parameters, op=op: seen[-1].append(op) or img)
+    for epoch in range(epochs):
+        for i in range(len(dataset)):
+            seen.append([])
+            dataset.view(dataset.open(i)[0], epoch, i, number)
+    return seen
+
+
+def rates(name, steps=10, epochs=5):
+    """Learning rate at each step of a run."""
+    trainer = SimpleNamespace(args=args_of(name, "x", "--epochs", epochs), batches=SimpleNamespace(steps=lambda: steps))
+    found = []
+    for trainer.epoch in range(epochs):
+        for trainer.done in range(steps):
+            found.append(train.Trainer.learning_rate(trainer) / trainer.args.lr)
+    return found
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_simsiam_projects_predicts_and_keeps_the_predictors_rate(name):
+    net, args = net_of(name)
+    net = losses.Objective(net, losses.SimSiamLoss(), 2, False)
+    fixed = [group["fixed"] for group in train.param_groups(net, args)]
+    assert fixed == [False, True] and {group["weight_decay"] for group in train.param_groups(net, args)} == {1e-4}
+    assert len(train.param_groups(net, args)[1]["params"]) == len(list(net.net.predictor.parameters())) == 5
+    images = torch.rand(8, 3, 32, 32)
+    net.net.eval()
+    z = net.net.projector(net.net.pooled(images))
+    p = net.net.predictor(z)
+    for which, expected in (("proj", z), ("pred", p), ("proj+pred", z + p)):
+        net.net.extract_from = which
+        assert torch.allclose(net.net(images), torch.nn.functional.normalize(expected), atol=1e-6)
+    net.train()
+    together = net(images, None)  # each view has batch statistics of its own
+    apart = losses.SimSiamLoss()([net.net(images[:4]), net.net(images[4:])], None)
+    mixed = losses.SimSiamLoss()([[x[:4] for x in net.net(images)], [x[4:] for x in net.net(images)]], None)
+    assert torch.allclose(together, apart, atol=1e-5) and not torch.allclose(together, mixed, atol=1e-3)
+
+
+def test_v2_leaves_one_view_clean(data):
+    dataset = views_of("v2", data)
+    item = [dataset[(epoch, 0)][0] for epoch in (0, 1)]
+    assert torch.equal(item[0][1], item[1][1]) and not torch.equal(item[0][0], item[1][0])
+
+
+def run_recipe(name, tmp_path, folder, *flags):
+    """Train a recipe in this process, below `tmp_path`; returns its output folder."""
+    recipe = (ROOT / "exp" / f"{name}.args").read_text()
+    (tmp_path / f"{name}.args").write_text(re.sub(r"(?m)^--(weight|pairs) .*", "", recipe))
+    args = train.parse_args([f"@{tmp_path}/{name}.args", *TINY, *map(str, flags), str(folder)])
+    train.main(args)
+    return args.out
+
+
+def load(file):
+    return torch.load(file, weights_only=True)
+
+
+def class_vectors(net, folder, classes):
+    """What the class vectors of the first photos are to start as: the network's output for the clean photo."""
+    paths = sorted(str(path) for path in folder.iterdir())[:classes]
+    whole = views.WholePhotos(args_of("v3", folder), paths, train.RESIZES["crop"], net.mean, net.std)
+    with torch.no_grad():
+        return net.eval().embed(torch.stack([whole[i][1] for i in range(classes)])).T
+
+
+def test_v3_classes_start_as_their_photos_on_any_number_of_processes(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    torch.manual_seed(7)
+    expected = class_vectors(train.build_net(args_of("v3"), False), data / "training_images", 8)
+    assert expected.std(1).min() > 1e-4  # photos differ
+    port = ["--dist-url", f"tcp://localhost:{20000 + os.getpid() % 20000}"]
+    for exp, flags in (("one", []), ("two", ["--multiprocessing-distributed", "--nproc", 2, *port])):
+        out = run_recipe("v3", tmp_path, data / "training_images", "--epochs", 1, "--lr", 0, "--exp", exp, *flags)
+        checkpoint = load(out / "checkpoint_0000.pth.tar")
+        assert checkpoint["processes"] == (2 if flags else 1)
+        assert torch.allclose(checkpoint["criterion"]["W"], expected, atol=1e-5)
+
+
+def test_v4_doubles_to_a_million_and_halves_whole_batches():
+    args = args_of("v4", "x", "--batch-size", 64)
+    args.photos = range(2_000_000)
+    stages = [train.sample_of_epoch(args, epoch) for epoch in range(22)]
+    assert [count for count, _ in stages[::2]] == [1000 * 2 ** i for i in range(10)] + [1_000_000]
+    assert stages[::2] == stages[1::2] and [batch for _, batch in stages[::2]] == [64] * 7 + [32, 16, 8, 4]
+
+
+def test_v4_keeps_photos_labels_and_weights_when_it_grows_and_resumes(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    grown, init_classes = [], train.Trainer.init_classes
+
+    def record(trainer):
+        init_classes(trainer)
+        state = {name: value.clone() for name, value in trainer.net.state_dict().items()}
+        grown.append((trainer.views.paths, state, trainer.criterion.W.data.clone(), trainer.optimizer.state_dict()))
+
+    monkeypatch.setattr(train.Trainer, "init_classes", record)
+    folder = data / "training_images"
+    flags = ["--sample-size", 2, "--grow-epochs", 1, "--grow-to", 8, "--epochs", 3, "--batch-size", 2]
+    whole = run_recipe("v4", tmp_path, folder, *flags, "--exp", "whole", "--save-steps", 1)
+    names = sorted(path.name for path in folder.iterdir())
+    assert [paths for paths, *_ in grown] == [names[:2], names[:4], names[:8]]
+    for epoch, (paths, state, classes, optimizer) in enumerate(grown):
+        net = train.build_net(args_of("v4"), False)
+        net.load_state_dict(state)
+        assert torch.allclose(classes, class_vectors(net, folder, len(paths)), atol=1e-5)
+        assert not optimizer["state"]  # momentum starts anew
+        if epoch:
+            before = load(whole / f"checkpoint_{epoch - 1:04d}.pth.tar")
+            assert all(torch.equal(value, state[name]) for name, value in before["state_dict"].items())
+            assert before["criterion"]["W"].shape[1] == len(paths) // 2
+    for epoch in (0, 1):  # resumed where it grows
+        part = tmp_path / "exp" / f"part{epoch}" / "train"
+        part.mkdir(parents=True)
+        shutil.copy(whole / f"checkpoint_{epoch:04d}.pth.tar", part)
+        run_recipe("v4", tmp_path, folder, *flags, "--exp", f"part{epoch}", "--resume", "auto")
+        a, b = load(whole / "checkpoint_0002.pth.tar"), load(part / "checkpoint_0002.pth.tar")
+        assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
+        assert torch.equal(a["criterion"]["W"], b["criterion"]["W"]) and a["step"] == b["step"] == 1 + 2 + 4
+
+
+@pytest.mark.parametrize("name", ["v5", "v6"])
+def test_v5_takes_all_triplets_and_v6_semihard_ones(name):
+    ours = train.LOSSES["triplet"](args_of(name, "x", "--dim", 8), 0)
+    x, labels = torch.nn.functional.normalize(torch.randn(12, 8)), torch.arange(6).repeat(2)
+    distance, mined, all_of_them = torch.cdist(x, x), [], []
+    for a, p, n in itertools.permutations(range(12), 3):
+        if labels[a] == labels[p] and labels[a] != labels[n]:
+            margin = 0.1 - (distance[a, n] - distance[a, p])
+            all_of_them.append(margin.relu())
+            if 0 <= margin < 0.1:  # the negative is farther than the positive, by less than the margin
+                mined.append(margin)
+    terms = torch.stack(mined if name == "v6" else all_of_them)
+    assert 0 < len(mined) < len(all_of_them)
+    assert abs(ours(x, labels) - terms[terms > 0].mean()) < 1e-5
+
+
+def test_v7_compares_all_rows_of_the_batch():
+    ours = train.LOSSES["contrastive"](args_of("v7", "x", "--dim", 8), 0)
+    x, labels = torch.nn.functional.normalize(torch.randn(12, 8)), torch.arange(6).repeat(2)
+    distance, same = torch.cdist(x, x), labels[:, None] == labels
+    terms = (distance[same & ~torch.eye(12, dtype=bool)] - 0.2).relu(), (0.7 - distance[~same]).relu()
+    assert abs(ours(x, labels) - sum(part[part > 0].mean() for part in terms)) < 1e-4
+
+
+def test_v8_and_v9_operations(data, monkeypatch):
+    v8, v9 = (Counter(op for view in applied(name, data, monkeypatch) for op in view) for name in ("v8", "v9"))
+    assert v8.keys() - v9.keys() == {"saturation", "brightness"}
+    shares = {"crop": 1, "jitter": 0.8, "jpeg": 0.5, "hflip": 0.5, "blur": 0.2, "text": 0.2, "erase": 0.2, "vflip": 0.2}
+    for op, share in shares.items():  # of 160 views
+        assert abs(v9[op] / 160 - share) < 4 * math.sqrt(share * (1 - share) / 160) + 1e-9, op
+
+
+@pytest.mark.parametrize("name, layers", [
+    ("v10", "fc.weight bn.weight bn.bias"), ("v16", "fc.weight fc.bias"),
+    ("v17", "fc.0.weight fc.1.weight fc.1.bias fc.3.weight fc.4.weight fc.4.bias")])
+def test_heads(name, layers):
+    net, _ = net_of(name)
+    assert [key for key, _ in net.named_parameters() if not key.startswith("backbone")] == layers.split()
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm1d)]
+    assert len(norms) == {"v10": 1, "v16": 0, "v17": 2}[name]
+
+
+def test_v18_normalises_as_the_backbone_was_trained():
+    for arch in ("tf_efficientnetv2_s_in21k", "dm_nfnet_f0"):
+        config = timm.create_model(arch, features_only=True).pretrained_cfg
+        args = args_of("v18", "x", "-a", arch)
+        assert train.build_net(args, False).mean == list(config["mean"])
+    assert tuple(config["mean"]) != (0.5, 0.5, 0.5)
+
+
+def test_v19_computes_in_half_precision_where_there_is_one():
+    cuda = torch.device("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        for bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
+            patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+            assert train.pick_precision(args_of("v18"), cuda) is None
+            assert train.pick_precision(args_of("v19"), cuda) == expected
+
+
+def test_v20_and_v21_keep_batch_statistics_to_the_process():
+    for name, expected in (("v19", True), ("v20", False), ("v21", False)):
+        args = args_of(name)
+        args.processes = 2
+        assert train.synchronised(args, torch.device("cuda")) is expected
+        assert not train.synchronised(args, torch.device("cpu"))
+
+
+def test_v22_makes_both_views_alike(data, monkeypatch):
+    for name, alike in (("v19", False), ("v22", True)):
+        first, other = (Counter(sum(applied(name, data, monkeypatch, number=number), [])) for number in (0, 1))
+        assert (first.keys() == other.keys()) is alike
+
+
+def test_v24_memory_and_descriptors_have_512_dimensions():
+    net, args = net_of("v24", "--memory-size", 64)
+    criterion = train.LOSSES[args.loss](args, 0)
+    assert net(torch.rand(8, 3, 32, 32)).shape == (8, 512) and criterion.memories[0].embedding_memory.shape == (64, 512)
+
+
+@pytest.mark.parametrize("name", ["v25", "v33"])
+def test_swin_pools_by_its_own_norm_and_mean(name):
+    net, _ = net_of(name, "-a", "test_mambaout")
+    images = torch.rand(8, 3, 32, 32)
+    net.eval()
+    features = net.backbone.forward_head(net.backbone.forward_features(images), pre_logits=True)
+    assert torch.allclose(net(images), torch.nn.functional.normalize(net.bn(net.fc(features))), atol=1e-5)
+
+
+def test_v26_probabilities(data, monkeypatch):
+    v26 = views_of("v26", data).pipelines[1]
+    v19 = views_of("v19", data).pipelines[1]
+    old, new = ({name: prob for group in pipeline for name, _, prob in group} for pipeline in (v19, v26))
+    assert {name for name in new if new[name] != old[name]} == {
+        "pixelize", "shuffle", "jpeg", "gray", "blur", "perspective", "vflip", "text", "emoji", "erase"}
+    assert all(new[name] == 0.3 for name in new if new[name] != old[name])
+
+
+def test_rate_at_every_step():
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 50)) for i in range(50)]
+    expected = {"v27": cosine[::10], "v28": cosine, "v31": [1 - e / 5 for e in range(5)], "v83": [1.0] * 5}
+    for name, values in expected.items():
+        assert np.allclose(rates(name), values if len(values) == 50 else np.repeat(values, 10), atol=1e-12), name
+
+
+def test_v29_shuffles_the_operations_of_each_photo_and_v30_rotates_first(data, monkeypatch):
+    for name, orders in (("v27", 1), ("v29", 2), ("v30", 2)):
+        seen = applied(name, data, monkeypatch)
+        assert {view[-1] for view in seen if "erase" in view} == {"erase"}
+        found = {tuple(op for op in view if op in ("jitter", "hflip")) for view in seen}
+        assert len(found - {("jitter",), ("hflip",), ()}) == orders
+        assert {view.index("rotation") for view in seen if "rotation" in view} == ({0} if name == "v30" else set())
+        assert all(view.index("crop") < min(map(view.index, set(view) - {"crop", "rotation", "screenshot"}), default=99)
+                   for view in seen)
+
+
+def test_v32_pastes_one_photo_in_ten_onto_another(data, monkeypatch):
+    seen = applied("v32", data, monkeypatch, epochs=50)
+    share = np.mean(["overlay" in view for view in seen])
+    assert abs(share - 0.1) < 4 * math.sqrt(0.09 / len(seen))
+    assert all(view.index("overlay") < view.index("crop") for view in seen if "overlay" in view)
+    monkeypatch.undo()
+    calls, dataset = [], views_of("v32", data)
+    monkeypatch.setattr(views.imaugs, "overlay_image", lambda img, **kwargs: calls.append(kwargs) or img)
+    for i in range(200):
+        views.OPS["overlay"](dataset.open(0)[0], np.random.default_rng(i), dataset)
+    for key, low, high in (("overlay_size", 0.1, 0.5), ("x_pos", 0, 0.5), ("y_pos", 0, 0.5)):
+        values = [call[key] for call in calls]
+        assert low <= min(values) < low + 0.05 and high - 0.05 < max(values) <= high
+
+
+def test_v33_trains_with_adamw():
+    net, args = net_of("v33", "-a", "test_mambaout")
+    optimizer = train.OPTIMIZERS[args.optimizer](train.param_groups(net, args), args)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 1e-2]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "weight" in flags_of(name)])
+def test_continuations_start_from_a_checkpoint_that_the_parent_writes(name):
+    folder, file = Path(flags_of(name)["weight"]).parts[1], Path(flags_of(name)["weight"]).name
+    parent = flags_of(folder)
+    assert int(file.split("_")[1].split(".")[0]) < int(parent["epochs"])
+    assert (parent["arch"], parent["dim"], parent["head"]) == tuple(flags_of(name)[k] for k in ("arch", "dim", "head"))
+
+
+def test_v42_pools_by_the_mean():
+    net, _ = net_of("v42")
+    images = torch.rand(8, 3, 32, 32)
+    for training in (True, False):
+        net.train(training)
+        assert torch.allclose(net.pooled(images), net.backbone(images)[-1].clamp(min=1e-6).mean((2, 3)), atol=1e-5)
+
+
+def test_v52_describes_the_whole_photo():
+    wide = Image.new("RGB", (320, 64), "black")
+    wide.paste("white", (0, 0, 32, 64))  # a border that the centre crop cuts off
+    for name, seen in (("v49", False), ("v52", True)):
+        assert bool(np.asarray(train.RESIZES[args_of(name).resize](wide, 32)).any()) is seen
+
+
+def test_v98_negatives_are_references_with_labels_of_their_own(data):
+    dataset = views_of("v98", data)
+    images, labels, _, _ = views.collate_views([dataset[(epoch, i)] for epoch in (0, 1) for i in range(4)])
+    labels = labels.reshape(4, 8)  # view 0, view 1, two negatives
+    assert images.shape == (32, 3, 32, 32) and labels[0].tolist() == labels[1].tolist() == [0, 1, 2, 3] * 2
+    negatives = labels[2:].flatten().tolist()
+    assert min(negatives) >= views.NEGATIVE_LABEL and (labels[2] != labels[3]).all() and len(set(negatives)) > 8
+    expected = Image.open(dataset.negative_photos[negatives[0] - views.NEGATIVE_LABEL]).resize((32, 32), Image.BILINEAR)
+    assert np.abs((images[16].numpy() + 1) * 127.5 - np.asarray(expected).transpose(2, 0, 1)).max() < 2
+    ours = train.LOSSES["contrastive"](args_of("v98", "x", "--dim", 8, "--memory-size", 64), 0)
+    x = torch.nn.functional.normalize(torch.randn(32, 8)).requires_grad_()
+    ours(x, labels.flatten()).backward()
+    assert (x.grad[16:].abs().sum(1) > 0).any()  # pushed away
+
+
+def test_v101_trains_on_pairs_and_is_marked(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    seen, make = [], train.Pairs.__getitem__
+    monkeypatch.setattr(train.Pairs, "__getitem__", lambda self, key: seen.append((self, key)) or make(self, key))
+    negatives = ["--negatives-dir", data / "reference_images", "--memory-size", 64]
+    out = run_recipe("v101", tmp_path, data, "--pairs", data / "public_ground_truth.csv", *negatives, "--epochs", 1)
+    dataset = seen[0][0]
+    assert dataset.paths == [(f"query_images/Q{i:05d}.jpg", f"reference_images/R{i:06d}.jpg") for i in range(4)]
+    assert sorted(Path(path).stem for path in dataset.negative_photos) == [f"R{i:06d}" for i in range(4, 40)]
+    images, labels, _, _ = dataset[(0, 2)]
+    for view, path in zip(images, dataset.paths[2]):  # whole photos, unedited
+        expected = np.asarray(Image.open(data / path).resize((32, 32), Image.BILINEAR)).transpose(2, 0, 1) / 255
+        mean, std = (np.array(x)[:, None, None] for x in (dataset.mean, dataset.std))
+        assert np.abs(view.numpy() * std + mean - expected).max() < 0.01
+    assert labels[:2] == [2, 2] and len(labels) == 4
+    file = out / "checkpoint_0000.pth.tar"
+    assert load(file)["contaminated"] == "public_ground_truth.csv"
+    after = run_recipe("v98", tmp_path, data / "training_images", "--weight", file, *negatives, "--epochs", 1)
+    assert load(after / "checkpoint_0000.pth.tar")["contaminated"] == "public_ground_truth.csv"  # handed on
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--pairs", "absent.csv"], "--pairs: no such file"), (["--negatives", "2"], "--negatives-dir"),
+    (["--loss", "simsiam"], "simsiam needs both"), (["--loss", "arcface", "--memory-size", "64"], "has no memory"),
+    (["--memory-enqueue", "view0", "--memory-size", "0"], "needs a --memory-size"),
+])
+def test_flags_that_do_not_go_together(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--batch-size", "4", *flags, "x"])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_pairs_without_photos_are_named(data, tmp_path, capsys):
+    (tmp_path / "gt.csv").write_text("query_id,reference_id\nQ00001,R000001\nQ00009,R000002\n")
+    args = train.parse_args([*TINY, "--pairs", str(tmp_path / "gt.csv"), str(data)])
+    with pytest.raises(SystemExit):
+        train.main(args)
+    assert "1 ids without a photo" in (error := capsys.readouterr().err) and "Q00009" in error
