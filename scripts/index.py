@@ -1,0 +1,619 @@
+#!/usr/bin/env python3
+"""Search among more descriptors than one file or one machine holds.
+
+    python scripts/index.py build --index INDEX --factory IVF4096,PQ32 refs-0.h5 refs-1.h5 ...
+    python scripts/index.py add --index INDEX refs-7.h5 ...                          further shards
+    python scripts/index.py search --index INDEX queries.h5 -o pairs.csv --params nprobe=32
+    python scripts/index.py search --index INDEX queries.h5 -o part-3.npz --shard 3  one process per shard, anywhere
+    python scripts/index.py merge --index INDEX part-*.npz -o pairs.csv
+    python scripts/index.py curve INDEX OTHER_INDEX --queries queries.h5 --truth gt.csv -o curve.png
+    python scripts/index.py build --milvus http://host:19530 refs-0.h5 ...           or --milvus FILE.db, embedded
+
+Each descriptor file is a shard: its `reference` rows go into one faiss index on disk, made by an index_factory string
+(https://github.com/facebookresearch/faiss/wiki/The-index-factory) and memory-mapped by searches. With `Flat`, the
+default, search is exact and streams the descriptor files. Any other index only proposes candidates, which are scored
+exactly from the descriptors: scores are minus squared L2 distances, comparable across queries, with what isolation and
+score normalisation made of them; equal scores are in order of id.
+
+build and add skip shards that are there already: a run that was killed goes on when it is repeated. pairs.csv holds
+query_id, reference_id, score, as eval_metrics.py reads it.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from descriptors import BLOCK, Descriptors, InputError, count_gpus, first_three, replacing
+from eval_metrics import micro_ap, positive, read_ground_truth, search_topk, sort_candidates, squared_distances
+from tqdm import tqdm
+
+MADE_BY = ("checkpoint_sha256", "input_size", "resize", "gem_eval_p", "steps")  # what makes distances comparable
+MILVUS_BATCH, MILVUS_QUERIES = 1000, 64  # rows, queries per request
+MILVUS_INSTALL = "pip install --no-deps -r requirements-scale.txt"
+
+
+def made_by(attrs):
+    """Hash of what made descriptors: checkpoint, settings, post-processing. Equal where distances mean something."""
+    return hashlib.sha256(json.dumps([str(attrs.get(name)) for name in MADE_BY]).encode()).hexdigest()[:16]
+
+
+def open_shard(path):
+    """Open a descriptor file whose references are a shard. Raises InputError: none in it, not sorted by id."""
+    file = Descriptors(path)
+    rows = file["reference"]
+    file.check_checkpoint()
+    if len(moved := np.flatnonzero(rows.ids[:-1] > rows.ids[1:])):
+        raise InputError(f"{path}: `reference` is not sorted by id, from {rows.ids[moved[0] + 1]}; "
+                         "postprocess.py writes it sorted")
+    return file, rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Index folder: index.json lists the shards, trained.faiss is the index without rows, shard-0000.faiss ... with them
+
+
+class Index:
+    """Folder of one faiss index per shard.
+
+    Attributes: folder; about: factory, columns (those of the index: all but trailing zeros), width (all), made_by, and
+    shards: [{descriptors: path relative to the folder, rows, file}].
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        try:
+            self.about = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"--index {folder}: no index.json in it; index.py build makes one") from None
+        self.shards = self.about["shards"]
+
+    @classmethod
+    def build(cls, folder, factory, paths, sample_size):
+        """The index of a folder, trained on rows drawn from the shards; as it is if it was made with this factory."""
+        folder = Path(folder)
+        if (folder / "index.json").exists():
+            index = cls(folder)
+            if index.about["factory"] != factory:
+                raise InputError(f"--index {folder} is {index.about['factory']}, not {factory}; give another folder")
+            return index
+        if not folder.resolve().parent.is_dir():
+            raise InputError(f"--index {folder}: no such folder: {folder.parent}")
+        file, _ = open_shard(paths[0])
+        with file:
+            about = {"factory": factory, "made_by": made_by(file.attrs), "width": file["reference"].shape[1]}
+        folder.mkdir(exist_ok=True)
+        if factory != "Flat":
+            sample = draw_sample(paths, sample_size)
+            about["columns"] = int(np.flatnonzero(sample.any(axis=0)).max(initial=0)) + 1
+            train(folder / "trained.faiss", factory, np.ascontiguousarray(sample[:, :about["columns"]]))
+        with replacing(folder / "index.json") as temporary:
+            temporary.write_text(json.dumps(about | {"shards": []}, indent=1), encoding="utf-8")
+        return cls(folder)
+
+    def add(self, path):
+        """Add the shard of a descriptor file, unless it is there."""
+        relative = os.path.relpath(Path(path).resolve(), self.folder.resolve())
+        if any(shard["descriptors"] == relative for shard in self.shards):
+            return
+        file, rows = open_shard(path)
+        with file:
+            if made_by(file.attrs) != self.about["made_by"] or rows.shape[1] != self.about["width"]:
+                raise InputError(f"{path}: other checkpoint, settings, steps or dimensions than those of {self.folder}")
+            name = f"shard-{len(self.shards):04d}.faiss"
+            if self.about["factory"] != "Flat":
+                with replacing(self.folder / name) as temporary:
+                    fill(self.folder / "trained.faiss", rows, self.about["columns"], temporary)
+        self.shards.append({"descriptors": relative, "rows": len(rows), "file": name})
+        with replacing(self.folder / "index.json") as temporary:
+            temporary.write_text(json.dumps(self.about, indent=1), encoding="utf-8")
+
+    def check(self, number):
+        """Raise InputError naming what is missing of a shard."""
+        shard = self.shards[number]
+        wanted = [self.folder / shard["descriptors"]]
+        wanted += [self.folder / shard["file"]] if self.about["factory"] != "Flat" else []
+        for file in wanted:
+            if not file.is_file():
+                raise InputError(f"shard {number} of {len(self.shards)} is missing: {os.path.normpath(file)}")
+
+    def names(self):
+        return [shard["descriptors"] for shard in self.shards]
+
+
+class Shard:
+    """A shard opened for searching: descriptors and, unless the factory is Flat, its memory-mapped faiss index."""
+
+    def __init__(self, index, number):
+        index.check(number)
+        about = index.shards[number]
+        self.file, self.rows = open_shard(index.folder / about["descriptors"])
+        self.columns, self.faiss = index.about.get("columns"), None
+        if len(self.rows) != about["rows"]:
+            raise InputError(f"{self.file.path}: {len(self.rows)} rows, the index has {about['rows']}")
+        if index.about["factory"] != "Flat":
+            self.faiss = read_index(index.folder / about["file"])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.__exit__()
+
+    def set(self, params):
+        """Set search parameters of the faiss index: "nprobe=32,quantizer_efSearch=64"."""
+        import faiss
+        try:
+            if params and self.faiss:
+                faiss.ParameterSpace().set_index_parameters(self.faiss, params)
+        except RuntimeError as error:
+            raise InputError(f"--params {params}: {last_line(error)}") from None
+        return self
+
+    def search(self, queries, k, candidates=None, ngpu=0):
+        """The k best references of each of the queries [n, width]: answers; `candidates` of each are scored exactly.
+
+        Without candidates, or without a faiss index, all references are.
+        """
+        k = min(k, len(self.rows))
+        if not (self.faiss and candidates):
+            found = search_topk(queries, self.rows, k, np.empty(0, np.int64), ngpu, progress=True)
+            i, j, scores = found["query"], found["reference"], found["score"]
+        else:
+            i, j = propose(self.faiss, queries[:, :self.columns], candidates)
+            i, j, scores = score(queries, self.rows.random_access(), i, j, k)
+        return answers(i, self.rows.ids[j], scores)
+
+
+def read_index(file):
+    """Memory-mapped faiss index."""
+    import faiss
+    try:
+        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise InputError(f"{file}: {last_line(error)}") from None
+
+
+def last_line(error):
+    """faiss errors: "Error in FUNCTION at FILE:LINE: what" -> what."""
+    return str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+
+
+def draw_sample(paths, size):
+    """Up to `size` rows [n, width], drawn from all shards at random, the same each time."""
+    rng, sample, counts = np.random.default_rng(0), [], []
+    for path in paths:
+        file, rows = open_shard(path)
+        with file:
+            counts.append(len(rows))
+    for path, count in zip(paths, rng.multivariate_hypergeometric(counts, min(size, sum(counts)), method="marginals")):
+        file, rows = open_shard(path)
+        with file:
+            sample.append(rows.random_access()[np.sort(rng.choice(len(rows), count, replace=False))])
+    return np.concatenate(sample)
+
+
+def train(file, factory, sample):
+    """Write the index of a factory string, trained on rows [n, d]."""
+    import faiss
+    start = time.monotonic()
+    try:
+        index = faiss.index_factory(sample.shape[1], factory)
+        index.train(sample)
+    except RuntimeError as error:
+        raise InputError(f"--factory {factory} with {len(sample):,} training rows of {sample.shape[1]} dimensions: "
+                         f"{last_line(error)}") from None
+    with replacing(file) as temporary:
+        faiss.write_index(index, str(temporary))
+    print(f"trained {factory} on {len(sample):,} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
+
+
+def fill(trained, rows, columns, output):
+    """Write the trained index with rows [n, width] added, of which only the first columns are not zero."""
+    import faiss
+    index = faiss.read_index(str(trained))
+    with tqdm(total=len(rows), desc=str(rows.path), unit=" rows", unit_scale=True, disable=None) as bar:
+        for _, block in rows.blocks(BLOCK):
+            if block[:, columns:].any():
+                raise InputError(f"{rows.path}: columns from {columns} on are not zero as in the training sample")
+            index.add(np.ascontiguousarray(block[:, :columns]))
+            bar.update(len(block))
+    faiss.write_index(index, str(output))
+
+
+def propose(index, queries, n):
+    """Pairs that an index takes for the n nearest of each query: rows i of queries, j of the index."""
+    labels = index.search(np.ascontiguousarray(queries), min(n, index.ntotal))[1]
+    i, rank = np.nonzero(labels >= 0)  # fewer than n where the lists that were looked at hold less
+    return i, labels[i, rank]
+
+
+def score(queries, references, i, j, k):
+    """Pairs of rows i of queries, j of references -> the k of each query with the best exact scores: i, j, scores."""
+    scores = -squared_distances(queries, references, i, j)
+    order = np.lexsort((j, -scores, i))
+    i, j, scores = i[order], j[order], scores[order]
+    kept = np.arange(len(i)) - np.searchsorted(i, i) < k
+    return i[kept], j[kept], scores[kept]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Milvus
+
+
+class Milvus:
+    """Collection of a Milvus server, or of a file through Milvus Lite: one for each way to make descriptors.
+
+    Rows are upserted by id, in batches; what is there already is not sent again, so that a killed run goes on.
+    """
+
+    def __init__(self, uri, made_by):
+        MilvusClient = import_milvus()
+        from pymilvus.exceptions import MilvusException
+        self.uri, self.name = uri, f"descriptors_{made_by}"
+        if "://" not in uri and not uri.endswith(".db"):
+            raise InputError(f"--milvus {uri}: neither a URI (http://host:19530) nor a FILE.db")
+        try:
+            self.client = MilvusClient(uri, timeout=10)
+            self.exists = self.client.has_collection(self.name)
+        except MilvusException as error:
+            raise InputError(f"--milvus {uri}: no Milvus answers there: {last_line(error.message)}") from None
+
+    def create(self, dim, index_type):
+        """Make the collection for rows of `dim` dimensions, unless it is there."""
+        from pymilvus import DataType
+        if self.exists:
+            return
+        schema = self.client.create_schema(auto_id=False)
+        schema.add_field("id", DataType.VARCHAR, max_length=1024, is_primary=True)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
+        params = self.client.prepare_index_params()
+        params.add_index("vector", index_type=index_type, metric_type="L2")
+        self.client.create_collection(self.name, schema=schema, index_params=params)
+
+    def add(self, rows):
+        """Upsert rows, but for those whose id is there."""
+        with tqdm(total=len(rows), desc=str(rows.path), unit=" rows", unit_scale=True, disable=None) as bar:
+            for start, block in rows.blocks(MILVUS_BATCH):
+                ids = rows.ids[start:start + len(block)].tolist()
+                there = {row["id"] for row in self.client.query(self.name, ids=ids, output_fields=["id"])}
+                new = [{"id": name, "vector": row} for name, row in zip(ids, block) if name not in there]
+                if new:
+                    self.client.upsert(self.name, new)
+                bar.update(len(block))
+        self.client.flush(self.name)
+
+    def search(self, queries, args):
+        """As Index.search: Milvus proposes, its stored rows are scored here."""
+        if not self.exists:
+            raise InputError(f"--milvus {self.uri}: holds no references made like the queries (checkpoint, settings, "
+                             "steps); index.py build sends them")
+        self.client.load_collection(self.name)
+        found = []
+        for start in tqdm(range(0, len(queries), MILVUS_QUERIES), unit=f" x {MILVUS_QUERIES} queries", disable=None):
+            batch = queries[start:start + MILVUS_QUERIES]
+            hits = self.client.search(self.name, batch, limit=args.candidates, output_fields=["vector"],
+                                      search_params={"params": milvus_params(args.params)}, consistency_level="Strong")
+            i = np.repeat(np.arange(len(batch)), [len(row) for row in hits])
+            ids = [hit["id"] for row in hits for hit in row]
+            rows = np.array([hit["entity"]["vector"] for row in hits for hit in row], np.float32)
+            scores = -squared_distances(batch, rows, i, np.arange(len(i)))
+            found.append(best(answers(start + i, ids, scores), args.topk))
+        return pd.concat(found)
+
+
+def import_milvus():
+    """MilvusClient. Raises InputError where pymilvus is missing, or where two packages have written faiss's files."""
+    both = [dist.name for dist in metadata.distributions() if dist.name in ("faiss-gpu", "faiss-cpu")]
+    if len(both) > 1:
+        raise InputError("faiss-cpu and faiss-gpu overwrite each other's files: pip uninstall -y faiss-cpu faiss-gpu, "
+                         f"then pip install -r requirements.txt, and for Milvus {MILVUS_INSTALL}")
+    try:
+        from pymilvus import MilvusClient
+    except ImportError:
+        raise InputError(f"--milvus needs pymilvus: {MILVUS_INSTALL}") from None
+    return MilvusClient
+
+
+def milvus_params(text):
+    """"nprobe=32,ef=64" -> {"nprobe": 32, "ef": 64}."""
+    return {name: int(value) for name, _, value in (part.partition("=") for part in filter(None, text.split(",")))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers: DataFrames query (row number), reference_id, score
+
+
+def answers(queries, ids, scores):
+    return pd.DataFrame({"query": queries, "reference_id": ids, "score": scores})
+
+
+def best(found, k):
+    """The k best answers of each query, in order of query, falling score, id."""
+    found = found.sort_values(["query", "score", "reference_id"], ascending=[True, False, True])
+    return found.groupby("query").head(k)
+
+
+def merge(found, k, names):
+    """Answers of shards -> the k best of each query. Raises InputError if an id lies in two shards.
+
+    Args:
+        found: one DataFrame per shard.
+        names: name of each shard.
+    """
+    together = pd.concat([part.assign(shard=i) for i, part in enumerate(found)])
+    twice = together[together.duplicated(["query", "reference_id"], keep=False)]
+    if len(twice):
+        first = twice[twice.reference_id == twice.reference_id.iloc[0]]
+        raise InputError(f"id {first.reference_id.iloc[0]} lies in two shards: "
+                         + first_three([names[i] for i in sorted(set(first.shard))]))
+    return best(together, k)[["query", "reference_id", "score"]]
+
+
+def write_pairs(output, query_ids, found):
+    found = found.assign(query_id=query_ids[found["query"]])
+    with replacing(output) as temporary:
+        found[["query_id", "reference_id", "score"]].to_csv(temporary, index=False)
+    print(f"{len(found):,} pairs of {len(query_ids):,} queries: {output}")
+
+
+def part_key(index, query_ids, queries, args):
+    """What parts must agree in to be merged."""
+    digest = hashlib.sha256(json.dumps([index.about, args.topk, args.candidates, args.params]).encode())
+    digest.update("\n".join(query_ids).encode())
+    digest.update(queries.tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Part:
+    """The answers of one shard, for merge; key: what all parts must agree in."""
+    key: str
+    shard: int
+    topk: int
+    query_ids: np.ndarray
+    found: pd.DataFrame
+
+    def write(self, output):
+        columns = {name: self.found[name].to_numpy(str if name == "reference_id" else None) for name in self.found}
+        with replacing(output) as temporary, open(temporary, "wb") as out:
+            np.savez(out, key=self.key, shard=self.shard, topk=self.topk, query_ids=self.query_ids, **columns)
+        print(f"{len(self.found):,} pairs of shard {self.shard}: {output}")
+
+    @classmethod
+    def read(cls, path):
+        try:
+            with np.load(path) as part:
+                return cls(str(part["key"]), int(part["shard"]), int(part["topk"]), part["query_ids"],
+                           answers(part["query"], part["reference_id"], part["score"]))
+        except FileNotFoundError:
+            raise InputError(f"no such file: {path}") from None
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            raise InputError(f"{path} is not a part written by search --shard") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def build(args):
+    """index.py build and add."""
+    if args.milvus:
+        return build_milvus(args)
+    for path in args.shards:
+        open_shard(path)[0].__exit__()
+    index = Index.build(args.index, args.factory, args.shards, args.sample) if args.command == "build" else \
+        Index(args.index)
+    for path in args.shards:
+        index.add(path)
+    print(f"{args.index}: {index.about['factory']}, {sum(shard['rows'] for shard in index.shards):,} rows in "
+          f"{len(index.shards)} shards")
+
+
+def build_milvus(args):
+    for path in args.shards:
+        file, rows = open_shard(path)
+        with file:
+            store = Milvus(args.milvus, made_by(file.attrs))
+            store.create(rows.shape[1], args.factory if args.factory != "Flat" else "FLAT")
+            store.add(rows)
+    print(f"{args.milvus}: {store.client.query(store.name, output_fields=['count(*)'])[0]['count(*)']:,} rows")
+
+
+def search(args):
+    """index.py search: all shards, one of them, or Milvus."""
+    with Descriptors(args.queries) as file:
+        rows, maker = file["query"], made_by(file.attrs)
+        query_ids, queries = rows.ids, rows.read()
+    if args.milvus:
+        return write_pairs(args.output, query_ids, Milvus(args.milvus, maker).search(queries, args))
+    index = Index(args.index)
+    if maker != index.about["made_by"] or queries.shape[1] != index.about["width"]:
+        raise InputError(f"{args.queries}: other checkpoint, settings, steps or dimensions than those of {args.index}")
+    if args.shard is not None and args.shard >= len(index.shards):
+        raise InputError(f"--shard {args.shard}: {args.index} has shards 0 to {len(index.shards) - 1}")
+    numbers = range(len(index.shards)) if args.shard is None else [args.shard]
+    for number in numbers:
+        index.check(number)
+    found = []
+    for number in numbers:
+        with Shard(index, number).set(args.params) as shard:
+            found.append(shard.search(queries, args.topk, args.candidates, args.ngpu))
+    if args.shard is not None:
+        key = part_key(index, query_ids, queries, args)
+        return Part(key, args.shard, args.topk, query_ids, found[0]).write(args.output)
+    write_pairs(args.output, query_ids, merge(found, args.topk, index.names()))
+
+
+def merge_parts(args):
+    """index.py merge."""
+    index, parts, first = Index(args.index), {}, Part.read(args.parts[0])
+    for path in args.parts:
+        part = Part.read(path)
+        if part.key != first.key:
+            raise InputError(f"{path} and {args.parts[0]} are of different queries, indexes or flags")
+        parts[part.shard] = part
+    for number, name in enumerate(index.names()):
+        if number not in parts:
+            raise InputError(f"shard {number} of {len(index.shards)} is missing: no part of {name}")
+    found = [parts[number].found for number in range(len(index.shards))]
+    write_pairs(args.output, first.query_ids, merge(found, first.topk, index.names()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curve: what speed costs
+
+
+def parameter_range(index):
+    """The settings of a faiss index that trade time for recall: ["nprobe=1", "nprobe=2", ...]."""
+    import faiss
+    space = faiss.ParameterSpace()
+    space.initialize(index)
+    ranges = {r.name: faiss.vector_to_array(r.values) for r in
+              (space.parameter_ranges.at(i) for i in range(space.parameter_ranges.size()))}
+    name = next((name for name in ("nprobe", "efSearch") if name in ranges), None)
+    return [f"{name}={value:g}" for value in ranges[name]] if name else [""]
+
+
+def average_precision(query_ids, found, positives):
+    """micro-AP of answers against positive pairs (DataFrame query_id, reference_id)."""
+    pairs = pd.MultiIndex.from_arrays([query_ids[found["query"]], found["reference_id"]])
+    is_true = pairs.isin(pd.MultiIndex.from_frame(positives))
+    return micro_ap(is_true[sort_candidates(found["score"].to_numpy(), is_true)], len(positives))
+
+
+def timed(shards, queries, args, params=None):
+    """(seconds, answers) of one search in open shards; with params=None an exact one."""
+    seconds, found = 0.0, []
+    for shard in shards:
+        shard.set(params)
+        how = (args.topk, None if params is None else args.candidates, args.ngpu)
+        shard.search(queries[:1], *how)  # what happens once: pages read, threads started
+        start = time.monotonic()
+        found.append(shard.search(queries, *how))
+        seconds += time.monotonic() - start
+    return seconds, merge(found, args.topk, [str(i) for i in range(len(shards))])
+
+
+def curve(args):
+    """index.py curve: table and picture of time against AP and recall of the exact answers, over search settings."""
+    _, positives = read_ground_truth(args.truth)
+    with Descriptors(args.queries) as file:
+        query_ids, queries = file["query"].ids, file["query"].read()
+    exact, rows = None, []
+    for folder in args.indexes:
+        index = Index(folder)
+        with contextlib.ExitStack() as stack:
+            shards = [stack.enter_context(Shard(index, number)) for number in range(len(index.shards))]
+            exact = exact or timed(shards, queries, args)
+            if not rows:
+                rows.append(("exact", "", exact[0], 1.0, average_precision(query_ids, exact[1], positives)))
+            for params in parameter_range(shards[0].faiss) if shards[0].faiss else []:
+                seconds, found = timed(shards, queries, args, params)
+                recall = len(found.merge(exact[1], on=["query", "reference_id"])) / len(exact[1])
+                rows.append((index.about["factory"], params, seconds, recall,
+                             average_precision(query_ids, found, positives)))
+                print(*rows[-1], file=sys.stderr)
+    table = pd.DataFrame(rows, columns=["index", "params", "seconds", "recall", "average_precision"])
+    draw(table, args.output)
+    with replacing(Path(args.output).with_suffix(".csv")) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.5g")
+    print(table.to_string(index=False, float_format="%.4g"))
+
+
+def draw(table, output):
+    """PNG: share of exact search's AP against how many times faster than exact search."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(7, 4.5), layout="constrained", dpi=100)
+    axes = fig.subplots()
+    exact = table.iloc[0]
+    for name, part in table.iloc[1:].groupby("index", sort=False):
+        axes.plot(exact.seconds / part.seconds, part.average_precision / exact.average_precision, "o-", label=name)
+    axes.axhline(0.98, color="grey", linestyle=":")
+    axes.axvline(10, color="grey", linestyle=":")
+    axes.set(xscale="log", xlabel="times faster than exact search", ylabel="share of exact search's AP")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(output) as temporary:
+        fig.savefig(temporary, format="png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build|add|search|merge|curve")
+
+    def command(name, text, milvus=True):
+        p = commands.add_parser(name, help=text, description=text)
+        where = p.add_mutually_exclusive_group(required=True) if milvus else p
+        where.add_argument("--index", required=not milvus, metavar="DIR", help="folder of the index")
+        if milvus:
+            where.add_argument("--milvus", metavar="URI", help="http://host:19530, or FILE.db (Milvus Lite)")
+        return p
+
+    def how(p):
+        p.add_argument("--topk", type=positive, default=10, metavar="K", help="answers per query (default: 10)")
+        p.add_argument("--candidates", type=positive, default=100, metavar="N", help="of each query and shard, to be "
+                       "scored exactly (default: 100)")
+        p.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs for exact search; 0: CPU; default: all")
+
+    for name, text in (("build", "train an index, then add"), ("add", "add shards that are not there yet")):
+        p = command(name, text)
+        p.add_argument("shards", nargs="+", metavar="FILE.h5", help="descriptor files: `reference`, sorted by id")
+        p.add_argument("--factory", default="Flat", metavar="STRING", help="index_factory string; Milvus: its index "
+                       "type (default: Flat)")
+        p.add_argument("--sample", type=positive, default=200_000, metavar="N", help="rows to train on (default: "
+                       "200,000)")
+    p = command("search", "best references of each query")
+    p.add_argument("queries", metavar="QUERIES.h5", help="descriptor file: `query`")
+    p.add_argument("-o", "--output", required=True, metavar="FILE", help="pairs as CSV; with --shard a part for merge")
+    p.add_argument("--params", default="", metavar="P", help="search parameters: nprobe=32, efSearch=64")
+    p.add_argument("--shard", type=int, metavar="I", help="search this shard only, counted from 0")
+    how(p)
+    p = command("merge", "put parts of all shards together", milvus=False)
+    p.add_argument("parts", nargs="+", metavar="PART", help="what search --shard wrote")
+    p.add_argument("-o", "--output", required=True, metavar="FILE", help="pairs as CSV")
+    p = commands.add_parser("curve", help="time against recall of indexes of the same descriptors")
+    p.add_argument("indexes", nargs="+", metavar="INDEX", help="folders; the first one's descriptors are searched "
+                   "exactly too")
+    p.add_argument("--queries", required=True, metavar="FILE.h5", help="descriptor file: `query`")
+    p.add_argument("--truth", required=True, metavar="CSV", help="query_id, reference_id")
+    p.add_argument("-o", "--output", required=True, metavar="FILE.png", help="picture; the table goes beside it, .csv")
+    how(p)
+    return parser.parse_args(argv)
+
+
+COMMANDS = {"build": build, "add": build, "search": search, "merge": merge_parts, "curve": curve}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        output = getattr(args, "output", None)
+        if output and not Path(output).resolve().parent.is_dir():
+            raise InputError(f"-o {output}: no such folder: {Path(output).parent}")
+        if hasattr(args, "ngpu"):
+            args.ngpu = count_gpus(args.ngpu)
+        COMMANDS[args.command](args)
+    except InputError as error:
+        print(f"index.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"index.py: {error.filename or output or args.index}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
