@@ -27,7 +27,6 @@ The same command goes on where a stopped ladder stood; rows that failed are trie
 import argparse
 import csv
 import fcntl
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -48,7 +47,7 @@ from typing import NamedTuple
 
 import numpy as np
 from descriptors import InputError, replacing, write_descriptors
-from photos import UNREADABLE, list_photos, open_photo
+from photos import UNREADABLE, list_photos, open_photo, write_skipped
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, SCRIPTS = ROOT / "train.py", ROOT / "scripts"
@@ -163,24 +162,26 @@ HASHES = {"pdq": pdq_bits, "phash": phash_bits}  # PIL image -> bits [n]
 
 
 def hash_photo(name, path):
-    """Bits of a photo as +-1 / sqrt(n), float32 [n]: squared L2 is 4 / n x Hamming distance. None if unreadable."""
+    """Bits of a photo as +-1 / sqrt(n), float32 [n]: squared L2 is 4 / n x Hamming distance. Or why not."""
     try:
         bits = HASHES[name](open_photo(path))
-    except UNREADABLE:
-        return None
+    except UNREADABLE as error:
+        return str(error)
     return np.where(bits, 1, -1).astype(np.float32) / np.float32(math.sqrt(len(bits)))
 
 
 def write_hashes(name, benchmark, file):
-    """Descriptor file of a benchmark's photos by perceptual hash; unreadable photos are left out."""
-    groups = {}
+    """Descriptor file of a benchmark by perceptual hash; unreadable photos are listed in skipped.csv beside it."""
+    groups, skipped = {}, []
     with ProcessPoolExecutor() as pool:
         for group, folder in FOLDERS.items():
-            paths = list_photos(benchmark / folder)[0]
-            rows = pool.map(partial(hash_photo, name), [benchmark / folder / path for path in paths], chunksize=16)
-            named = [(row, Path(path).stem) for row, path in zip(rows, paths) if row is not None]
-            groups[group] = np.stack([row for row, _ in named]), [stem for _, stem in named]
+            paths = [benchmark / folder / path for path in list_photos(benchmark / folder)[0]]
+            found = dict(zip(paths, pool.map(partial(hash_photo, name), paths, chunksize=16)))
+            rows = {path.stem: row for path, row in found.items() if not isinstance(row, str)}
+            groups[group] = np.stack(list(rows.values())), list(rows)
+            skipped += [(str(path), why) for path, why in found.items() if isinstance(why, str)]
     write_descriptors(file, groups, {"hash": name})
+    write_skipped(file.with_name("skipped.csv"), skipped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,9 +264,11 @@ class Ladder:
                 raise InputError(f"{self.out} was started with {name} '{stored[name]}', not '{self.settings[name]}'; "
                                  "give the same, or another folder with -o")
         for recipe in self.args.recipes:
-            sha = hashlib.sha256(recipe.file.read_bytes()).hexdigest()
-            if stored["recipes"].setdefault(recipe.name, {"sha256": sha})["sha256"] != sha:
-                raise InputError(f"{recipe.file} has changed since {self.out} was started; give another folder with -o")
+            flags = stored["recipes"].setdefault(recipe.name, {"flags": recipe.flags})["flags"]
+            for name in flags.keys() | recipe.flags.keys():
+                if flags.get(name) != recipe.flags.get(name):
+                    raise InputError(f"{recipe.file}: --{name} has changed since {self.out} was started; give another "
+                                     "folder with -o")
         self.settings = stored
 
     def write_settings(self):
@@ -370,8 +373,8 @@ class Ladder:
         """`work` of a recipe's row: train, or go on with it, and extract."""
         overrides = flags_for(recipe, self.args.overrides)
         words = self.training_words(recipe, overrides, seed)
-        steps, epochs = self.steps(recipe, words), int(last_value(recipe, overrides, "epochs"))
-        epochs, each = share_steps(steps, epochs, self.longest_epoch(recipe))
+        epochs, each = share_steps(self.steps(recipe, words), int(last_value(recipe, self.args.overrides, "epochs")),
+                                   self.longest_epoch(recipe))
         say(f"{folder.name}: training, {epochs} epochs of {each} steps")
         self.command(folder / "output.txt", TRAIN, *words, "--exp", folder, "--resume", "auto", "--epochs", epochs,
                      "--epoch-steps", each)
@@ -574,6 +577,8 @@ def parse_args(argv=None):
     args.recipes = with_parents(args.recipes.split(","))
     args.baselines = choose_baselines(args.baselines, flags)
     args.benchmark = [f"--{flag}={getattr(args, flag)}" for flag in BENCHMARK_FLAGS if getattr(args, flag)]
+    if is_benchmark(args.photos) and not all((args.photos / name).is_dir() for name in FOLDERS.values()):
+        raise InputError(f"{args.photos}: a benchmark needs the folders {', '.join(FOLDERS.values())}")
     if is_benchmark(args.photos) and (args.benchmark or args.benchmark_photos):
         raise InputError(f"{args.photos} is a benchmark already, of which --benchmark-photos, --strength and the like "
                          "change nothing")

@@ -107,7 +107,7 @@ def test_a_changed_recipe_is_refused(climbed):
     folder, command, _, _ = climbed
     file = folder.parent / "broken.args"
     file.write_text(file.read_text() + "--lr 1\n")
-    assert "broken.args has changed" in run(*command, code=2).stderr
+    assert "broken.args: --lr has changed" in run(*command, code=2).stderr
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -165,6 +165,7 @@ def test_distance_of_hashes_is_hamming_distance(name, tmp_path):
     with Descriptors(tmp_path / "hashes.h5") as file:
         x, n = file["query"].read().astype(float), len(bits[0])
         assert len(file["reference"]) == len(file["train"]) == len(x) == 12
+    assert "bad.jpg" in (tmp_path / "skipped.csv").read_text()
     assert n == {"pdq": 256, "phash": 64}[name] and hamming.max() > n / 4
     assert np.allclose(np.square(x[:, None] - x).sum(2), 4 / n * hamming, atol=1e-6)
 
