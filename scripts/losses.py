@@ -55,7 +55,7 @@ class NTXentLoss(pml.losses.NTXentLoss):
 
 class ArcFaceLoss(pml.losses.ArcFaceLoss):
     """Cross-entropy over s cos(t + m) for the photo's own class, s cos(t) for the others (arXiv 1801.07698; notes v3).
-    `margin` m in radians; the gradient stays finite where a descriptor meets its class vector."""
+    `margin` m in radians."""
 
     per_view = False
 
@@ -64,9 +64,6 @@ class ArcFaceLoss(pml.losses.ArcFaceLoss):
 
     def init_margin(self):
         pass  # given in radians
-
-    def get_angles(self, cosine):
-        return cosine.clamp(-1 + 1e-6, 1 - 1e-6).acos()
 
 
 class SimSiamLoss(torch.nn.Module):

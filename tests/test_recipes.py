@@ -233,7 +233,7 @@ def test_v4_doubles_to_a_million_and_halves_whole_batches():
     assert stages[::2] == stages[1::2] and [batch for _, batch in stages[::2]] == [64] * 7 + [32, 16, 8, 4]
 
 
-def test_v4_keeps_photos_labels_and_weights_when_it_grows_and_resumes(data, tmp_path, monkeypatch):
+def test_v4_keeps_photos_labels_and_weights_when_it_grows_and_resumes(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "ROOT", tmp_path)
     grown, init_classes = [], train.Trainer.init_classes
 
@@ -262,6 +262,7 @@ def test_v4_keeps_photos_labels_and_weights_when_it_grows_and_resumes(data, tmp_
         part.mkdir(parents=True)
         shutil.copy(whole / f"checkpoint_{epoch:04d}.pth.tar", part)
         run_recipe("v4", tmp_path, folder, *flags, "--exp", f"part{epoch}", "--resume", "auto")
+        assert "warning" not in capsys.readouterr().out
         a, b = load(whole / "checkpoint_0002.pth.tar"), load(part / "checkpoint_0002.pth.tar")
         assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
         assert torch.equal(a["criterion"]["W"], b["criterion"]["W"]) and a["step"] == b["step"] == 1 + 2 + 4
