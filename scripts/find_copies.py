@@ -215,7 +215,7 @@ class Extraction:
             for i, file in enumerate(files):
                 os.symlink(file, photos / f"{i:08d}.jpg")
             code = subprocess.run([sys.executable, ROOT / "train.py", "--mode", "extract", "--target-set", "r",
-                                   "--exp", staging, *self.weights, *self.flags, staging],
+                                   "--exp", staging, "-b", "128", *self.weights, *self.flags, staging],
                                   stdout=subprocess.DEVNULL).returncode
             described = [None] * len(files)
             for path, reason in read_skipped(out / "skipped.csv"):

@@ -20,16 +20,18 @@ def unit(rows):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def clustered(folder, n=20_000, dim=256, centres=400, queries=200, spread=0.7, noise=0.5, seed=0):
+def clustered(folder, n=20_000, dim=256, centres=400, queries=200, spread=0.7, noise=1.5, seed=0):
     """Write refs.h5, queries.h5 and gt.csv: n unit vectors around `centres` random directions; half of the queries are
-    noisy copies of some of them, half are further draws. `spread`, `noise`: length of what is added to a unit vector.
+    noisy copies of some of them, half are further draws. What is added to a unit vector has the length `spread`, or up
+    to `noise` for copies: exact search finds most of them, not all.
     """
     rng = np.random.default_rng(seed)
     direction = lambda rows: unit(rng.standard_normal((rows, dim), np.float32))
     centre = direction(centres)
     draw = lambda rows: unit(centre[rng.integers(centres, size=rows)] + spread * direction(rows))
     references, copied = draw(n), rng.choice(n, queries // 2, replace=False)
-    query = np.concatenate([unit(references[copied] + noise * direction(len(copied))), draw(queries - len(copied))])
+    lengths = rng.uniform(0, noise, (len(copied), 1)).astype(np.float32)
+    query = np.concatenate([unit(references[copied] + lengths * direction(len(copied))), draw(queries - len(copied))])
     ids = np.char.mod("R%07d", np.arange(n))
     write_descriptors(folder / "refs.h5", {"reference": (references, ids)}, MAKER)
     write_descriptors(folder / "queries.h5", {"query": (query, np.char.mod("Q%05d", np.arange(queries)))}, MAKER)
