@@ -30,7 +30,9 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,7 +192,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
          "computes in it, else fp16 on GPUs and fp32 on CPUs; extraction on a CPU is fp32, head and loss always are"),
     ],
     "checkpoints and log": [
-        ("--resume FILE", str, "", "continue from a checkpoint of this script; auto: from the newest of --exp, if any"),
+        ("--resume FILE", str, "", "continue from a checkpoint of this script; auto: from the newest of --exp, if any; "
+         "extract: auto goes on with an extraction that was stopped"),
         ("--save-steps N", int, 0, "also write latest.pth.tar every N steps; 0: each epoch only"),
         ("-p --print-freq N", int, 10, "steps between log entries and checks of the loss and of Ctrl-C"),
     ],
@@ -199,6 +202,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--eval-subset", bool, False, "only the references in --subset-file; writes fb-isc-submission-subset.h5"),
         ("--subset-file FILE", str, None, "one reference id per line, by scripts/select_ref_subset.py (default: "
          "DIR/rids_subset.txt)"),
+        ("--shard I/N", str, None, "every N-th photo of each folder from the I-th on, 0 the first; writes "
+         "fb-isc-submission.shard-I-of-N.h5; scripts/merge_shards.py puts the files together"),
         ("--dryrun", bool, False, "the first 100 photos of each folder only"),
     ],
     "devices and processes (under torchrun its environment decides)": [
@@ -259,9 +264,15 @@ def parse_args(argv=None):
         args.exp = file.parent.parent.name if file.parent.name == "train" else "default"
     args.out = ROOT / "exp" / args.exp / args.mode
     args.contaminated, args.negative_photos = None, []
-    if args.mode == "train":
-        check_training_flags(args)
+    (check_training_flags if args.mode == "train" else check_extraction_flags)(args)
     return args
+
+
+def check_extraction_flags(args):
+    if args.resume not in ("", "auto"):
+        fail(f"--resume {args.resume}: an extraction goes on with --resume auto; the checkpoint is --weight")
+    if args.shard and not ((shard := re.fullmatch(r"(\d+)/(\d+)", args.shard)) and int(shard[1]) < int(shard[2])):
+        fail(f"--shard {args.shard}: give I/N with I from 0 to N - 1, such as 0/4")
 
 
 def check_training_flags(args):
@@ -304,6 +315,7 @@ import torchvision.transforms.functional as TF  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "scripts"))
+from blocks import Blocks, open_folder  # noqa: E402
 from checkpoints import load_weights, newest_checkpoint, read_checkpoint  # noqa: E402
 from descriptors import Descriptors, InputError, first_three, replacing, write_descriptors  # noqa: E402
 from losses import ArcFaceLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss, SNRDistance  # noqa: E402
@@ -506,11 +518,18 @@ class Trainer:
     def init_classes(self):
         """Start each class vector as its photo's descriptor, before unit length, from the clean view (notes v3)."""
         args = self.args
-        rows, labels, _ = merge_parts(args, "classes", *describe_photos(
-            args, self.net.eval(), "classes", [str(args.dir / path) for path in self.views.paths], self.net.embed))
+        paths, folder = [str(args.dir / path) for path in self.views.paths], args.out / "classes.blocks"
+        if args.process == 0:
+            open_folder(folder, {}, resume=False)
+        gather_objects(None)
+        self.net.eval()
+        describe_photos(args, self.net, self.net.embed, blocks_of(args, folder, "classes", paths), paths)
+        gather_objects(None)
         weights = self.criterion.W.data
         if args.process == 0:
+            rows, labels, _ = blocks_of(args, folder, "classes", paths).collect()
             weights[:, labels] = torch.from_numpy(rows).to(self.device).T
+            shutil.rmtree(folder)
         if dist.is_initialized():
             dist.broadcast(weights, 0)
 
@@ -816,7 +835,8 @@ def prepare_extraction(args):
     args.sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     args.groups = {LETTERS[letter]: list_group(args, LETTERS[letter]) for letter in LETTERS
                    if letter in args.target_set}
-    args.h5 = args.out / f"fb-isc-submission{'-subset' if args.eval_subset else ''}.h5"
+    name = f"fb-isc-submission{'-subset' * args.eval_subset}"
+    args.h5 = args.out / (name + (f".shard-{args.shard.replace('/', '-of-')}" if args.shard else "") + ".h5")
     args.out.mkdir(parents=True, exist_ok=True)
 
 
@@ -841,12 +861,16 @@ def list_group(args, group):
     paths = paths[:100] if args.dryrun else paths
     if not paths:
         fail(f"no photos in {folder}")
+    if args.shard:
+        first, step = map(int, args.shard.split("/"))
+        if not (paths := paths[first::step]):
+            fail(f"--shard {args.shard}: {folder} has too few photos")
     return {"paths": [str(folder / path) for path in paths], "ids": [Path(path).stem for path in paths],
             "odd": [(str(folder / path), reason) for path, reason in odd]}
 
 
 def extract(args):
-    """Describe all photos, each process every n-th; the first process puts the rows together and writes the file."""
+    """Describe all photos, each process every n-th block of them; the first process writes the file from the blocks."""
     net = build_net(args, read_backbone_weights(args.backbone_weights, args.arch)
                     if args.backbone_weights and not args.checkpoint else False)
     if args.checkpoint:
@@ -856,62 +880,73 @@ def extract(args):
     args.preprocess = {"mean": net.mean, "std": net.std} | getattr(args, "preprocess", {})
     print(f"=> network   {args.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
           f"{args.gem_eval_p:g}, from {args.checkpoint or args.backbone_weights or 'random weights'}")
-    groups, skipped = {}, []
-    for name, group in args.groups.items():
-        rows, indices, bad = merge_parts(args, name, *describe_photos(args, net, name, group["paths"]))
-        skipped += [(group["paths"][i], reason) for i, reason in bad] + group["odd"]
-        groups[name] = rows, [group["ids"][i] for i in indices]
-        if not len(rows) and args.process == 0:
-            write_skipped(args.out / "skipped.csv", skipped)
-            fail(f"none of the {len(group['paths'])} photos in {args.dir / FOLDERS[name]} can be read, see "
-                 f"{args.out / 'skipped.csv'}")
+    folder = args.h5.with_suffix(".blocks")
     if args.process == 0:
-        write_results(args, groups, skipped)
+        paths = json.dumps([group["paths"] for group in args.groups.values()])
+        open_folder(folder, settings_of(args) | {"processes": args.processes, "batch_size": args.batch_size, "photos":
+                    hashlib.sha256(paths.encode()).hexdigest()}, args.resume)
+    gather_objects(None)  # once the folder is there
+    for name, group in args.groups.items():
+        describe_photos(args, net, net, blocks_of(args, folder, name, group["paths"]), group["paths"])
+    gather_objects(None)  # once every process has written its blocks
+    if args.process == 0:
+        write_results(args, *collect_groups(args, folder))
+        shutil.rmtree(folder)
+
+
+def blocks_of(args, folder, name, paths):
+    return Blocks(folder, name, len(paths), args.batch_size // args.nproc, args.process, args.processes)
 
 
 @torch.inference_mode()
-def describe_photos(args, net, name, paths, describe=None):
-    """Descriptors [n, dim] of this process's readable photos, their indices [n] and unreadable ones [(i, reason)].
-    `describe`: images -> descriptors, if not the network itself."""
-    mine = range(args.process, len(paths), args.processes)
-    loader = torch.utils.data.DataLoader(
+def describe_photos(args, net, describe, blocks, paths):
+    """Write this process's unfinished blocks; `describe`: images [B, 3, s, s] of `paths` -> rows [B, dim]."""
+    batches = [batch for block in blocks.todo for batch in block]
+    loader = iter(torch.utils.data.DataLoader(
         WholePhotos(args, paths, RESIZES[args.resize], args.preprocess["mean"], args.preprocess["std"]),
-        args.batch_size // args.nproc, sampler=mine, collate_fn=collate_photos, **loader_options(args))
-    rows, indices, bad = [torch.empty(0, net.dim)], [], []
-    with tqdm(total=len(mine), desc=name, unit="photo", disable=args.process > 0) as bar:
-        for good, images, unreadable in loader:
-            if unreadable and args.strict:
-                fail(f"{paths[unreadable[0][0]]}: {unreadable[0][1]}", 1)
-            if good:
-                images = images.to(args.device_used, non_blocking=True, memory_format=torch.channels_last)
-                rows.append((describe or net)(images).float().cpu())
-            indices += good
-            bad += unreadable
-            bar.update(len(good) + len(unreadable))
-    return torch.cat(rows).numpy(), np.array(indices, dtype=int), bad
+        batch_sampler=batches, collate_fn=collate_photos, **loader_options(args)))
+    with tqdm(total=sum(map(len, batches)), desc=blocks.name, unit="photo", disable=args.process > 0) as bar:
+        for block in blocks.todo:
+            rows, indices, bad = [torch.empty(0, net.dim)], [], []
+            for batch in block:
+                good, images, unreadable = next(loader)
+                if unreadable and args.strict:
+                    fail(f"{paths[unreadable[0][0]]}: {unreadable[0][1]}", 1)
+                if good:
+                    images = images.to(args.device_used, non_blocking=True, memory_format=torch.channels_last)
+                    rows.append(describe(images).float().cpu())
+                indices += good
+                bad += unreadable
+                bar.update(len(batch))
+            blocks.write(block, torch.cat(rows).numpy(), np.array(indices, dtype=int), bad)
 
 
-def merge_parts(args, name, rows, indices, bad):
-    """Rows of all processes in order of photo, through files in the output folder (shared by all machines)."""
-    if args.processes > 1:
-        np.save(args.out / f".{name}.{args.process}.npy", rows)
-        parts = gather_objects((indices, bad))  # returns once every process has written
-        files = [args.out / f".{name}.{process}.npy" for process in range(args.processes)]
-        rows = np.concatenate([np.load(file) for file in files]) if args.process == 0 else rows[:0]
-        indices, bad = np.concatenate([part[0] for part in parts]), sum((part[1] for part in parts), [])
-        gather_objects(None)
-        files[args.process].unlink()
-    order = np.argsort(indices)
-    return (rows[order] if args.process == 0 else rows), indices[order], bad
+def collect_groups(args, folder):
+    """{group: (rows [n, dim], ids [n])} of the finished blocks, and [(path, reason)] of photos left out."""
+    groups, skipped = {}, []
+    for name, group in args.groups.items():
+        rows, indices, bad = blocks_of(args, folder, name, group["paths"]).collect()
+        skipped += [(group["paths"][i], reason) for i, reason in bad] + group["odd"]
+        groups[name] = rows, [group["ids"][i] for i in indices]
+        if not len(rows):
+            write_skipped(args.out / "skipped.csv", skipped)
+            fail(f"none of the {len(group['paths'])} photos in {args.dir / FOLDERS[name]} can be read, see "
+                 f"{args.out / 'skipped.csv'}")
+    return groups, skipped
+
+
+def settings_of(args):
+    """What rows depend on, as it stands in the descriptor file: only rows of the same settings are put together."""
+    settings = {name: getattr(args, name) for name in FROM_CHECKPOINT} | {
+        "arch": args.arch_tag, "checkpoint_sha256": args.sha256, "contaminated": args.contaminated or "",
+        "extract_from": args.extract_from * (args.head == "simsiam"), "shard": args.shard or ""}
+    return {name: value for name, value in settings.items() if value != ""}
 
 
 def write_results(args, groups, skipped):
     """Write the descriptor file and skipped.csv; groups of an earlier run with the same settings stay in the file, a
     file of other settings is kept under a name with a hash of these. Score it where there is truth."""
-    settings = {name: getattr(args, name) for name in FROM_CHECKPOINT} | {
-        "arch": args.arch_tag, "checkpoint_sha256": args.sha256, "contaminated": args.contaminated or "",
-        "extract_from": args.extract_from * (args.head == "simsiam")}
-    settings = {name: value for name, value in settings.items() if value != ""}
+    settings = settings_of(args)
     keep = ()
     if args.h5.is_file():
         with Descriptors(args.h5) as old:
@@ -929,7 +964,7 @@ def write_results(args, groups, skipped):
     print(f"=> wrote {args.h5}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()) +
           (f"; {len(skipped)} skipped, see {args.out / 'skipped.csv'}" if skipped else ""))
     truth = args.dir / "public_ground_truth.csv"
-    if {"query", "reference"} <= set(groups) and truth.is_file() and not args.dryrun:
+    if {"query", "reference"} <= set(groups) and truth.is_file() and not (args.dryrun or args.shard):
         sys.stdout.flush()
         if subprocess.run([sys.executable, ROOT / "scripts" / "eval_metrics.py", args.h5, truth]).returncode:
             fail(f"scripts/eval_metrics.py failed on {args.h5}", 1)

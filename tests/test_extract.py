@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -201,3 +202,109 @@ def test_raw_features_need_no_checkpoint_and_no_hub(tmp_path, exp):  # noqa: F81
     run("train.py", *RAW, "--exp", exp, data, env={"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9"})
     rows, _ = read(ROOT / "exp" / exp / "extract" / "fb-isc-submission.h5")
     assert rows["query"].shape[1] > 32 and np.allclose(np.linalg.norm(rows["query"], axis=1), 1, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopped and continued, in parts, on several machines
+
+
+KILLED = """
+import os, signal, sys, time
+sys.path[:0] = ["."]
+import numpy as np
+import train  # once: every try is a fork of this process
+out, flags, moments = sys.argv[1], sys.argv[2:], np.random.default_rng(1)
+def start():
+    if (pid := os.fork()) == 0:
+        train.main(train.parse_args(flags))
+        os._exit(0)
+    return pid
+blocks = lambda: len([name for name in os.listdir(out) if name.endswith(".npz")]) if os.path.isdir(out) else 0
+for kill in range(10):
+    before, pid = blocks(), start()
+    while blocks() < before + 1 and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        time.sleep(0.001)
+    time.sleep(moments.uniform(0, 0.02))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    print("killed with", blocks())
+os.waitpid(start(), 0)
+"""
+
+
+def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(tmp_path, extract, weights, exp):  # noqa: F811
+    data = data_folder(tmp_path, queries=60, references=61, training=2)
+    flags = ["--target-set", "qrt", "--batch-size", 2]
+    extract(data, *flags, suffix="-whole")
+    folder = extract.out() / "fb-isc-submission.blocks"
+    done = run("-c", KILLED, folder, "--mode", "extract", "-j", 0, "--device", "cpu", "--exp", exp, "--weight", weights,
+               *flags, "--resume", "auto", data)
+    counts = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("killed")]
+    assert len(counts) == 10 and 1 <= counts[0] < counts[-1] < 62, counts
+    whole, broken = (read(extract.out(suffix) / "fb-isc-submission.h5") for suffix in ("-whole", ""))
+    for name, rows in whole[0].items():
+        assert np.array_equal(rows, broken[0][name]), name
+    assert not folder.exists()
+
+
+def test_resumed_with_other_settings_is_refused(tmp_path, extract, weights, exp):  # noqa: F811
+    data = data_folder(tmp_path)
+    folder = extract.out() / "fb-isc-submission.blocks"
+    folder.mkdir(parents=True)
+    args = train.parse_args(["--mode", "extract", "--weight", str(weights), str(data)])
+    train.prepare_extraction(args)
+    (folder / "settings.json").write_text(json.dumps(train.settings_of(args) | {"gem_eval_p": 4.0}))
+    done = extract(data, "--resume", "auto", code=2)
+    assert "other settings" in done.stderr and "gem_eval_p 4.0 -> 5.0" in done.stderr and "Traceback" not in done.stderr
+    assert "--weight" in extract(data, "--resume", weights, code=2).stderr
+    extract(data)  # anew
+    assert not folder.exists()
+
+
+def test_two_machines_write_the_same_file(tmp_path, extract, weights, exp):  # noqa: F811
+    data = data_folder(tmp_path, queries=40, references=50)
+    extract(data, suffix="-one")
+    port = 20000 + os.getpid() % 20000
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend",
+               "c10d", "--rdzv-endpoint", f"localhost:{port}", "train.py", "--mode", "extract", "-j", 0, "--batch-size",
+               15, "--exp", exp, "--weight", weights, data]
+    agents = [subprocess.Popen(list(map(str, command)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for agent in agents:
+        _, errors = agent.communicate(timeout=200)
+        assert agent.returncode == 0, errors
+    one, two = (read(extract.out(suffix) / "fb-isc-submission.h5")[0] for suffix in ("-one", ""))
+    for name, rows in one.items():
+        assert np.array_equal(rows, two[name]), name
+
+
+def test_shards_put_together_are_the_whole(tmp_path, weights, monkeypatch):
+    data = data_folder(tmp_path / "data")
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    (tmp_path / "scripts").mkdir()
+
+    def shard(*flags):
+        args = train.parse_args(["--mode", "extract", "-j", "0", "--device", "cpu", "--exp", "x", "--weight",
+                                 str(weights), *flags, str(data)])
+        train.main(args)
+        return args.h5
+
+    files = [shard("--shard", f"{i}/3") for i in range(3)]
+    other = shard("--shard", "1/3", "--gem-eval-p", "1")
+    whole = shard()
+    os.rename(other, tmp_path / "other.h5")
+    files[1] = shard("--shard", "1/3")
+    merged = tmp_path / "merged.h5"
+    run("scripts/merge_shards.py", *files[::-1], "-o", merged)
+    (a, attrs), (b, expected) = read(merged), read(whole)
+    assert all(np.allclose(a[name], b[name], atol=1e-6) if b[name].dtype.kind == "f" else
+               np.array_equal(a[name], b[name]) for name in b)
+    assert {**attrs, "versions": 0} == {**expected, "versions": 0}
+    for wrong, words in ((files[:2], "shard 2/3 is missing"), ([*files, files[0]], "shard 0/3 is there twice"),
+                         ([files[0], tmp_path / "other.h5", files[2]], "differ in gem_eval_p"),
+                         ([whole, *files], "is no shard")):
+        assert words in run("scripts/merge_shards.py", *wrong, "-o", tmp_path / "no.h5", code=2).stderr
+    assert not (tmp_path / "no.h5").exists()
+    for text in ("3/3", "1", "a/b"):
+        with pytest.raises(SystemExit):
+            shard("--shard", text)

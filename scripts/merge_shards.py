@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Put the descriptor files of `train.py --mode extract --shard I/N` together.
+
+    python scripts/merge_shards.py exp/v31/extract/fb-isc-submission.shard-*.h5 -o exp/v31/extract/fb-isc-submission.h5
+
+All N shards have to be there, once each, with the same groups and made with the same settings. Rows are read in blocks.
+"""
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from descriptors import Descriptors, InputError, write_descriptors
+
+OWN = ("shard", "checkpoint")  # attributes that may differ: the part, and the checkpoint's path on that machine
+
+
+class Joined:
+    """Rows [n, dim] of several files, one after another, read as they are indexed."""
+
+    def __init__(self, parts):
+        self.parts = [part.random_access() for part in parts]
+        self.starts = np.cumsum([0, *map(len, self.parts)])
+        self.shape = (self.starts[-1], self.parts[0].shape[1])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        out = np.empty((len(rows), self.shape[1]), np.float32)
+        which = np.searchsorted(self.starts, rows, "right") - 1
+        for i, part in enumerate(self.parts):
+            out[which == i] = part[rows[which == i] - self.starts[i]]
+        return out
+
+
+def check_shards(files):
+    """Raise InputError unless `files` are all shards of one extraction, once each; returns their attributes."""
+    shards = [file.attrs.get("shard") for file in files]
+    for file, shard in zip(files, shards):
+        if not shard:
+            raise InputError(f"{file.path} is no shard: it has no attribute `shard`")
+    count = int(shards[0].split("/")[1])
+    wanted = [f"{i}/{count}" for i in range(count)]
+    for shard in wanted:
+        if shards.count(shard) != 1:
+            raise InputError(f"shard {shard} is " + ("missing" if shard not in shards else "there twice: " + ", ".join(
+                str(file.path) for file, other in zip(files, shards) if other == shard)))
+    if odd := set(shards) - set(wanted):
+        raise InputError(f"{files[shards.index(min(odd))].path} is shard {min(odd)}, {files[0].path} is {shards[0]}")
+    first = settings(files[0])
+    for file in files[1:]:
+        differ = [name for name in first | settings(file) if first.get(name) != settings(file).get(name)]
+        if differ:
+            raise InputError(f"{file.path} and {files[0].path} differ in {', '.join(sorted(differ))}")
+    return {name: value for name, value in files[0].attrs.items() if name != "shard"}
+
+
+def settings(file):
+    """What has to agree: the groups and every attribute but those of the part."""
+    return {"groups": sorted(file.groups)} | {name: json.dumps(value, default=str) for name, value in
+                                              file.attrs.items() if name not in OWN}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", metavar="SHARD.h5", nargs="+", type=Path)
+    parser.add_argument("-o", "--output", metavar="OUT.h5", required=True, type=Path)
+    args = parser.parse_args(argv)
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(Descriptors(path)) for path in args.shards]
+            attrs = check_shards(files)
+            groups = {}
+            for name in files[0].groups:
+                parts = [file[name] for file in files]
+                groups[name] = Joined(parts), np.concatenate([part.ids for part in parts])
+            write_descriptors(args.output, groups, attrs)
+    except InputError as error:
+        print(f"merge_shards.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {args.output}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()))
+
+
+if __name__ == "__main__":
+    main()
