@@ -19,7 +19,7 @@ The folder of the ladder (-o) holds
     ladder.csv, ladder.png   a row per run, written when the run ends; AP and recall at 90 % precision, as extracted and
                              after embedding isolation (postprocess.py --preset v23-isolation)
     ladder.json              what the ladder was started with; other settings are refused
-    benchmark/               the photos
+    benchmark/, photos/      the benchmark, and links to its photos
     RECIPE-sSEED/            checkpoint, log and descriptors of a run; output.txt is what its commands said
 
 The same command goes on where a stopped ladder stood; rows that failed are tried again.
@@ -240,6 +240,7 @@ class Ladder:
     def __init__(self, args):
         self.args, self.out = args, args.output
         self.benchmark = args.photos if is_benchmark(args.photos) else self.out / "benchmark"
+        self.photos = self.out / "photos"  # without the ground truth: train.py would score, or refuse to
         self.settings = {"photos": shlex.join(source_folders(args)), "benchmark": shlex.join(args.benchmark),
                          "budget": args.steps and f"{args.steps} steps" or f"{args.budget_minutes:g} minutes",
                          "overrides": shlex.join(itertools.chain(*args.overrides)), "recipes": {}}
@@ -300,7 +301,7 @@ class Ladder:
         return printed
 
     def build_benchmark(self):
-        """Make the photos' folder unless it is there. Raises InputError with what make_benchmark.py says."""
+        """Make the benchmark unless it is there, and links to its photos. InputError: what make_benchmark.py says."""
         if not is_benchmark(self.benchmark):
             *training, photos = source_folders(self.args)
             words = [photos, self.benchmark, *self.args.benchmark]
@@ -310,6 +311,10 @@ class Ladder:
                              *(["--training-photos", *training] if training else []))
             except Failed as error:
                 raise InputError(str(error).removeprefix("make_benchmark.py: ")) from None
+        self.photos.mkdir(exist_ok=True)
+        for name in FOLDERS.values():
+            if not (self.photos / name).exists():
+                (self.photos / name).symlink_to(self.benchmark / name)
         self.write_settings()
 
     def add_row(self, name, seed, idea, work):
@@ -349,7 +354,7 @@ class Ladder:
     def extract(self, folder, *words):
         """Descriptors of the benchmark's photos -> their file."""
         say(f"{folder.name}: extracting")
-        self.command(folder / "output.txt", TRAIN, self.benchmark, "--mode", "extract", *words, "--exp", folder,
+        self.command(folder / "output.txt", TRAIN, self.photos, "--mode", "extract", *words, "--exp", folder,
                      "--target-set", "qrt")
         return folder / "extract" / "fb-isc-submission.h5"
 

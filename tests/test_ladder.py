@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import imagehash
 import numpy as np
@@ -18,7 +19,7 @@ from descriptors import Descriptors
 PARENT = """# {name}: metric learning of a tiny network.
 --arch test_efficientnet --input-size 32 --dim 16 --epochs 2 --batch-size 4 --memory-size 0 --no-pretrained
 """
-FLAGS = ["--steps", 3, "--seeds", 2, "--baselines", "raw,centred", "--no-pretrained", "-a", "test_efficientnet",
+FLAGS = ["--steps", 3, "--baselines", "phash", "--no-pretrained", "-a", "test_efficientnet",
          "--input-size", 32, "--batch-size", 3, "--memory-size", 8, "--device", "cpu", "-j", 0]
 
 
@@ -29,34 +30,34 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def climbed(tmp_path_factory):
-    """A ladder stopped after its first trained row, and continued: (folder, command, rows when stopped, output)."""
+    """A ladder stopped after its first trained row, continued, and grown by a seed: folder, command, rows when stopped,
+    table."""
     tmp = tmp_path_factory.mktemp("ladder")
     (tmp / "first.args").write_text(PARENT.format(name="first"))
     (tmp / "second.args").write_text("# second: first, continued.\n" + PARENT.format(name="x") +
                                      "--weight exp/first/train/checkpoint_0004.pth.tar\n")
     (tmp / "broken.args").write_text(PARENT.format(name="broken") + "--ncrops 1\n")
     draw_photos(tmp / "photos", 24)
-    command = ["scripts/ladder.py", tmp / "photos", "--recipes", f"{tmp}/second.args,{tmp}/broken.args", "-o",
-               tmp / "ladder", "--training", 8, *FLAGS]
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while len(rows(tmp / "ladder")) < 3 and process.poll() is None:
+    command = ["scripts/ladder.py", tmp / "photos", "-o", tmp / "ladder", "--training", 8, *FLAGS, "--seeds"]
+    both = [*command, 1, "--recipes", f"{tmp}/second.args,{tmp}/broken.args"]
+    process = subprocess.Popen([sys.executable, *map(str, both)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while len(rows(tmp / "ladder")) < 2 and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == 130
     before = rows(tmp / "ladder")
-    return tmp / "ladder", command, before, run(*command, code=1).stdout
+    run(*both, code=1)
+    return tmp / "ladder", both, before, run(*command, 2, "--recipes", tmp / "first.args").stdout
 
 
 def test_a_stopped_ladder_goes_on_and_keeps_its_rows(climbed):
     folder, _, before, _ = climbed
     after = rows(folder)
-    assert len(before) == 3 and after[:3] == before
-    assert [(row["recipe"], row["seed"]) for row in after] == [
-        ("raw", ""), ("centred", ""), ("first", "1"), ("second", "1"), ("broken", "1"), ("first", "2"), ("second", "2"),
-        ("broken", "2")]
-    started = (folder / "first-s1" / "output.txt").read_text()
-    assert started.count("--save-steps") == 1  # trained once
+    assert len(before) == 2 and after[:2] == before
+    assert [(row["recipe"], row["seed"]) for row in after] == [("phash", ""), ("first", "1"), ("second", "1"),
+                                                               ("broken", "1"), ("first", "2")]
+    assert (folder / "first-s1" / "output.txt").read_text().count("--save-steps") == 1  # trained once
 
 
 def test_rows_hold_scores_steps_and_minutes(climbed):
@@ -69,23 +70,22 @@ def test_rows_hold_scores_steps_and_minutes(climbed):
             assert all(0 <= score <= 1 for score in scores) and scores[0] > 0
         if row["recipe"] in ("first", "second"):
             assert row["steps"] == "4" and float(row["minutes"]) >= 0  # 2 epochs of 2 steps
-    assert len({row["ap"] for row in rows(climbed[0]) if row["recipe"] == "first"}) == 2  # seeds differ
+    seeds = [row["ap"] for row in rows(climbed[0]) if row["recipe"] == "first"]
+    assert len(set(seeds)) == len(seeds) == 2
 
 
 def test_a_recipe_starts_from_its_parent_of_the_same_seed(climbed):
-    for seed in "12":
-        said = (climbed[0] / f"second-s{seed}" / "args.json").parent
-        args = json.loads((said / "train" / "args.json").read_text())
-        assert args["weight"] == str(climbed[0] / f"first-s{seed}" / "train" / "checkpoint_0001.pth.tar")
-        assert (args["seed"], args["batch_size"], args["memory_size"]) == (int(seed), 3, 0)  # no memory was turned on
+    args = json.loads((climbed[0] / "second-s1" / "train" / "args.json").read_text())
+    assert args["weight"] == str(climbed[0] / "first-s1" / "train" / "checkpoint_0001.pth.tar")
+    assert (args["seed"], args["batch_size"], args["memory_size"]) == (1, 3, 0)  # no memory was turned on
 
 
 def test_table_and_picture(climbed):
     folder, _, _, said = climbed
-    line = next(line for line in said.splitlines() if line.startswith("second "))
-    scores = [float(row["ap"]) for row in rows(folder) if row["recipe"] == "second"]
-    assert "first, continued." in line and f"{np.mean(scores):.3f} ({min(scores):.3f}..{max(scores):.3f})" in line
-    assert "seed 2, failed: " in said
+    line = next(line for line in said.splitlines() if line.startswith("first "))
+    scores = [float(row["ap"]) for row in rows(folder) if row["recipe"] == "first"]
+    assert f"{np.mean(scores):.3f} ({min(scores):.3f}..{max(scores):.3f})" in line and "metric learning" in line
+    assert "seed 1, failed: " in said
     img = Image.open(folder / "ladder.png")
     assert img.format == "PNG" and min(img.size) > 500
 
@@ -176,3 +176,58 @@ def test_phash_is_the_library_distance(tmp_path):
     distance = np.square(ladder.hash_photo("phash", tmp_path / "0000.jpg") -
                          ladder.hash_photo("phash", tmp_path / "0001.jpg")).sum()
     assert imagehash.phash(one) - imagehash.phash(other) == round(float(distance) * 64 / 4)
+
+
+class Recorder(ladder.Ladder):
+    """A ladder that notes its commands instead of running them; a training leaves the log of its pace."""
+
+    def command(self, log, script, *words, **options):
+        self.commands = [*getattr(self, "commands", []), [script.name, *map(str, words)]]
+        if "--epoch-steps" in words:
+            folder = Path(words[words.index("--exp") + 1]) / "train"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "args.json").write_text('{"batch_size": 4, "nproc": 1, "processes": 1, "ncrops": 2}')
+            (folder / "log.csv").write_text("step,images_per_s\n5,1\n20,40\n")  # 0.2 s a step after the start-up
+            (folder / "checkpoint_0000.pth.tar").touch()
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    """A ladder of recipe v101 on a benchmark of four training photos and two pairs, with a budget of 3 minutes."""
+    for folder in ladder.FOLDERS.values():
+        draw_photos(tmp_path / "data" / folder, 4)
+    (tmp_path / "data" / ladder.TRUTH).write_text("query_id,reference_id\n0000,0001\n0001,0002\n0002,\n")
+    words = [str(tmp_path / "data"), "--recipes", "v101", "--budget-minutes", "3", "-o", str(tmp_path / "ladder"),
+             "-b", "2", "--no-pretrained"]
+    return Recorder(ladder.parse_args(words))
+
+
+def test_raw_features_are_of_the_network_before_training(recorder, tmp_path):
+    recorder.baseline("centred", tmp_path)
+    (train, *extract), (script, *centre) = recorder.commands
+    assert "--no-pretrained" in extract and "--weight" not in extract and extract[-1] == "qrt"
+    assert script == "postprocess.py" and centre[-2:] == ["center", "l2"]
+
+
+def test_a_probe_makes_minutes_into_steps_once(recorder):
+    recipe = recorder.args.recipes[0]
+    assert recorder.steps(recipe, ["--lr", "1"]) == recorder.steps(recipe, ["--lr", "1"]) == 900
+    assert len(recorder.commands) == 1 and not (recorder.out / "probe").exists()
+    assert json.loads((recorder.out / "ladder.json").read_text())["recipes"][recipe.name]["steps"] == 900
+
+
+def test_pairs_and_negatives_are_those_of_the_benchmark(recorder):
+    recipe = recorder.args.recipes[-1]
+    assert [r.name for r in recorder.args.recipes] == ["v83", "v86", "v98", "v101"]
+    with pytest.raises(ladder.Failed, match="its parent v98 failed"):
+        recorder.training_words(recipe, [], "1")
+    recorder.rows["v98", "1"] = {"status": "ok"}
+    (recorder.out / "v98-s1" / "train").mkdir(parents=True)
+    checkpoint = recorder.out / "v98-s1" / "train" / "checkpoint_0001.pth.tar"
+    checkpoint.touch()
+    photos, *words = recorder.training_words(recipe, [], "1")
+    flags = dict(zip(words, words[1:]))
+    data = recorder.benchmark
+    assert (photos, flags["--pairs"], flags["--weight"]) == (data, data / ladder.TRUTH, checkpoint)
+    assert flags["--negatives-dir"] == data / "reference_images"
+    assert recorder.longest_epoch(recipe) == 1 and recorder.longest_epoch(recorder.args.recipes[0]) == 2
