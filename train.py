@@ -68,8 +68,8 @@ HEADS = {  # name -> modules between pooled features [batch, channels] and the L
     "none": lambda c, a: {},  # pooled features as they are
 }
 OPTIMIZERS = {  # name -> optimizer over parameter groups
-    "sgd": lambda groups, a: torch.optim.SGD(groups, a.lr, momentum=a.momentum),
-    "adamw": lambda groups, a: torch.optim.AdamW(groups, a.lr),
+    "sgd": lambda groups, a: torch.optim.SGD(groups, a.lr, momentum=a.momentum, fused=on_gpu(groups)),
+    "adamw": lambda groups, a: torch.optim.AdamW(groups, a.lr, fused=on_gpu(groups)),
 }
 SCHEDULES = {  # name -> learning rate factor at (epoch, epoch + share of its steps done, number of epochs)
     "cosine": lambda epoch, now, epochs: 0.5 * (1 + math.cos(math.pi * epoch / epochs)),
@@ -188,6 +188,10 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--fix-pred-lr", bool, False, "head simsiam: the predictor keeps its first learning rate"),
         ("--batch-norm", ["sync", "local", "shuffled"], "sync", "statistics over all GPUs or each its own (processes "
          "without a GPU always have their own); shuffled: its own, of a batch drawn from all processes"),
+        ("--accumulate N", int, 1, "compute a batch that does not fit the device in N parts; loss and memory see it "
+         "whole, batch norm the parts"),
+        ("--grad-checkpointing", bool, False, "keep few activations and compute the others twice: less memory, slower"),
+        ("--compile", bool, False, "torch.compile the backbone: the first step takes minutes, the others less"),
         ("--amp", ["auto", "off", "bf16", "fp16"], "auto", "precision of the backbone; auto: bf16 where the device "
          "computes in it, else fp16 on GPUs and fp32 on CPUs; extraction on a CPU is fp32, head and loss always are"),
     ],
@@ -247,7 +251,8 @@ def parse_args(argv=None):
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     args.given = list(vars(parser.parse_args(argv)))
-    for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq"), 1),
+    for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq",
+                          "accumulate"), 1),
                          (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives"), 0)):
         for name in names:
             if getattr(args, name) < least:
@@ -445,6 +450,10 @@ def param_groups(module, args):
     return [{"params": groups[key], "weight_decay": args.wd * key[1], "fixed": key[0]} for key in sorted(groups)]
 
 
+def on_gpu(groups):
+    return groups[0]["params"][0].is_cuda
+
+
 def synchronised(args, device):
     """Whether batch norm has statistics over all processes; PyTorch offers that on GPUs only."""
     return args.batch_norm == "sync" and args.processes > 1 and device.type == "cuda"
@@ -494,6 +503,10 @@ class Trainer:
         args.preprocess = {"mean": self.net.mean, "std": self.net.std, "input_size": args.input_size,
                            "resize": args.resize, "exif_transpose": args.exif_transpose}
         self.net = self.net.to(self.device, memory_format=torch.channels_last)
+        if args.grad_checkpointing:
+            self.net.backbone.set_grad_checkpointing()
+        if args.compile:
+            self.net.backbone.compile()
         if synchronised(args, self.device):
             self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
@@ -509,7 +522,8 @@ class Trainer:
         self.loader = torch.utils.data.DataLoader(self.views, batch_sampler=self.batches, collate_fn=collate_views,
                                                   persistent_workers=args.workers > 0, **loader_options(args))
         self.criterion = LOSSES[args.loss](args, len(self.views)).to(self.device)
-        self.objective = Objective(self.net, self.criterion, args.ncrops, args.batch_norm == "shuffled")
+        self.objective = Objective(self.net, self.criterion, args.ncrops, args.batch_norm == "shuffled",
+                                   args.accumulate)
         self.optimizer = OPTIMIZERS[args.optimizer](param_groups(self.objective, args), args)
         if dist.is_initialized():
             ids = [self.device.index] if self.device.type == "cuda" else None

@@ -4,6 +4,8 @@ A criterion is a module (outputs of the network, labels) -> scalar. pytorch-metr
 are; those that would list every triple of anchor, positive and negative are given here over the matrix of anchors and
 references alone, with the same values.
 """
+import contextlib
+
 import pytorch_metric_learning as pml
 import pytorch_metric_learning.distances
 import pytorch_metric_learning.losses
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def gather_rows(x):
@@ -129,11 +132,15 @@ class PairCriterion(torch.nn.Module):
 
 
 class Objective(torch.nn.Module):
-    """Network and criterion as one module, so that DDP sees the parameters of both: (images, labels) -> scalar."""
+    """Network and criterion as one module, so that DDP sees the parameters of both: (images, labels) -> scalar.
 
-    def __init__(self, net, criterion, views, shuffled):
+    With `parts` > 1 the network sees the batch in that many parts and keeps no activations: the backward pass computes
+    them again, part by part (gradient caching, arXiv 2101.06983). The criterion sees the whole batch at once.
+    """
+
+    def __init__(self, net, criterion, views, shuffled, parts=1):
         super().__init__()
-        self.net, self.criterion, self.views, self.shuffled = net, criterion, views, shuffled
+        self.net, self.criterion, self.views, self.shuffled, self.parts = net, criterion, views, shuffled, parts
         self._ddp_params_and_buffers_to_ignore = [  # DDP would send the memory, the same in all processes, at each step
             f"criterion.{name}" for name, _ in criterion.named_buffers()]
 
@@ -141,8 +148,28 @@ class Objective(torch.nn.Module):
         """Images [views * B, 3, s, s] and labels [views * B], view after view."""
         if self.criterion.per_view:
             return self.criterion([self.net(view) for view in images.chunk(self.views)], labels)
-        outputs = forward_shuffled(self.net, images) if self.shuffled else self.net(images)
+        outputs = forward_shuffled(self.describe, images) if self.shuffled else self.describe(images)
         return self.criterion(outputs, labels)
+
+    def describe(self, images):
+        if self.parts == 1:
+            return self.net(images)
+        contexts = lambda: (contextlib.nullcontext(), running_statistics_kept(self.net))
+        return torch.cat([checkpoint(self.net, part, use_reentrant=False, context_fn=contexts)
+                          for part in images.chunk(self.parts)])
+
+
+@contextlib.contextmanager
+def running_statistics_kept(net):
+    """Batch norm as in training, but its running mean and variance stay as they are."""
+    norms = [(module, module.momentum) for module in net.modules() if hasattr(module, "running_mean")]
+    for module, _ in norms:
+        module.momentum = 0.0
+    try:
+        yield
+    finally:
+        for module, momentum in norms:
+            module.momentum = momentum
 
 
 def forward_shuffled(net, images):

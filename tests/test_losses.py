@@ -253,3 +253,39 @@ def test_shuffled_batch_norm_trains_as_batches_permuted_by_hand(tmp_path):
         assert abs(shuffled[rank][0] - by_hand[0][0]) < 1e-6
         assert torch.allclose(shuffled[rank][1], by_hand[rank][1], atol=1e-6)
         assert not torch.allclose(shuffled[rank][1], plain[rank][1], atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A batch in parts (--accumulate)
+
+
+def one_step(parts, head, arch):
+    torch.manual_seed(0)
+    args = settings(arch=arch, head=head, dim=8, accumulate=parts)
+    net = train.build_net(args, False).train()
+    ours = losses.Objective(net, train.LOSSES["contrastive"](args, 0), 2, False, parts)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        loss = ours(images, torch.arange(4).repeat(2))
+    loss.backward()
+    return loss.item(), net, ours.criterion.memories[0]
+
+
+def test_a_batch_in_parts_has_the_same_loss_gradient_and_memory():
+    (a, net, memory), (b, net2, memory2) = (one_step(parts, "linear", "test_nfnet") for parts in (1, 4))
+    assert abs(a - b) < 1e-5 and memory.queue_idx == memory2.queue_idx == 16
+    assert torch.allclose(memory.embedding_memory, memory2.embedding_memory, atol=1e-5)
+    for (name, p), (_, q) in zip(net.named_parameters(), net2.named_parameters()):
+        assert torch.allclose(p.grad, q.grad, atol=1e-4 * max(1, p.grad.abs().max())), name
+
+
+def test_a_batch_in_parts_updates_running_statistics_once_per_part():
+    _, net, _ = one_step(2, "linear-bn", "test_efficientnet")
+    torch.manual_seed(0)
+    by_hand = train.build_net(settings(arch="test_efficientnet", head="linear-bn", dim=8), False).train()
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        for part in images.chunk(2):
+            by_hand(part)
+    assert torch.allclose(net.bn.running_mean, by_hand.bn.running_mean, atol=1e-6)
+    assert torch.allclose(net.backbone.bn1.running_var, by_hand.backbone.bn1.running_var, atol=1e-6)
