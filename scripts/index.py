@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 import time
@@ -256,16 +257,16 @@ class Milvus:
     """
 
     def __init__(self, uri, made_by):
-        MilvusClient = import_milvus()
-        from pymilvus.exceptions import MilvusException
         self.uri, self.name = uri, f"descriptors_{made_by}"
         if "://" not in uri and not uri.endswith(".db"):
             raise InputError(f"--milvus {uri}: neither a URI (http://host:19530) nor a FILE.db")
-        try:
+        MilvusClient = import_milvus()
+        with milvus_errors(uri, "no server answers there" if "://" in uri else
+                           "it cannot be opened; is another process using it?"):
             self.client = MilvusClient(uri, timeout=10)
             self.exists = self.client.has_collection(self.name)
-        except MilvusException as error:
-            raise InputError(f"--milvus {uri}: no Milvus answers there: {last_line(error.message)}") from None
+            if self.exists:
+                self.client.load_collection(self.name)
 
     def create(self, dim, index_type):
         """Make the collection for rows of `dim` dimensions, unless it is there."""
@@ -291,12 +292,14 @@ class Milvus:
                 bar.update(len(block))
         self.client.flush(self.name)
 
+    def count(self):
+        return self.client.query(self.name, output_fields=["count(*)"])[0]["count(*)"]
+
     def search(self, queries, args):
-        """As Index.search: Milvus proposes, its stored rows are scored here."""
+        """As Shard.search: Milvus proposes, its stored rows are scored here."""
         if not self.exists:
             raise InputError(f"--milvus {self.uri}: holds no references made like the queries (checkpoint, settings, "
                              "steps); index.py build sends them")
-        self.client.load_collection(self.name)
         found = []
         for start in tqdm(range(0, len(queries), MILVUS_QUERIES), unit=f" x {MILVUS_QUERIES} queries", disable=None):
             batch = queries[start:start + MILVUS_QUERIES]
@@ -310,6 +313,16 @@ class Milvus:
         return pd.concat(found)
 
 
+@contextlib.contextmanager
+def milvus_errors(uri, what="failed"):
+    """Milvus's exceptions become InputErrors of one line."""
+    from pymilvus.exceptions import MilvusException
+    try:
+        yield
+    except MilvusException as error:
+        raise InputError(f"--milvus {uri}: {what} ({' '.join(error.message.split())})") from None
+
+
 def import_milvus():
     """MilvusClient. Raises InputError where pymilvus is missing, or where two packages have written faiss's files."""
     both = [dist.name for dist in metadata.distributions() if dist.name in ("faiss-gpu", "faiss-cpu")]
@@ -320,6 +333,8 @@ def import_milvus():
         from pymilvus import MilvusClient
     except ImportError:
         raise InputError(f"--milvus needs pymilvus: {MILVUS_INSTALL}") from None
+    for name in ("pymilvus", "milvus_lite"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # tracebacks of what is an error in words here
     return MilvusClient
 
 
@@ -419,13 +434,15 @@ def build(args):
 
 
 def build_milvus(args):
+    """Send descriptor files to Milvus."""
     for path in args.shards:
         file, rows = open_shard(path)
         with file:
             store = Milvus(args.milvus, made_by(file.attrs))
-            store.create(rows.shape[1], args.factory if args.factory != "Flat" else "FLAT")
-            store.add(rows)
-    print(f"{args.milvus}: {store.client.query(store.name, output_fields=['count(*)'])[0]['count(*)']:,} rows")
+            with milvus_errors(args.milvus):
+                store.create(rows.shape[1], args.factory.upper())
+                store.add(rows)
+    print(f"{args.milvus}: {store.count():,} rows")
 
 
 def search(args):
@@ -434,7 +451,9 @@ def search(args):
         rows, maker = file["query"], made_by(file.attrs)
         query_ids, queries = rows.ids, rows.read()
     if args.milvus:
-        return write_pairs(args.output, query_ids, Milvus(args.milvus, maker).search(queries, args))
+        store = Milvus(args.milvus, maker)
+        with milvus_errors(args.milvus):
+            return write_pairs(args.output, query_ids, store.search(queries, args))
     index = Index(args.index)
     if maker != index.about["made_by"] or queries.shape[1] != index.about["width"]:
         raise InputError(f"{args.queries}: other checkpoint, settings, steps or dimensions than those of {args.index}")

@@ -1,5 +1,10 @@
 """index.py: shards, exact and approximate search, Milvus."""
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from importlib import metadata
 
 import faiss
@@ -20,7 +25,7 @@ def unit(rows):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def clustered(folder, n=20_000, dim=256, centres=400, queries=200, spread=0.7, noise=1.5, seed=0):
+def clustered(folder, n=20_000, dim=256, centres=400, queries=200, spread=0.7, noise=1.5, seed=0, maker=MAKER):
     """Write refs.h5, queries.h5 and gt.csv: n unit vectors around `centres` random directions; half of the queries are
     noisy copies of some of them, half are further draws. What is added to a unit vector has the length `spread`, or up
     to `noise` for copies: exact search finds most of them, not all.
@@ -33,8 +38,8 @@ def clustered(folder, n=20_000, dim=256, centres=400, queries=200, spread=0.7, n
     lengths = rng.uniform(0, noise, (len(copied), 1)).astype(np.float32)
     query = np.concatenate([unit(references[copied] + lengths * direction(len(copied))), draw(queries - len(copied))])
     ids = np.char.mod("R%07d", np.arange(n))
-    write_descriptors(folder / "refs.h5", {"reference": (references, ids)}, MAKER)
-    write_descriptors(folder / "queries.h5", {"query": (query, np.char.mod("Q%05d", np.arange(queries)))}, MAKER)
+    write_descriptors(folder / "refs.h5", {"reference": (references, ids)}, maker)
+    write_descriptors(folder / "queries.h5", {"query": (query, np.char.mod("Q%05d", np.arange(queries)))}, maker)
     lines = [f"Q{i:05d},{ids[j]}" for i, j in enumerate(copied)] + [f"Q{i:05d}," for i in range(len(copied), queries)]
     (folder / "gt.csv").write_text("query_id,reference_id\n" + "\n".join(lines) + "\n")
     return folder
@@ -211,3 +216,55 @@ def test_one_faiss_is_installed_and_the_extra_brings_no_other():
         wanted = {re.match(r"[\w-]+", text)[0].lower() for text in requires if "extra ==" not in text}
         have = names | {dist.name.lower() for dist in metadata.distributions()}
         assert wanted - have - {"tomli"} <= {"faiss-cpu"}
+
+
+KILLED = """
+import os, signal, sys, threading
+sys.path.insert(0, "scripts")
+import index, pymilvus
+sent, upsert = [], pymilvus.MilvusClient.upsert
+def dying(*args, **kwargs):
+    sent.append(1)
+    if len(sent) == 15:
+        threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return upsert(*args, **kwargs)
+pymilvus.MilvusClient.upsert = dying
+sys.exit(index.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("where", ["file", "server"])
+def test_milvus_holds_every_id_once_after_kills_and_scores_are_exact(tmp_path, where):
+    pytest.importorskip("pymilvus")
+    uri = str(tmp_path / "m.db") if where == "file" else os.environ.get("MILVUS_URI")
+    if not uri:
+        pytest.skip("MILVUS_URI names no server")
+    maker = MAKER | {"checkpoint_sha256": f"{time.time_ns():064d}"}  # a collection of its own
+    data = clustered(tmp_path, 100_000, centres=2000, queries=100, maker=maker)
+    command = ["build", "--milvus", uri, str(data / "refs.h5")]
+    for _ in range(5):
+        assert subprocess.run([sys.executable, "-c", KILLED, *command], cwd=ROOT).returncode == -signal.SIGKILL
+    run(*command)
+    run("search", "--milvus", uri, data / "queries.h5", "-o", tmp_path / "milvus.csv")
+    store = ix.Milvus(uri, ix.made_by(maker))
+    try:
+        assert store.count() == 100_000
+        ids = [f"R{i:07d}" for i in range(100_000)]
+        for i in range(0, len(ids), 5000):
+            rows = store.client.query(store.name, ids=ids[i:i + 5000], output_fields=["id"])
+            assert sorted(row["id"] for row in rows) == ids[i:i + 5000]
+    finally:
+        store.client.drop_collection(store.name)
+    run("build", "--index", tmp_path / "i", data / "refs.h5")
+    run("search", "--index", tmp_path / "i", data / "queries.h5", "-o", tmp_path / "exact.csv", "--ngpu", 0)
+    assert (tmp_path / "milvus.csv").read_bytes() == (tmp_path / "exact.csv").read_bytes()
+
+
+def test_a_missing_milvus_is_said_in_words(data, tmp_path, capsys):
+    pytest.importorskip("pymilvus")
+    run("search", "--milvus", "http://localhost:1", data / "queries.h5", "-o", tmp_path / "o.csv", code=2)
+    assert "no server answers there" in capsys.readouterr().err
+    run("search", "--milvus", "name", data / "queries.h5", "-o", tmp_path / "o.csv", code=2)
+    assert "neither a URI" in capsys.readouterr().err
+    run("search", "--milvus", tmp_path / "m.db", data / "queries.h5", "-o", tmp_path / "o.csv", code=2)
+    assert "holds no references made like the queries" in capsys.readouterr().err
