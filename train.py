@@ -85,7 +85,6 @@ MODERATE = "crop:0.5=1 hflip=0.5"
 HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle jpeg=0.5 gray blur perspective "
         "hflip=0.5 vflip text emoji erase")
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
-FOLDERS = {"query": "query_images", "reference": "reference_images", "train": "training_images"}
 FROM_CHECKPOINT = ("arch", "pool", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "input_size", "resize",
                    "exif_transpose")
 
@@ -322,7 +321,8 @@ from tqdm import tqdm  # noqa: E402
 sys.path.insert(0, str(ROOT / "scripts"))
 from blocks import Blocks, open_folder  # noqa: E402
 from checkpoints import load_weights, newest_checkpoint, read_checkpoint  # noqa: E402
-from descriptors import Descriptors, InputError, first_three, replacing, write_descriptors  # noqa: E402
+from descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
+from inputs import FOLDERS, list_group, list_negatives, list_pairs  # noqa: E402
 from losses import ArcFaceLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss, SNRDistance  # noqa: E402
 from network import (Descriptor, SimSiam, check_arch, linear_bn, predictor, projector,  # noqa: E402
                      read_backbone_weights)
@@ -782,35 +782,6 @@ def prepare_training(args):
     args.out.mkdir(parents=True, exist_ok=True)
 
 
-def list_pairs(args):
-    """[(query path, reference path)] of the ground truth's positive pairs, relative to DIR; and what is no photo."""
-    groups = {group: list_group(args, group) for group in ("query", "reference")}
-    paths = {group: dict(zip(listed["ids"], listed["paths"])) for group, listed in groups.items()}
-    with open(args.pairs, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("reference_id")]
-    if not rows or "query_id" not in rows[0]:
-        fail(f"--pairs {args.pairs}: no pairs in columns query_id and reference_id")
-    pairs = sorted((row["query_id"], row["reference_id"]) for row in rows)
-    absent = sorted({name for pair in pairs for group, name in zip(paths, pair) if name not in paths[group]})
-    if absent:
-        fail(f"--pairs {args.pairs}: {len(absent)} ids without a photo in {args.dir}: {first_three(absent)}")
-    found = [tuple(os.path.relpath(paths[group][name], args.dir) for group, name in zip(paths, pair)) for pair in pairs]
-    return found, sum((listed["odd"] for listed in groups.values()), [])
-
-
-def list_negatives(args):
-    """Paths of photos that match nothing: those of --negatives-dir but the photos of --pairs."""
-    folder = Path(args.negatives_dir)
-    if not folder.is_dir():
-        fail(f"--negatives-dir: no such folder: {folder}")
-    used = {os.path.realpath(args.dir / path) for pair in args.photos for path in pair} if args.pairs else set()
-    found = [path for path in (str(folder / name) for name in list_photos(folder)[0])
-             if os.path.realpath(path) not in used]
-    if len(found) < args.negatives:
-        fail(f"--negatives {args.negatives}: {folder} has {len(found)} photos to draw from")
-    return found
-
-
 def train(args):
     """Train as the command line says, if memory and loss fit into the device."""
     need, have = memory_estimate(args, args.dim), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -852,35 +823,6 @@ def prepare_extraction(args):
     name = f"fb-isc-submission{'-subset' * args.eval_subset}"
     args.h5 = args.out / (name + (f".shard-{args.shard.replace('/', '-of-')}" if args.shard else "") + ".h5")
     args.out.mkdir(parents=True, exist_ok=True)
-
-
-def list_group(args, group):
-    """Paths and ids (file stems) of one folder, in order of path, and what only looks like a photo."""
-    folder = args.dir / FOLDERS[group]
-    if not folder.is_dir():
-        fail(f"no such folder: {folder}")
-    paths, odd = list_photos(folder)
-    seen = {}
-    for path in paths:
-        if (other := seen.setdefault(Path(path).stem, path)) != path:
-            fail(f"{folder}: {other} and {path} have the same id '{Path(path).stem}'")
-    if args.eval_subset and group == "reference":
-        file = Path(args.subset_file or args.dir / "rids_subset.txt")
-        if not file.is_file():
-            fail(f"--eval-subset: no such file: {file}; scripts/select_ref_subset.py makes it")
-        wanted = file.read_text(encoding="utf-8").split()
-        if absent := sorted(set(wanted) - set(seen)):
-            fail(f"{file}: {len(absent)} ids without a photo in {folder}, first: {', '.join(absent[:3])}")
-        paths = sorted(seen[name] for name in set(wanted))
-    paths = paths[:100] if args.dryrun else paths
-    if not paths:
-        fail(f"no photos in {folder}")
-    if args.shard:
-        first, step = map(int, args.shard.split("/"))
-        if not (paths := paths[first::step]):
-            fail(f"--shard {args.shard}: {folder} has too few photos")
-    return {"paths": [str(folder / path) for path in paths], "ids": [Path(path).stem for path in paths],
-            "odd": [(str(folder / path), reason) for path, reason in odd]}
 
 
 def extract(args):
