@@ -27,10 +27,9 @@ from descriptors import Descriptors, InputError, count_gpus, first_three, replac
 from tqdm import tqdm
 
 PAIR = np.dtype([("query", np.int32), ("reference", np.int64), ("score", np.float64)])  # rows, -(squared L2)
-QUERIES_AT_ONCE = 4096  # larger batches keep the matrix products efficient
-FIRST_BLOCK = 16  # reference rows of the first search, in which every pair is a candidate
+QUERIES_AT_ONCE = 1024  # of those that need a range search
 BYTES_PER_PAIR = 64  # of memory where a whole block turns out to be candidates, measured
-GPU_NEIGHBOURS = 128  # per query and block; queries with more candidates than that are searched on the CPU
+NEIGHBOURS = 32  # per query and block; queries with more candidates than that need a range search
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,8 +139,8 @@ def recall_at_p90(is_true, n_positives):
 def squared_distances(queries, references, i, j):
     """|q_i - r_j|^2 [n] in float64, as a sum of squared differences, of float32 rows i, j [n]."""
     result = np.empty(len(i))
-    for start in range(0, len(i), 4096):
-        part = slice(start, start + 4096)
+    for start in range(0, len(i), 1024):  # rows that fit the cache
+        part = slice(start, start + 1024)
         difference = queries[i[part]].astype(np.float64)
         difference -= references[j[part]]
         result[part] = np.square(difference, out=difference).sum(axis=1)
@@ -158,32 +157,37 @@ def rounding_error(dim, query_norm, reference_norm):
     return (dim + 8) * 2.0**-24 * (query_norm + reference_norm)**2
 
 
-class BlockIndex:
-    """Exact L2 search in one block of references [n, d], on the GPUs if `ngpu` of them are to be used."""
+def knn(queries, block, k, ngpu):
+    """Squared distances, in float32, and rows [n, k] of the k nearest of block [m, d] to each query, nearest first."""
+    import faiss
+    if not ngpu:
+        return faiss.knn(queries, block, k)
+    index = faiss.IndexFlatL2(block.shape[1])
+    index.add(block)
+    return faiss.index_cpu_to_all_gpus(index, ngpu=ngpu).search(queries, k)
 
-    def __init__(self, block, ngpu):
-        import faiss
-        self.cpu = faiss.IndexFlatL2(block.shape[1])
-        self.cpu.add(block)
-        self.gpu = faiss.index_cpu_to_all_gpus(self.cpu, ngpu=ngpu) if ngpu else None
 
-    def within(self, queries, radius):
-        """Rows (i, j) of all pairs with a float32 squared distance below `radius`."""
-        if self.gpu is None:
-            return self.within_on_cpu(queries, radius)
-        k = min(GPU_NEIGHBOURS, self.cpu.ntotal)
-        distances, labels = self.gpu.search(queries, k)
-        more = np.flatnonzero(distances[:, -1] < radius) if k < self.cpu.ntotal else np.empty(0, int)
-        distances[more] = np.inf
-        i, rank = np.nonzero(distances < radius)
-        if not len(more):
-            return i, labels[i, rank]
-        rest, j = self.within_on_cpu(queries[more], radius)
-        return np.concatenate([i, more[rest]]), np.concatenate([labels[i, rank], j])
+def pairs_within(queries, block, radius, error, limit, ngpu):
+    """Yield rows (i, j) of the pairs that may be among the `limit` nearest and have a squared distance up to `radius`.
 
-    def within_on_cpu(self, queries, radius):
-        limits, _, j = self.cpu.range_search(queries, float(radius))
-        return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), j
+    A few neighbours of every query are enough for most; the others go through range search. float32 distances are off
+    by at most `error`.
+    """
+    import faiss
+    distances, neighbours = knn(queries, block, min(NEIGHBOURS, len(block)), ngpu)
+    if distances.size > limit:
+        radius = min(radius, np.partition(distances, limit, axis=None)[limit] + error)
+    full = distances[:, -1] <= radius + error if len(block) > NEIGHBOURS else np.zeros(len(queries), bool)
+    i, rank = np.nonzero((distances <= radius + error) & ~full[:, None])
+    yield i, neighbours[i, rank]
+    if not full.any():
+        return
+    index, more = faiss.IndexFlatL2(block.shape[1]), np.flatnonzero(full)
+    index.add(block)
+    for start in range(0, len(more), QUERIES_AT_ONCE):
+        part = more[start:start + QUERIES_AT_ONCE]
+        limits, _, j = index.range_search(queries[part], float(np.nextafter(np.float32(radius + error), np.inf)))
+        yield np.repeat(part, np.diff(limits.astype(np.int64))), j
 
 
 def best(pairs, limit, positives, n_references):
@@ -201,11 +205,20 @@ def best(pairs, limit, positives, n_references):
     return np.concatenate([sure, tied[order[:limit - len(sure)]]])
 
 
-def search(queries, references, limit, positives, ngpu=0, memory=2**30, progress=False):
+def progress_bar(references, shown):
+    return tqdm(total=len(references), unit=" references", unit_scale=True, disable=None if shown else True)
+
+
+def block_rows(memory):
+    """Rows of a block of references: a whole batch of queries may be tied with all of it."""
+    return max(1, memory // BYTES_PER_PAIR // QUERIES_AT_ONCE)
+
+
+def search(queries, references, limit, positives, ngpu=0, memory=2**31, progress=False):
     """The `limit` pairs of smallest distance over all queries together, exactly.
 
-    References come in blocks that double in size. The worst of the best `limit` pairs so far bounds the radius of the
-    next search, so about `limit` new pairs are found each time the references seen double.
+    References come in blocks. The worst of the best `limit` pairs so far bounds the radius of the next search, so the
+    b-th block adds about limit / b pairs.
 
     Args:
         queries: float32 [nq, d].
@@ -216,45 +229,35 @@ def search(queries, references, limit, positives, ngpu=0, memory=2**30, progress
 
     Returns: PAIR [min(limit, nq * nr)], sorted by query row and reference row.
     """
-    largest = max(FIRST_BLOCK, memory // BYTES_PER_PAIR // QUERIES_AT_ONCE)
     found, n_found, radius, query_norm = [np.empty(0, PAIR)], 0, np.inf, longest(queries)
-    bar = tqdm(total=len(references), unit=" references", unit_scale=True, disable=None if progress else True)
-    start, size = 0, FIRST_BLOCK
-    while start < len(references):
-        block = references.read(start, start + size)
-        index, error = BlockIndex(block, ngpu), rounding_error(block.shape[1], query_norm, longest(block))
-        for first in range(0, len(queries), QUERIES_AT_ONCE):
-            batch = queries[first:first + QUERIES_AT_ONCE]
-            i, j = index.within(batch, radius + error)
+    bar = progress_bar(references, progress)
+    for start, block in references.blocks(block_rows(memory)):
+        error = rounding_error(block.shape[1], query_norm, longest(block))
+        for i, j in pairs_within(queries, block, radius, error, limit, ngpu):
             new = np.empty(len(i), PAIR)
-            new["query"], new["reference"], new["score"] = first + i, start + j, -squared_distances(batch, block, i, j)
+            new["query"], new["reference"], new["score"] = i, start + j, -squared_distances(queries, block, i, j)
             found.append(new[new["score"] >= -radius])
             n_found += len(found[-1])
             if n_found > limit + limit // 2:
                 found, n_found = [best(np.concatenate(found), limit, positives, len(references))], limit
                 radius = -found[0]["score"].min()
         bar.update(len(block))
-        start += len(block)
-        size = min(start, largest)
     bar.close()
     found = best(np.concatenate(found), limit, positives, len(references))
     return found[np.lexsort((found["reference"], found["query"]))]
 
 
-def search_topk(queries, references, k, positives, ngpu=0, memory=2**30, progress=False):
+def search_topk(queries, references, k, positives, ngpu=0, memory=2**31, progress=False):
     """The `k` references of smallest distance of each query, exactly. Arguments and result as in `search`.
 
     float32 search finds somewhat more than k. Queries for which rounding errors could hide a better one, because of
     many ties or near-duplicates, are searched one by one.
     """
-    import faiss
     spare = k + 16
     near, rows, norm = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), 0.0
-    bar = tqdm(total=len(references), unit=" references", unit_scale=True, disable=None if progress else True)
-    gpu = faiss.StandardGpuResources() if ngpu else None
-    for start, block in references.blocks(max(spare, memory // BYTES_PER_PAIR // QUERIES_AT_ONCE)):
-        here = min(spare, len(block))
-        d, j = faiss.knn_gpu(gpu, queries, block, here) if gpu else faiss.knn(queries, block, here)
+    bar = progress_bar(references, progress)
+    for start, block in references.blocks(max(spare, block_rows(memory))):
+        d, j = knn(queries, block, min(spare, len(block)), ngpu)
         near, rows = np.hstack([near, d]), np.hstack([rows, j + start])
         order = np.argsort(near, axis=1, kind="stable")[:, :spare]
         near, rows = np.take_along_axis(near, order, 1), np.take_along_axis(rows, order, 1)

@@ -71,7 +71,8 @@ def descriptors_with_ties(rng):
 def test_descriptors_equal_brute_force(tmp_path, capsys, seed, monkeypatch):
     for case in range(seed, seed + 20):
         rng = np.random.default_rng(case)
-        monkeypatch.setattr(eval_metrics, "FIRST_BLOCK", int(rng.integers(1, 20)))
+        monkeypatch.setattr(eval_metrics, "NEIGHBOURS", int(rng.integers(1, 20)))
+        monkeypatch.setattr(eval_metrics, "BYTES_PER_PAIR", 2**31 // int(rng.integers(10, 200)))
         monkeypatch.setattr(eval_metrics, "QUERIES_AT_ONCE", int(rng.integers(1, 10)))
         q, r = descriptors_with_ties(rng)
         truth = [(f"Q{i}", f"R{rng.integers(len(r) + 2)}" if i == 0 or rng.random() < 0.6 else "")
@@ -129,9 +130,9 @@ def larger(tmp_path):
 def test_same_output_for_any_block_size_and_thread_count(larger, tmp_path, capsys, monkeypatch):
     file, gt, q, r, truth = larger
     outputs = set()
-    for first, at_once, memory, threads in [(16, 1024, "1G", 2), (1, 7, "1M", 1), (3000, 300, "1G", 2),
-                                            (9, 64, "2M", 3)]:
-        monkeypatch.setattr(eval_metrics, "FIRST_BLOCK", first)
+    for neighbours, at_once, memory, threads in [(16, 1024, "1G", 2), (1, 7, "1M", 1), (3000, 300, "1G", 2),
+                                                 (9, 64, "2M", 3)]:
+        monkeypatch.setattr(eval_metrics, "NEIGHBOURS", neighbours)
         monkeypatch.setattr(eval_metrics, "QUERIES_AT_ONCE", at_once)
         faiss.omp_set_num_threads(threads)
         for topk in ([], ["--topk", "5"]):
@@ -146,15 +147,15 @@ def test_same_output_for_any_block_size_and_thread_count(larger, tmp_path, capsy
         assert (result["average_precision"], result["recall_p90"]) == pytest.approx((ap, recall), abs=1e-9)
 
 
-def test_search_through_an_index_of_nearest_neighbours(larger, monkeypatch):
-    """The way of GPUs, whose indexes lack range search: k neighbours, and the CPU for queries that have more."""
+def test_search_through_the_index_of_a_gpu(larger, monkeypatch):
     file, *_ = larger
     with Descriptors(file) as d:
         q, none = d["query"].read(), np.empty(0, np.int64)
-        expected = eval_metrics.search(q, d["reference"], 3000, none)
         monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index, ngpu: index, raising=False)
-        monkeypatch.setattr(eval_metrics, "GPU_NEIGHBOURS", 5)
-        np.testing.assert_array_equal(eval_metrics.search(q, d["reference"], 3000, none, ngpu=1), expected)
+        monkeypatch.setattr(eval_metrics, "NEIGHBOURS", 5)
+        for find, n in ((eval_metrics.search, 3000), (eval_metrics.search_topk, 7)):
+            expected = find(q, d["reference"], n, none)
+            np.testing.assert_array_equal(find(q, d["reference"], n, none, ngpu=1), expected)
 
 
 def test_candidates_score_the_same_as_csv(larger, tmp_path, capsys):
