@@ -541,6 +541,8 @@ def curve(args):
                 rows.append((index.about["factory"], params, seconds, recall,
                              average_precision(query_ids, found, positives)))
                 print(*rows[-1], file=sys.stderr)
+                if seconds > exact[0]:
+                    break
     table = pd.DataFrame(rows, columns=["index", "params", "seconds", "recall", "average_precision"])
     draw(table, args.output)
     with replacing(Path(args.output).with_suffix(".csv")) as temporary:
