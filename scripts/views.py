@@ -7,8 +7,10 @@ on (seed, epoch, photo, view number) only. Distributions: notes v8..v86, augly 0
 """
 import functools
 import inspect
+import io
 import math
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -18,31 +20,32 @@ import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
+from augly.image.utils import get_template_and_bbox, resize_and_pad_to_given_size, rotated_rect_with_max_area
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from descriptors import InputError, replacing
-from photos import UNREADABLE, open_photo
+from photos import UNREADABLE, Photo
 
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 OPS = {  # name -> operation of a view: (RGB image, numpy Generator, Views, parameters...) -> image; erase: on a tensor
     "clean": lambda img, rng, v: v.resize(img, v.size),
-    "crop": lambda img, rng, v, smallest: random_resized_crop(img, rng, v.size, smallest),
+    "crop": lambda img, rng, v, smallest: Part.of(img).crop(crop_box(img.size, rng, smallest), v.size),
     "overlay-crop": lambda img, rng, v, smallest, prob, low, high, opacity: overlay_and_crop(
         img, rng, v, smallest, prob, low, high, opacity),
     "jitter": lambda img, rng, v, brightness, contrast, saturation, hue: color_jitter(
         img, rng, brightness, contrast, saturation, hue),
     "saturation": lambda img, rng, v, factor: TF.adjust_saturation(img, factor),
     "brightness": lambda img, rng, v, low, high: TF.adjust_brightness(img, rng.uniform(low, high)),
-    "pixelize": lambda img, rng, v: imaugs.pixelization(img, ratio=max(rng.uniform(0.1, 1), 1 / min(img.size))),
+    "pixelize": lambda img, rng, v: pixelize(img, max(rng.uniform(0.1, 1), 1 / min(img.size))),
     "shuffle": lambda img, rng, v: shuffle_pixels(img, rng, 0.1),
-    "jpeg": lambda img, rng, v: imaugs.encoding_quality(img, quality=int(rng.choice([10, 20, 30, 50]))),
-    "gray": lambda img, rng, v: TF.to_grayscale(img, 3),
-    "blur": lambda img, rng, v: imaugs.blur(img, radius=rng.uniform(0.01, 10)),
-    "gaussian": lambda img, rng, v: imaugs.blur(img, radius=rng.uniform(0.1, 2)),
+    "jpeg": lambda img, rng, v: encode_jpeg(img, int(rng.choice([10, 20, 30, 50]))),
+    "gray": lambda img, rng, v: img.convert("L").convert("RGB"),
+    "blur": lambda img, rng, v: blur(img, rng.uniform(0.01, 10)),
+    "gaussian": lambda img, rng, v: blur(img, rng.uniform(0.1, 2)),
     "perspective": lambda img, rng, v: random_perspective(img, rng, 0.5),
     "hflip": lambda img, rng, v: TF.hflip(img),
     "vflip": lambda img, rng, v: TF.vflip(img),
-    "rotation": lambda img, rng, v: imaugs.rotate(img, degrees=rng.uniform(0, 180)),
+    "rotation": lambda img, rng, v: Part.of(img).turn(rng.uniform(0, 180)),
     "edge": lambda img, rng, v: img.filter(EDGE_FILTERS[rng.integers(2)]),
     "text": lambda img, rng, v, fewest=None, most=None, lines=1: overlay_text(img, rng, fewest, most, lines),
     "emoji": lambda img, rng, v: overlay_emoji(img, rng),
@@ -50,6 +53,7 @@ OPS = {  # name -> operation of a view: (RGB image, numpy Generator, Views, para
     "overlay": lambda img, rng, v: overlay_onto_photo(img, rng, v),
     "erase": lambda tensor, rng, v: random_erasing(tensor, rng),
 }
+GEOMETRY = ("rotation", "crop", "overlay-crop")  # operations that, first in a view, come before the photo is decoded
 
 
 def parse_ops(text, default_prob, flag="view"):
@@ -85,28 +89,163 @@ def parse_ops(text, default_prob, flag="view"):
     return groups
 
 
-def random_resized_crop(img, rng, size, smallest):
-    """Crop of `smallest`..1 of the area at aspect ratio 3/4..4/3, resized to a square of `size`."""
+class Part:
+    """What a view shows of a photo: the photo turned, then a box of it resized to a square, in one go and only when the
+    image is asked for, so that the photo need not be decoded larger than all its views need it."""
+
+    def __init__(self, photo):
+        self.photo, self.angle, self.box, self.side = photo, 0, None, None
+        self.size = self.frame = photo.size  # of the image; of what the box is cut from
+
+    @classmethod
+    def of(cls, img):
+        return img if isinstance(img, cls) else cls(img)
+
+    def turn(self, degrees):
+        """Counter-clockwise, cut to the largest upright rectangle without background, as augly does."""
+        if self.angle or self.box:
+            return Part(self.image()).turn(degrees)
+        self.angle = degrees
+        self.size = self.frame = tuple(max(1, int(side)) for side in rotated_rect_with_max_area(*self.size, degrees))
+        return self
+
+    def crop(self, box, side):
+        """Box (left, top, width, height) resized to a square of `side`."""
+        if self.box:
+            return Part(self.image()).crop(box, side)
+        self.box, self.side, self.size = box, side, (side, side)
+        return self
+
+    def shrink(self):
+        """How many times smaller the photo may be; turning does not interpolate, so then it is twice as large."""
+        return min(self.box[2:]) / self.side / (2 if self.angle else 1) if self.box else 1
+
+    def image(self):
+        if isinstance(self.photo, Photo):
+            self.photo.shrink(self.shrink())
+        pixels = self.photo.pixels if isinstance(self.photo, Photo) else np.array(self.photo)
+        scale = pixels.shape[1] / self.photo.size[0]
+        left, top, width, height = (scale * value for value in self.box or (0, 0, *self.frame))
+        width, height = max(1, round(width)), max(1, round(height))
+        if self.angle:
+            x, y = left - scale * self.frame[0] / 2, top - scale * self.frame[1] / 2  # from the middle of the photo
+            cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
+            x, y = cos * x - sin * y + pixels.shape[1] / 2, sin * x + cos * y + pixels.shape[0] / 2
+            matrix = cos, -sin, x, sin, cos, y
+            pixels = np.array(Image.fromarray(pixels).transform((width, height), Image.AFFINE, matrix, Image.NEAREST))
+        elif self.box:
+            left, top = round(left), round(top)
+            pixels = pixels[top:top + height, left:left + width]
+        return Image.fromarray(resize(pixels, self.side, self.side) if self.side else pixels)
+
+
+def crop_box(size, rng, smallest):
+    """Box (left, top, width, height) of `smallest`..1 of the area at aspect ratio 3/4..4/3; the torchvision one."""
+    full_width, full_height = size
     for _ in range(10):
-        area = img.width * img.height * rng.uniform(smallest, 1)
+        area = full_width * full_height * rng.uniform(smallest, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= img.width and 0 < h <= img.height:
-            top, left = rng.integers(img.height - h + 1), rng.integers(img.width - w + 1)
-            return TF.resized_crop(img, top, left, h, w, [size, size])
-    w, h = min(img.width, round(img.height * 4 / 3)), min(img.height, round(img.width * 4 / 3))
-    return TF.resize(TF.center_crop(img, [h, w]), [size, size])
+        if 0 < w <= full_width and 0 < h <= full_height:
+            top, left = rng.integers(full_height - h + 1), rng.integers(full_width - w + 1)
+            return int(left), int(top), w, h
+    w, h = min(full_width, round(full_height * 4 / 3)), min(full_height, round(full_width * 4 / 3))
+    return (full_width - w) // 2, (full_height - h) // 2, w, h
+
+
+def resize(pixels, height, width, mode="bilinear"):
+    """uint8 [h, w, 3] -> [height, width, 3] with antialiasing, as Pillow does to within a level, but vectorised."""
+    pixels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, which is the fast path
+    pixels = torch.nn.functional.interpolate(pixels, (height, width), mode=mode, antialias=True)
+    return pixels.permute(0, 2, 3, 1)[0].numpy()
+
+
+def to_tensor(img):
+    """RGB image -> float32 [3, h, w] of 0..1"""
+    return torch.from_numpy(np.asarray(img).transpose(2, 0, 1).astype(np.float32, order="C")).div_(255)
+
+
+def normalize(tensor, mean, std):
+    for plane, m, s in zip(tensor, mean, std):
+        plane.sub_(m).div_(s)
+    return tensor
+
+
+def pixelize(img, ratio):
+    pixels = resize(np.array(img), int(img.height * ratio), int(img.width * ratio), "bicubic")
+    return Image.fromarray(resize(pixels, img.height, img.width, "bicubic"))
+
+
+def encode_jpeg(img, quality):
+    file = io.BytesIO()
+    img.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+def blur(img, radius):
+    """Gaussian blur. A wide one is done on the photo reduced by 2 or 4, less the variance that reducing (box) and
+    enlarging (triangle) add."""
+    factor = next(f for f in (4, 2, 1) if radius >= f and img.width % f == img.height % f == 0) if radius >= 1 else 1
+    if factor == 1:
+        return img.filter(ImageFilter.GaussianBlur(radius))
+    small = math.sqrt(radius ** 2 - (factor ** 2 - 1) / 12 - factor ** 2 / 6) / factor
+    pixels = np.array(img.reduce(factor).filter(ImageFilter.GaussianBlur(small)))
+    return Image.fromarray(resize(pixels, img.height, img.width))
 
 
 def color_jitter(img, rng, brightness, contrast, saturation, hue):
     """Brightness, contrast and saturation by a factor of 1 +- strength, hue by +- strength turns, in random order."""
-    steps = [(TF.adjust_brightness, rng.uniform(max(0, 1 - brightness), 1 + brightness)),
-             (TF.adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
-             (TF.adjust_saturation, rng.uniform(max(0, 1 - saturation), 1 + saturation)),
-             (TF.adjust_hue, rng.uniform(-hue, hue))]
+    steps = [(adjust_brightness, rng.uniform(max(0, 1 - brightness), 1 + brightness)),
+             (adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
+             (adjust_saturation, rng.uniform(max(0, 1 - saturation), 1 + saturation)),
+             (adjust_hue, rng.uniform(-hue, hue))]
+    planes = np.asarray(img).transpose(2, 0, 1).astype(np.float32, order="C")
     for i in rng.permutation(4):
-        img = steps[i][0](img, steps[i][1])
-    return img
+        planes = steps[i][0](planes, steps[i][1])
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in planes.astype(np.uint8)])
+
+
+def blend(planes, other, factor):
+    """other + factor * (planes - other), clipped and cut to whole levels as Pillow does."""
+    planes *= np.float32(factor)
+    planes += other * np.float32(1 - factor)
+    return np.floor(np.clip(planes, 0, 255, out=planes), out=planes)
+
+
+def luma(planes):
+    return np.floor(np.tensordot(np.float32([0.299, 0.587, 0.114]), planes, 1) + np.float32(0.5))
+
+
+def adjust_brightness(planes, factor):
+    return blend(planes, np.float32(0), factor)
+
+
+def adjust_contrast(planes, factor):
+    return blend(planes, np.floor(luma(planes).mean() + np.float32(0.5)), factor)
+
+
+def adjust_saturation(planes, factor):
+    return blend(planes, luma(planes), factor)
+
+
+def adjust_hue(planes, turns):
+    """Shift the hue of the HSV colour; float32 [3, h, w] of 0..255. Pillow and torchvision round hue to 1/256 turn."""
+    r, g, b = planes
+    high, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
+    spread = high - low
+    hue = np.where(high == r, g - b, np.where(high == g, b - r + 2 * spread, r - g + 4 * spread))
+    hue /= np.maximum(6 * spread, np.float32(1e-6))
+    hue += np.float32(turns)
+    hue -= np.floor(hue)
+    hue *= 6
+    for plane, start, middle in zip(planes, (high, low, low), (3, 2, 4)):  # `spread` times a share
+        np.subtract(hue, middle, out=plane)
+        np.subtract(2, np.abs(plane, out=plane), out=plane)
+        np.clip(plane, 0, 1, out=plane)
+        plane *= -spread if middle == 3 else spread
+        plane += start
+    planes += np.float32(0.5)
+    return np.floor(planes, out=planes)
 
 
 def shuffle_pixels(img, rng, share):
@@ -121,22 +260,30 @@ def random_perspective(img, rng, distortion):
     """Each corner moves inwards by up to `distortion` of half the side; uncovered pixels are black."""
     (w, h), d = img.size, distortion / 2
     dx, dy = rng.integers(0, int(w * d) + 1, 4), rng.integers(0, int(h * d) + 1, 4)
-    corners = [[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]]
-    moved = [[dx[0], dy[0]], [w - 1 - dx[1], dy[1]], [w - 1 - dx[2], h - 1 - dy[2]], [dx[3], h - 1 - dy[3]]]
-    return TF.perspective(img, corners, [[int(x), int(y)] for x, y in moved])
+    corners = np.array([[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]])
+    x, y = (corners + np.stack([dx, dy], 1) * [[1, 1], [-1, 1], [-1, -1], [1, -1]]).T
+    u, v = corners.T
+    one, zero = np.ones(4), np.zeros(4)
+    rows = [[x, y, one, zero, zero, zero, -u * x, -u * y], [zero, zero, zero, x, y, one, -v * x, -v * y]]
+    matrix = np.linalg.solve(np.concatenate(rows, 1).T, np.concatenate([u, v]))  # where each pixel comes from
+    return img.transform(img.size, Image.PERSPECTIVE, matrix, Image.BILINEAR)
 
 
 def overlay_text(img, rng, fewest=None, most=None, lines=1):
     """Five characters of augly's default font (notes v8); with `fewest` and `most`, that many of a random font's own
     characters in each of 1..`lines` lines (v48, v50). Random colour, starting in the upper left quarter."""
-    font = dict(font_size=rng.uniform(0.1, 0.3), color=tuple(rng.integers(0, 256, 3).tolist()))
-    x, y = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
+    size, color = rng.uniform(0.1, 0.3), tuple(rng.integers(0, 256, 3).tolist())
+    x, y = rng.uniform(0, 0.5) * img.width, rng.uniform(0, 0.5)
     if fewest is None:
-        return imaugs.overlay_text(img, text=rng.integers(1, 1000, 5).tolist(), x_pos=x, y_pos=y, **font)
-    file = rng.choice(fonts())
-    for line in range(rng.integers(1, int(lines) + 1)):
-        text = rng.integers(0, 2**31, rng.integers(int(fewest), int(most or fewest) + 1)).tolist()  # augly takes the remainder
-        img = imaugs.overlay_text(img, text=text, x_pos=x, y_pos=y + line * font["font_size"], font_file=file, **font)
+        file, texts = augly.utils.FONT_PATH, [rng.integers(1, 1000, 5)]
+    else:
+        file = fonts()[rng.integers(len(fonts()))]
+        texts = [rng.integers(0, 2**31, rng.integers(int(fewest), int(most or fewest) + 1))
+                 for _ in range(rng.integers(1, int(lines) + 1))]
+    chars, draw = characters(file), ImageDraw.Draw(img)
+    for line, text in enumerate(texts):
+        text = "".join(chr(chars[c % len(chars)]) for c in text)
+        draw.text((x, (y + line * size) * img.height), text, color, font(file, int(min(img.size) * size)))
     return img
 
 
@@ -148,16 +295,47 @@ def fonts():
     return [os.path.join(augly.utils.FONTS_DIR, name) for name in names]
 
 
-def overlay_emoji(img, rng):
+@functools.lru_cache(256)
+def font(file, size):
+    return ImageFont.truetype(file, size)
+
+
+@functools.cache
+def characters(file):
+    """Code points of a font's characters, which augly keeps beside it."""
+    return pickle.loads(Path(file).with_suffix(".pkl").read_bytes())
+
+
+@functools.cache
+def emoji():
     folder = Path(augly.utils.SMILEY_EMOJI_DIR)
-    emoji = sorted(os.listdir(folder))
-    return imaugs.overlay_emoji(img, emoji_path=str(folder / emoji[rng.integers(len(emoji))]),
-                                emoji_size=rng.uniform(0.1, 0.3), x_pos=rng.uniform(0, 1), y_pos=rng.uniform(0, 1))
+    return [Image.open(folder / name).convert("RGBA") for name in sorted(os.listdir(folder))]
+
+
+def overlay_emoji(img, rng):
+    """A random smiley of 0.1..0.3 of the height, anywhere, possibly in part beyond the edge."""
+    smiley = emoji()[rng.integers(len(emoji()))]
+    height = max(1, int(img.height * rng.uniform(0.1, 0.3)))
+    smiley = smiley.resize((int(smiley.width * height / smiley.height), height), Image.NEAREST)
+    img.paste(smiley, (int(img.width * rng.uniform(0, 1)), int(img.height * rng.uniform(0, 1))), smiley)
+    return img
+
+
+@functools.cache
+def screenshot(name):
+    """Template of a web page or a telephone with the box (left, top, right, bottom) for the photo."""
+    template, box = get_template_and_bbox(os.path.join(augly.utils.SCREENSHOT_TEMPLATES_DIR, name),
+                                          augly.utils.BBOXES_PATH)
+    return template.convert("RGB"), box
 
 
 def overlay_onto_screenshot(img, rng):
-    template = Path(augly.utils.SCREENSHOT_TEMPLATES_DIR) / ("web.png", "mobile.png")[rng.integers(2)]
-    return imaugs.overlay_onto_screenshot(img, template_filepath=str(template)).convert("RGB")
+    template, box = screenshot(("web.png", "mobile.png")[rng.integers(2)])
+    width, height = box[2] - box[0], box[3] - box[1]
+    img = imaugs.scale(img, factor=min(width / img.width, height / img.height))
+    template = template.copy()
+    template.paste(resize_and_pad_to_given_size(img, width, height, crop=False), box)
+    return template
 
 
 def overlay_onto_photo(img, rng, views):
@@ -170,13 +348,13 @@ def overlay_and_crop(img, rng, views, smallest, prob, low, high, opacity):
     """With `prob` one of the photo and another training photo is pasted into the other: `low`..`high` of its height,
     opacity from `opacity` up; then a crop of at least 0.7. Otherwise a crop of at least `smallest` (notes v79)."""
     if rng.random() >= prob:
-        return random_resized_crop(img, rng, views.size, smallest)
-    photos = [img, views.random_photo(rng)]
+        return Part.of(img).crop(crop_box(img.size, rng, smallest), views.size)
+    photos = [Part.of(img).image(), views.random_photo(rng)]
     below, above = photos if rng.random() < 0.5 else photos[::-1]
     size = rng.uniform(low, high)
     img = imaugs.overlay_image(below, overlay=above, opacity=rng.uniform(opacity, 1), overlay_size=size,
                                x_pos=rng.uniform(0, 1 - size), y_pos=rng.uniform(0, 1 - size))
-    return random_resized_crop(img, rng, views.size, 0.7)
+    return Part(img).crop(crop_box(img.size, rng, 0.7), views.size)
 
 
 def random_erasing(tensor, rng):
@@ -205,7 +383,8 @@ class Views(torch.utils.data.Dataset):
 
     def __init__(self, args, root, paths, resize, mean, std):
         self.root, self.paths, self.seed, self.ncrops, self.strict = root, paths, args.seed, args.ncrops, args.strict
-        self.size, self.resize, self.exif, self.mean, self.std = args.input_size, resize, args.exif_transpose, mean, std
+        self.size, self.resize, self.mean, self.std = args.input_size, resize, mean, std
+        self.exif, self.draft = args.exif_transpose, getattr(args, "decode", "draft") == "draft"
         self.pipelines = [parse_ops(args.view0, args.op_prob), parse_ops(args.view1, args.op_prob)]
         self.negatives, self.negative_photos = args.negatives, args.negative_photos
 
@@ -213,22 +392,23 @@ class Views(torch.utils.data.Dataset):
         return len(self.paths)
 
     def open(self, i):
-        """The image of each view of photo `i`."""
-        return [open_photo(os.path.join(self.root, self.paths[i]), self.exif)] * self.ncrops
+        """The photo of each view of item `i`."""
+        return [Photo(os.path.join(self.root, self.paths[i]), self.exif, self.draft)] * self.ncrops
 
     def name(self, i):
         return os.path.join(self.root, self.paths[i])
 
     def random_photo(self, rng):
-        images, _, _ = self.open_near(int(rng.integers(len(self.paths))))
-        return images[0]
+        img, _, _ = self.first_readable(int(rng.integers(len(self.paths))),
+                                        lambda i: Part(self.open(i)[0]).image())
+        return img
 
-    def open_near(self, i):
-        """First readable photo from `i` on: images, its index, unreadable ones [(path, reason)] on the way."""
+    def first_readable(self, i, read):
+        """read(i) of the first photo from `i` on that can be read, its index, unreadable ones [(path, reason)]."""
         unreadable = []
         while len(unreadable) < min(len(self.paths), 100):
             try:
-                return self.open(i), i, unreadable
+                return read(i), i, unreadable
             except UNREADABLE as error:
                 unreadable.append((self.name(i), f"{type(error).__name__}: {error}"))
                 if self.strict:
@@ -237,50 +417,71 @@ class Views(torch.utils.data.Dataset):
         raise InputError(": ".join(unreadable[0])
                          + (f", nor can the {len(unreadable) - 1} photos after it be read" * (not self.strict)))
 
-    def open_negatives(self, rng):
-        """Random negatives [(image, label)] and unreadable ones; labels lie beyond those of all training photos."""
-        opened, unreadable = [], []
+    def read_negatives(self, rng):
+        """Random negatives [(tensor, label)] and unreadable ones; labels lie beyond those of all training photos."""
+        read, unreadable = [], []
         for j in rng.permutation(len(self.negative_photos)):
-            if len(opened) == self.negatives:
+            if len(read) == self.negatives:
                 break
             try:
-                opened.append((open_photo(self.negative_photos[j], self.exif), NEGATIVE_LABEL + int(j)))
+                read.append((whole_photo(self.negative_photos[j], self), NEGATIVE_LABEL + int(j)))
             except UNREADABLE as error:
                 unreadable.append((self.negative_photos[j], f"{type(error).__name__}: {error}"))
-        return opened, unreadable
+        return read, unreadable
 
-    def view(self, img, epoch, i, number):
-        """View `number` of photo `i` as a normalised tensor, and the operations that failed (tiny or odd photos)."""
+    def plan(self, photo, epoch, i, number):
+        """Draw which operations view `number` consists of, and apply those that come before the photo is decoded.
+
+        Returns the generator, the photo or a part of it, and the other operations [(name, parameters)].
+        """
         rng = np.random.default_rng((self.seed, epoch, i, number))
-        failed, is_tensor = [], False
-        for group in self.pipelines[min(number, 1)]:
-            for k in rng.permutation(len(group)):
-                name, parameters, prob = group[k]
-                if rng.random() >= prob:
-                    continue
-                if name == "erase" and not is_tensor:
-                    img, is_tensor = TF.to_tensor(img), True
-                try:
-                    img = OPS[name](img, rng, self, *parameters)
-                except (OSError, ValueError, RuntimeError, ZeroDivisionError) as error:
-                    failed.append(f"{name}: {error}")
-        img = img if is_tensor else TF.to_tensor(img)
-        if img.shape[-2:] != (self.size, self.size):
+        ops = [group[k] for group in self.pipelines[min(number, 1)] for k in rng.permutation(len(group))]
+        ops = [(name, parameters) for (name, parameters, prob), drawn in zip(ops, rng.random(len(ops))) if drawn < prob]
+        part = Part(photo)
+        while ops and ops[0][0] in GEOMETRY:
+            name, parameters = ops.pop(0)
+            part = OPS[name](part, rng, self, *parameters)
+        if isinstance(photo, Photo):
+            photo.shrink(part.shrink())
+        return rng, part, ops
+
+    def view(self, photo, epoch, i, number):
+        """View `number` of photo `i` as a normalised tensor, and the operations that failed (tiny or odd photos)."""
+        return self.make(*self.plan(photo, epoch, i, number))
+
+    def make(self, rng, part, ops):
+        img, failed = part.image(), []
+        for name, parameters in ops:
+            if name == "erase" and not torch.is_tensor(img):
+                img = to_tensor(img)
+            try:
+                img = OPS[name](img, rng, self, *parameters)
+                img = img.image() if isinstance(img, Part) else img
+            except (OSError, ValueError, RuntimeError, ZeroDivisionError) as error:
+                failed.append(f"{name}: {error}")
+        if not torch.is_tensor(img):
+            img = to_tensor(img if img.size == (self.size, self.size) else TF.resize(img, [self.size, self.size]))
+        elif img.shape[-2:] != (self.size, self.size):
             img = TF.resize(img, [self.size, self.size])
-        return TF.normalize(img, self.mean, self.std), failed
+        return normalize(img, self.mean, self.std), failed
+
+    def views(self, epoch, i):
+        """All views of item `i`, and the operations that failed. They are planned before one of them is made, so that
+        the photo is decoded once, no larger than the most demanding view needs it."""
+        plans = [self.plan(photo, epoch, i, number) for number, photo in enumerate(self.open(i))]
+        tensors, failed = zip(*(self.make(*plan) for plan in plans))
+        return list(tensors), sum(failed, [])
 
     def __getitem__(self, key):
         epoch, i = key
-        images, i, unreadable = self.open_near(i)
-        views, failed = zip(*(self.view(img, epoch, i, number) for number, img in enumerate(images)))
-        views, labels = list(views), [i] * len(views)
+        (views, failed), i, unreadable = self.first_readable(i, functools.partial(self.views, epoch))
+        labels = [i] * len(views)
         if self.negatives:
-            negatives, bad = self.open_negatives(np.random.default_rng((self.seed, epoch, i, self.ncrops)))
+            negatives, bad = self.read_negatives(np.random.default_rng((self.seed, epoch, i, self.ncrops)))
             unreadable += bad
-            for img, label in negatives:
-                views.append(TF.normalize(TF.to_tensor(self.resize(img, self.size)), self.mean, self.std))
-                labels.append(label)
-        return torch.stack(views), labels, unreadable, sum(failed, [])
+            views += [tensor for tensor, _ in negatives]
+            labels += [label for _, label in negatives]
+        return torch.stack(views), labels, unreadable, failed
 
 
 class Pairs(Views):
@@ -288,7 +489,7 @@ class Pairs(Views):
     reference (notes v89)."""
 
     def open(self, i):
-        return [open_photo(os.path.join(self.root, path), self.exif) for path in self.paths[i]]
+        return [Photo(os.path.join(self.root, path), self.exif, self.draft) for path in self.paths[i]]
 
     def name(self, i):
         return " or ".join(os.path.join(self.root, path) for path in self.paths[i])
@@ -329,31 +530,36 @@ def write_views_png(views, file):
     """Eight photos in rows: as they are, then their views of the first epoch, so that one look shows what is seen."""
     rows = []
     for i in np.linspace(0, len(views) - 1, min(8, len(views))).astype(int):
-        images, i, _ = views.open_near(int(i))
-        tensors = [TF.to_tensor(TF.resize(images[0], [views.size, views.size]))]
-        for number, img in enumerate(images):
-            view, _ = views.view(img, 0, i, number)
-            tensors.append(view * torch.tensor(views.std)[:, None, None] + torch.tensor(views.mean)[:, None, None])
-        rows += tensors
+        (tensors, _), i, _ = views.first_readable(int(i), functools.partial(views.views, 0))
+        img = Part(views.open(i)[0]).image()
+        rows.append(to_tensor(TF.resize(img, [views.size, views.size])))
+        rows += [view * torch.tensor(views.std)[:, None, None] + torch.tensor(views.mean)[:, None, None]
+                 for view in tensors]
     grid = torchvision.utils.make_grid(torch.stack(rows), nrow=1 + views.ncrops, pad_value=1)
     with replacing(file) as temporary:
         TF.to_pil_image(grid.clamp(0, 1)).save(temporary, "PNG")
+
+
+def whole_photo(path, data):
+    """Whole photo as a normalised tensor [3, size, size], as the data set `data` opens and resizes photos."""
+    photo = Photo(path, data.exif, data.draft)
+    photo.shrink(min(photo.size) / (data.size + 32))  # what --resize crop needs
+    return normalize(to_tensor(data.resize(Image.fromarray(photo.pixels), data.size)), data.mean, data.std)
 
 
 class WholePhotos(torch.utils.data.Dataset):
     """Item i -> i, whole photo as a normalised tensor [3, size, size] or None, reason why not."""
 
     def __init__(self, args, paths, resize, mean, std):
-        self.paths, self.exif, self.size, self.resize = paths, args.exif_transpose, args.input_size, resize
-        self.mean, self.std = mean, std
+        self.paths, self.size, self.resize, self.mean, self.std = paths, args.input_size, resize, mean, std
+        self.exif, self.draft = args.exif_transpose, getattr(args, "decode", "draft") == "draft"
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
         try:
-            img = open_photo(self.paths[i], self.exif)
-            return i, TF.normalize(TF.to_tensor(self.resize(img, self.size)), self.mean, self.std), None
+            return i, whole_photo(self.paths[i], self), None
         except UNREADABLE as error:
             return i, None, f"{type(error).__name__}: {error}"
 

@@ -168,7 +168,7 @@ def test_recipe_views_never_fail_on_ordinary_photos(photos):
     dataset = views_of(photos, "--op-prob", "1")
     for i in range(len(dataset)):
         images, label, unreadable, failed = dataset[(0, i)]
-        assert images.shape == (2, 3, 32, 32) and label == i and not unreadable and not failed
+        assert images.shape == (2, 3, 32, 32) and label == [i, i] and not unreadable and not failed
 
 
 def test_operations_do_what_they_say():
@@ -193,7 +193,7 @@ def test_bracketed_operations_run_in_another_order_for_each_photo(photos, monkey
     orders = []
     for i in range(12):
         seen.clear()
-        dataset.view(dataset.open(i), 0, i, 1)
+        dataset.view(dataset.open(i)[0], 0, i, 1)
         orders.append(tuple(seen))
     assert len(set(orders)) > 2 and all(order[-1] == "text" for order in orders)
 
