@@ -1,0 +1,355 @@
+#!/usr/bin/env python3
+"""Measure this machine: views, decoding, training step, extraction and search, each beside a floor.
+
+    python scripts/bench.py views decode --photos PHOTOS --side 1000 -o bench.json
+    python scripts/bench.py train extract --photos PHOTOS -a tf_efficientnet_lite0 --backbone-weights LITE0.pth
+    python scripts/bench.py search --compare bench.json
+
+Photos are copied to --side px first; smaller ones are enlarged, which leaves out the detail that slows real decoding.
+Every figure and the one it is compared with are measured in turns, --repeats times; the table shows medians. `views`
+and `decode` use one core. Floors: the notes' pipeline as written, with AugLy and torchvision (views); Pillow at full
+size (decode); forward, backward and optimizer on a ready batch (train); forward or decoding alone, whichever is longer
+(extract); one faiss search (search). Other flags go to train.py.
+"""
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py
+from descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
+from photos import Photo, list_photos, open_photo  # noqa: E402
+
+
+def plain_pair(size, q=0.2, mean=(0.5,) * 3, std=(0.5,) * 3):
+    """Two functions, image -> view: moderate and hard of the notes' v31, as written there (AugLy, torchvision)."""
+    import augly.image as A
+    import augly.utils
+    import torchvision.transforms as T
+    web, mobile = (os.path.join(augly.utils.SCREENSHOT_TEMPLATES_DIR, name) for name in ("web.png", "mobile.png"))
+    emoji = augly.utils.SMILEY_EMOJI_DIR
+
+    def text(img):
+        return A.overlay_text(img, text=[random.randrange(1, 1000) for _ in range(5)],
+                              font_size=random.uniform(0.1, 0.3), color=tuple(random.choices(range(256), k=3)),
+                              x_pos=random.uniform(0, 0.5), y_pos=random.uniform(0, 0.5))
+
+    def smiley(img):
+        return A.overlay_emoji(img, emoji_path=os.path.join(emoji, random.choice(os.listdir(emoji))),
+                               emoji_size=random.uniform(0.1, 0.3), x_pos=random.uniform(0, 1),
+                               y_pos=random.uniform(0, 1))
+
+    jpeg = A.OneOf([A.EncodingQuality(quality=k) for k in (10, 20, 30, 50)], p=0.5)
+    shuffled = [T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), A.RandomPixelization(p=q),
+                A.ShufflePixels(factor=0.1, p=q), jpeg,
+                T.RandomGrayscale(q), A.RandomBlur(p=q), T.RandomPerspective(p=q), T.RandomHorizontalFlip(),
+                T.RandomVerticalFlip(q), T.RandomApply([text], q), T.RandomApply([smiley], q)]
+    to_tensor, normalize = T.ToTensor(), T.Normalize(mean, std)
+    moderate = T.Compose([T.RandomResizedCrop(size, (0.5, 1)), T.RandomHorizontalFlip(), to_tensor, normalize])
+    screenshot = A.OneOf([A.OverlayOntoScreenshot(template_filepath=file) for file in (web, mobile)], p=0.01)
+    before = T.Compose([A.RandomRotation(p=q), screenshot, T.RandomResizedCrop(size, (0.2, 1))])
+    after = T.Compose([to_tensor, T.RandomErasing(q, value="random"), normalize])
+
+    def hard(img):
+        img = before(img)
+        for op in random.sample(shuffled, len(shuffled)):
+            img = op(img)
+        return after(img.convert("RGB"))
+
+    return moderate, hard
+
+
+def timed(work):
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def in_turns(repeats, *works):
+    """Median seconds of each work; they run in turns, after a first round that is not counted."""
+    return np.median([[timed(work) for work in works] for _ in range(repeats + 1)][1:], axis=0)
+
+
+def recipe(bench, *flags):
+    """Arguments of train.py for the recipe of --recipe and the flags given."""
+    import train
+    root = Path(train.__file__).parent
+    words = [*bench.flags, *flags, "--seed", "1", str(bench.folder)]
+    lines = (root / "exp" / f"{bench.recipe}.args").read_text(encoding="utf-8").splitlines()
+    file = bench.work / "recipe.args"
+    file.write_text("\n".join(line for line in lines if not line.startswith(("--weight", "--pairs"))) + "\n")
+    args = train.parse_args([f"@{file}", *map(str, words)])
+    args.out, args.negative_photos = bench.work / "out", []
+    return args
+
+
+def dataset(bench):
+    import train
+    import views
+    args = recipe(bench)
+    return views.Views(args, bench.folder, bench.names, train.RESIZES[args.resize], [0.5] * 3, [0.5] * 3)
+
+
+def bench_views(bench):
+    """Pairs of views per second of one core, and the share of each operation."""
+    import torch
+    import views
+    torch.set_num_threads(1)
+    data = dataset(bench)
+    moderate, hard = plain_pair(data.size)
+
+    def plain():
+        for name in bench.names:
+            img = Image.open(bench.folder / name)
+            torch.stack([moderate(img), hard(img)])
+
+    def ours():
+        for i in range(len(data)):
+            data[(0, i)]
+
+    random.seed(0), torch.manual_seed(0)
+    slow, fast = len(data) / in_turns(bench.repeats, plain, ours)
+    yield f"{bench.recipe} pairs of views, {data.size} px", fast, "pairs/s", slow
+    spent = {}
+    watch(views.OPS, spent, list(views.OPS))
+    watch(vars(views), spent, ["to_tensor", "normalize", "resize"])
+    decode, Photo.pixels = Photo.pixels, property(timing(Photo.pixels.func, spent, "decode"))
+    total = timed(ours)
+    Photo.pixels = decode
+    for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        if seconds > 0.005 * total:
+            yield f"  of which {name}", 100 * seconds / total, "%", None
+
+
+def timing(function, spent, name):
+    def wrapped(*args, **kwargs):
+        began = time.perf_counter()
+        result = function(*args, **kwargs)
+        spent[name] = spent.get(name, 0) + time.perf_counter() - began
+        return result
+    return wrapped
+
+
+def watch(table, spent, names):
+    for name in names:
+        table[name] = timing(table[name], spent, name)
+
+
+def bench_decode(bench):
+    """Photos decoded per second of one core, whole and as small as a 224 px input allows."""
+    def small(name):
+        photo = Photo(bench.folder / name)
+        photo.shrink(min(photo.size) / 256)
+        photo.pixels
+
+    pillow, whole, least = (len(bench.names) / in_turns(
+        bench.repeats, lambda: [np.asarray(open_photo(bench.folder / name)) for name in bench.names],
+        lambda: [Photo(bench.folder / name).pixels for name in bench.names],
+        lambda: [small(name) for name in bench.names]))
+    yield "decode whole", whole, "photos/s", pillow
+    yield "decode for 224 px", least, "photos/s", pillow
+
+
+def trainer(bench):
+    import train
+    args = recipe(bench, "--sample-size", len(bench.names))
+    train.prepare_training(args)
+    vars(args).update(process=0, processes=1, nproc=1, local=args.gpu or 0, device_used=train.pick_device(args))
+    return train.Trainer(args)
+
+
+def bench_train(bench):
+    """Images per second of a training step with a full memory, and of the bare network with the same optimizer."""
+    import torch
+    run = trainer(bench)
+    args, device = run.args, run.device
+    images = torch.randn(args.batch_size * args.ncrops, 3, args.input_size, args.input_size)
+    labels = torch.arange(args.batch_size).repeat(args.ncrops)
+    for start in range(0, args.memory_size, len(images)):  # fill the memory
+        run.criterion(torch.randn(len(images), run.net.dim, device=device), labels.to(device) + start)
+    run.objective.train()
+    ready = images.to(device, memory_format=torch.channels_last)
+
+    def bare():
+        run.optimizer.zero_grad()
+        run.net(ready).square().mean().backward()
+        run.optimizer.step()
+        done(device)
+
+    def step():
+        run.train_step(images, labels)
+        done(device)
+
+    floor, ours = len(images) / in_turns(bench.repeats, bare, step)
+    yield f"training step, {args.arch}, {args.input_size} px, memory {args.memory_size:,}", ours, "images/s", floor
+
+
+def done(device):
+    import torch
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bench_extract(bench):
+    """Photos per second of extraction, beside decoding alone and forward alone, and beside a plain loop."""
+    import torch
+    import torchvision.transforms as T
+    import train
+    args = recipe(bench, "--mode", "extract", "--input-size", 224, "--resize", "square", "--batch-size", 64)
+    args.out.mkdir(exist_ok=True)
+    train.take_checkpoint(args, None)
+    vars(args).update(process=0, processes=1, nproc=1, local=args.gpu or 0, device_used=train.pick_device(args))
+    device, net = args.device_used, train.load_net(args)
+    net.amp_dtype = train.pick_precision(args, device)
+    net = net.to(device, memory_format=torch.channels_last)
+    paths = [str(bench.folder / name) for name in bench.names]
+    batches = [range(i, min(i + 64, len(paths))) for i in range(0, len(paths), 64)]
+    found, plain_rows = {}, []
+    blocks = SimpleNamespace(name="photos", todo=[batches], write=lambda block, rows, indices, bad: found.update(
+        zip(indices.tolist(), rows)))
+    data = train.WholePhotos(args, paths, train.RESIZES["square"], args.preprocess["mean"], args.preprocess["std"])
+    transform = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize(data.mean, data.std)])
+    ready = torch.randn(64, 3, 224, 224).to(device, memory_format=torch.channels_last)
+
+    def decode():
+        for _ in torch.utils.data.DataLoader(data, batch_sampler=batches, collate_fn=train.collate_photos,
+                                             **train.loader_options(args)):
+            pass
+
+    @torch.inference_mode()
+    def forward():
+        for batch in batches:
+            net(ready[:len(batch)]).float().cpu()
+
+    @torch.inference_mode()
+    def plain():
+        plain_rows[:] = [net(torch.stack([transform(Image.open(paths[i]).convert("RGB")) for i in batch]).to(
+            device)).float().cpu() for batch in batches]
+
+    @torch.inference_mode()
+    def extract():
+        train.describe_photos(args, net, net, blocks, paths)
+
+    decoding, network, loop, ours = in_turns(bench.repeats, decode, forward, plain, extract)
+    yield "extraction, beside the longer of the two", len(paths) / ours, "photos/s", len(paths) / max(decoding, network)
+    yield "  decoding alone", len(paths) / decoding, "photos/s", None
+    yield "  forward alone", len(paths) / network, "photos/s", None
+    yield "extraction, beside a plain loop", len(paths) / ours, "photos/s", len(paths) / loop
+    rows, expected = np.stack([found[i] for i in range(len(paths))]), torch.cat(plain_rows).numpy()
+    cosines = (rows * expected).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(expected, axis=1)
+    yield "  median cosine to the plain loop's descriptors", float(np.median(cosines)), "", None
+
+
+def bench_search(bench):
+    """Queries per second: exact top 10 of eval_metrics.py, beside one faiss search of the same arrays."""
+    import faiss
+    from eval_metrics import search_topk
+    rows = np.random.default_rng(0).standard_normal((51_000, 256), np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    queries, references = rows[:1000], rows[1000:]
+    file = bench.work / "search.h5"
+    write_descriptors(file, {"reference": (references, [f"R{i:06d}" for i in range(len(references))])}, {})
+    with Descriptors(file) as descriptors:
+        ours, floor = 1000 / in_turns(
+            bench.repeats, lambda: search_topk(queries, descriptors["reference"], 10, np.empty(0, np.int64)),
+            lambda: faiss.knn(queries, references, 10))
+    yield "exact top 10 of 50,000 references", ours, "queries/s", floor
+
+
+SECTIONS = {"views": bench_views, "decode": bench_decode, "train": bench_train, "extract": bench_extract,
+            "search": bench_search}
+
+
+def copy_photos(bench):
+    """`--count` photos of `--photos` with their longer side at `--side`, as JPEGs of quality 90."""
+    paths = list_photos(bench.photos)[0][:bench.count]
+    if not paths:
+        raise InputError(f"no photos in {bench.photos}")
+    bench.folder.mkdir()
+    for path in paths:
+        img = open_photo(os.path.join(bench.photos, path))
+        scale = bench.side / max(img.size)
+        img = img.resize([max(1, round(side * scale)) for side in img.size], Image.LANCZOS)
+        img.save(bench.folder / f"{Path(path).stem}.jpg", quality=90)
+    bench.names = sorted(file.name for file in bench.folder.iterdir())
+
+
+def show(rows, old):
+    """The table; `old` are the rows of an earlier run."""
+    before = {(row["section"], row["what"]): row["value"] for row in old}
+    print(f"{'':60}{'figure':>10} {'':9}{'floor':>10}{'ratio':>7}" + f"{'before':>10}{'change':>8}" * bool(old))
+    for row in rows:
+        value, floor, then = row["value"], row["floor"], before.get((row["section"], row["what"]))
+        print(f"{row['section']:8}{row['what']:52}{value:10.4g} {row['unit']:9}"
+              + (f"{floor:10.4g}{value / floor:7.2f}" if floor else " " * 17 * bool(then))
+              + (f"{then:10.4g}{value / then - 1:+8.0%}" if then else ""))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="+", choices=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--photos", metavar="DIR", help="photos for all sections but search")
+    parser.add_argument("--side", type=int, default=1000, metavar="PX", help="longer side (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=200, metavar="N", help="photos (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--recipe", default="v31", metavar="NAME", help="exp/NAME.args (default: %(default)s)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--compare", metavar="FILE", help="show the figures of an earlier -o beside these")
+    args, args.flags = parser.parse_known_args(argv)  # the others go to train.py
+    return args
+
+
+def measure(bench):
+    """Rows {section, what, value, unit, floor} of the sections asked for."""
+    if set(bench.sections) != {"search"} and not bench.photos:
+        raise InputError("--photos DIR is needed")
+    with tempfile.TemporaryDirectory() as work:
+        bench.work, bench.folder = Path(work), Path(work) / "photos"
+        if bench.photos:
+            copy_photos(bench)
+        return [{"section": name, "what": what, "value": float(value), "unit": unit,
+                 "floor": None if floor is None else float(floor)}
+                for name in bench.sections for what, value, unit, floor in SECTIONS[name](bench)]
+
+
+def read_rows(file):
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--compare {file}: not written by -o ({error})") from None
+
+
+def write_rows(bench, rows):
+    settings = {name: getattr(bench, name) for name in ("side", "count", "repeats", "recipe", "flags")}
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    with replacing(bench.output) as temporary:
+        text = json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=2)
+        Path(temporary).write_text(text + "\n", encoding="utf-8")
+
+
+def main(argv=None):
+    bench, old = parse_args(argv), []
+    try:
+        if bench.compare:
+            old = read_rows(bench.compare)
+        rows = measure(bench)
+    except InputError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    show(rows, old)
+    if bench.output:
+        write_rows(bench, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
