@@ -404,12 +404,16 @@ def postprocess(args):
         for file in args.inputs:
             files.append(Descriptors(file))
         check_steps(steps, files)
+        attrs = output_attrs(files, steps)
+        if output.suffix == ".csv" and "contaminated" in attrs and not args.allow_contaminated:
+            raise InputError(f"-o {output}: a CSV cannot say that the checkpoint was trained on "
+                             f"{attrs['contaminated']} (write .h5, or --allow-contaminated)")
         groups = join(files) if len(files) > 1 else files[0].groups
         if output.suffix == ".csv" and not {"query", "reference"} <= set(groups):
             raise InputError(f"{args.inputs[0]}: pairs need `query` and `reference`")
         folder = work_folder(output, args.inputs, [step_text(*step) for step in steps])
         try:
-            groups, attrs = run_steps(groups, steps, folder, ngpu), output_attrs(files, steps)
+            groups = run_steps(groups, steps, folder, ngpu)
         except InputError:
             shutil.rmtree(folder)
             raise
@@ -429,6 +433,8 @@ def parse_args(argv=None):
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help=".h5: descriptors; .csv: pairs")
     parser.add_argument("--preset", choices=PRESETS, help="; ".join(f"{k}: {v}" for k, v in PRESETS.items()))
     parser.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs to search on; 0: CPU; default: all")
+    parser.add_argument("--allow-contaminated", action="store_true", help="write a CSV, which cannot carry that mark, "
+                        "of descriptors of a checkpoint that was trained on the ground truth")
     args = parser.parse_intermixed_args(argv)
     is_step = [word.partition(":")[0] in STEPS for word in args.words]
     args.steps = [word for word, step in zip(args.words, is_step) if step]

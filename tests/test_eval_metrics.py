@@ -211,6 +211,28 @@ def test_contaminated_is_refused_or_marked(tmp_path, capsys):
     assert result["contaminated"] == "public_ground_truth.csv" and result["steps"] == ["l2"]
 
 
+def test_contaminated_other_file_and_report(tmp_path, capsys, monkeypatch):
+    clean, tainted = save(tmp_path / "a.h5", unit(3), unit(3)), tmp_path / "b.h5"
+    save(tainted, unit(3), unit(3), contaminated="public_ground_truth.csv")
+    gt = write_truth(tmp_path / "gt.csv", [("Q0", "R0"), ("Q1", "R1")])
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_metrics, "search", None)  # it is refused before any search
+        assert f"{tainted}: its checkpoint was trained" in scores(capsys, clean, gt, "--compare", tainted, code=2)[1]
+    result, _ = scores(capsys, clean, gt, "--compare", tainted, "--bootstrap", 5, "--allow-contaminated")
+    assert "contaminated" not in result and result["compare"]["contaminated"] == "public_ground_truth.csv"
+    scores(capsys, tainted, gt, "--allow-contaminated", "--report", tmp_path / "report")
+    page = (tmp_path / "report/index.html").read_text()
+    for tag in ("title", "h1"):
+        assert f"<{tag}>Copy detection: b.h5 (contaminated: trained on public_ground_truth.csv)</{tag}>" in page
+
+
+def test_compare_says_what_cannot_be_compared(tmp_path, capsys):
+    a, b = save(tmp_path / "a.h5", unit(4), unit(9)), save(tmp_path / "b.h5", unit(3), unit(7))
+    gt = write_truth(tmp_path / "gt.csv", [("Q0", "R0"), ("Q3", "R8")])
+    _, err = scores(capsys, a, gt, "--compare", b, "--bootstrap", 5)
+    assert f"n_references is 9 in {a}, 7 in {b}" in err and f"1 queries of the ground truth are not in {b}" in err
+
+
 def test_t4_wrong_predictions(tmp_path, capsys):
     gt = write_truth(tmp_path / "gt.csv", [("Q0", "R0"), ("Q1", "")])
     file = tmp_path / "p.csv"
@@ -333,6 +355,7 @@ def photos(tmp_path):
 
 def test_report_and_picture(photos, tmp_path, capsys):
     file, gt = photos
+    assert "is a file" in scores(capsys, file, gt, "--report", gt, code=2)[1]
     scores(capsys, file, gt, "--report", tmp_path / "report", "--photos", tmp_path, "--picture", tmp_path / "p.png")
     page = (tmp_path / "report/index.html").read_text()
     files = sorted(file.name for file in (tmp_path / "report").iterdir())

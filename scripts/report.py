@@ -1,0 +1,238 @@
+"""What eval_metrics.py draws: an HTML report with curves, misses and errors, and a picture of some queries."""
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from descriptors import replacing
+
+
+class Photos:
+    """Photos by id below DIR/query_images and DIR/reference_images; none at all if the folder is None."""
+
+    def __init__(self, folder):
+        self.folder, self.listed = folder and Path(folder), {}
+
+    def open(self, kind, name, size=224):
+        """RGB image of at most size x size pixels of id `name`, or None. `kind`: query or reference."""
+        if self.folder is None:
+            return None
+        from PIL import Image
+        root = self.folder / f"{kind}_images"
+        file = root / f"{name}.jpg"
+        if not file.is_file():  # nested, or of another kind: list the folder once
+            if kind not in self.listed:
+                self.listed[kind] = {path.stem: path for path in root.rglob("*.*")}
+            file = self.listed[kind].get(name)
+        if file is None:
+            return None
+        try:
+            with Image.open(file) as image:
+                image.draft("RGB", (size, size))
+                image = image.convert("RGB")
+        except OSError:
+            return None
+        image.thumbnail((size, size))
+        return image
+
+
+def figure(draw, width=6.4):
+    """PNG bytes of a figure that `draw(axes)` fills."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(width, 4), layout="constrained", dpi=120)
+    axes = fig.subplots()
+    draw(axes)
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def figures(evaluation, result):
+    """name -> (caption, PNG bytes): precision-recall curve, scores of top answers, recall by number of candidates."""
+    pairs = evaluation.pairs
+    precision, recall = evaluation.curve()
+    top = pairs.drop_duplicates("query_id")
+
+    def curve(axes):
+        axes.plot(recall, precision)
+        axes.axhline(0.9, color="grey", linestyle=":")
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+
+    def scores(axes):
+        if len(top):
+            bins = np.linspace(top.score.min(), top.score.max() + 1e-9, 41)
+            axes.hist([top.score[top.is_true], top.score[~top.is_true]], bins, label=["true", "false"],
+                      color=["tab:green", "tab:red"], histtype="stepfilled", alpha=0.6)
+        if result["threshold_p90"] is not None:
+            axes.axvline(result["threshold_p90"], color="black", linestyle=":", label="90 % precision")
+        axes.set(xlabel="score of a query's top answer", ylabel="queries", yscale="symlog")
+        axes.legend()
+
+    def found(axes):
+        axes.plot(np.arange(1, len(recall) + 1), recall)
+        axes.set(xlabel="candidates, best first", ylabel="recall", xscale="log", ylim=(0, 1.02))
+
+    return {"precision_recall": ("Precision against recall", figure(curve)),
+            "scores": ("Scores of true and false top answers", figure(scores)),
+            "recall": ("Recall against the number of candidates", figure(found))}
+
+
+def worst_misses(evaluation, n=20):
+    """DataFrame query_id, reference_id, score of the positives with the lowest scores, unknown ones first."""
+    known = evaluation.pairs[evaluation.pairs.is_true][["query_id", "reference_id", "score"]]
+    missed = evaluation.missed.set_index(["query_id", "reference_id"]).score
+    missed.update(known.set_index(["query_id", "reference_id"]).score)
+    return missed.sort_values(na_position="first").head(n).reset_index()
+
+
+def cards(evaluation, pairs, photos, title):
+    """Dicts for the page: one for each pair, with the true references of its query and thumbnails."""
+    truth = evaluation.positives.groupby("query_id").reference_id.agg(", ".join)
+    top = evaluation.pairs.drop_duplicates("query_id").set_index("query_id")
+    result = []
+    for pair in pairs.itertuples():
+        images = [("query", pair.query_id), ("reference", pair.reference_id)]
+        answer = f"truth: {truth.get(pair.query_id, 'no match')}"
+        if title == "miss":
+            best_answer = top.reference_id.get(pair.query_id)
+            answer = "no candidate at all" if best_answer is None else \
+                f"top answer: {best_answer}, {top.score[pair.query_id]:.4f}"
+            if best_answer not in (None, pair.reference_id):
+                images.append(("reference", best_answer))
+        result.append({"query": pair.query_id, "reference": pair.reference_id, "answer": answer,
+                       "score": "score unknown" if np.isnan(pair.score) else f"{pair.score:.4f}",
+                       "images": [(name, data_uri(photos.open(kind, name, 160))) for kind, name in images]})
+    return result
+
+
+def data_uri(image):
+    """PIL image or PNG bytes -> data: URI; None stays None."""
+    if image is None:
+        return None
+    kind = "png"
+    if not isinstance(image, bytes):
+        buffer, kind = io.BytesIO(), "jpeg"
+        image.save(buffer, "JPEG", quality=80)
+        image = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def number_table(result, prefix=""):
+    """The output as [(label, text)], numbers rounded, nested entries prefixed."""
+    rows = []
+    for key, value in result.items():
+        label = prefix + key.replace("_", " ")
+        if isinstance(value, dict):
+            rows += number_table(value, f"{label}: ")
+        elif isinstance(value, list):
+            rows.append((label, ", ".join(f"{v:.5f}" if isinstance(v, float) else str(v) for v in value)))
+        else:
+            rows.append((label, f"{value:.5f}" if isinstance(value, float) else value))
+    return rows
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>{{ title }}</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 16px; overflow-wrap: anywhere }
+.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)) }
+figure { margin: 0 } figure img { width: 100%; height: auto } figcaption { font-weight: 600 }
+table { border-collapse: collapse } td, th { padding: 2px 10px 2px 0; text-align: right; vertical-align: top }
+td:first-child, th:first-child { text-align: left; overflow-wrap: break-word }
+.edits td, .edits th { white-space: nowrap; font-size: 14px; padding-right: 8px }
+.card { border: 1px solid #ccc; border-radius: 6px; padding: 8px } .thumbs { display: flex; gap: 8px }
+.thumbs span { flex: 1; min-width: 0; font-size: 12px } .thumbs img { display: block; max-width: 100%; height: auto }
+</style></head><body>
+<h1>{{ title }}</h1>
+<table>{% for key, value in numbers %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
+<h2>Curves</h2><div class="grid">{% for caption, image in figures %}
+<figure><figcaption>{{ caption }}</figcaption><img src="{{ image }}" alt="{{ caption }}"></figure>{% endfor %}</div>
+{% if edits %}<h2>By edit</h2><table class="edits"><tr><th>edit</th><th>queries</th>
+<th>positives</th><th>AP</th><th>R@P90</th></tr>
+{% for edit, queries, positives, ap, recall in edits %}<tr><td>{{ edit }}</td><td>{{ queries }}</td>
+<td>{{ positives }}</td>{% for x in (ap, recall) %}<td>{{ "" if x is none else "%.3f" % x }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endif %}
+{% for heading, list in lists %}<h2>{{ heading }}</h2><div class="grid">{% for card in list %}<div class="card">
+<b>{{ card.query }} &ndash; {{ card.reference }}</b> {{ card.score }}<br>{{ card.answer }}<div class="thumbs">
+{% for name, image in card.images if image %}<span><img src="{{ image }}" alt="{{ name }}">{{ name }}</span>{% endfor %}
+</div></div>{% else %}<p>none</p>{% endfor %}</div>{% endfor %}
+</body></html>
+"""
+
+
+def write_report(folder, evaluation, result, photos, edits):
+    """Write index.html, which needs no other file, and its figures as PNGs, to `folder`.
+
+    `result`: the numbers, as eval_metrics.py prints them; `edits`: rows of metrics_per_edit.
+    """
+    import jinja2
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    drawn = figures(evaluation, result)
+    for name, (_, png) in drawn.items():
+        with replacing(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(png)
+    errors = evaluation.pairs[~evaluation.pairs.is_true].head(20)
+    mark = f" (contaminated: trained on {result['contaminated']})" if "contaminated" in result else ""
+    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
+        title=f"Copy detection: {Path(evaluation.path).name}{mark}",
+        numbers=number_table(result),
+        figures=[(caption, data_uri(png)) for caption, png in drawn.values()],
+        edits=edits,
+        lists=[("Worst misses", cards(evaluation, worst_misses(evaluation), photos, "miss")),
+               ("Most confident errors", cards(evaluation, errors, photos, "error"))])
+    with replacing(folder / "index.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def choose_queries(evaluation, n=8):
+    """Query ids: some right, some wrong (the most confident), some missed, evenly spread over each kind."""
+    top = evaluation.pairs.drop_duplicates("query_id")
+    right, wrong = top[top.is_true].query_id.to_numpy(), top[~top.is_true].query_id.to_numpy()
+    missed = evaluation.positives.query_id[~evaluation.positives.query_id.isin(right)].to_numpy()
+    wrong = wrong[~np.isin(wrong, missed)]
+    chosen = [*spread(right, n - 4), *wrong[:2], *spread(missed, 2)]
+    rest = [q for q in [*right, *missed, *wrong] if q not in set(chosen)]
+    return chosen + rest[:n - len(chosen)]
+
+
+def spread(items, n):
+    """n of the items, evenly spaced; all of them if there are fewer."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, n).astype(int))] if len(items) else []
+
+
+def write_picture(file, evaluation, threshold, photos):
+    """PNG: queries in rows, their true reference beside them, then the top three answers, framed green or red."""
+    from matplotlib.figure import Figure
+    queries = choose_queries(evaluation)
+    truth = evaluation.positives.groupby("query_id").reference_id.first()
+    fig = Figure(figsize=(9, 2 * len(queries) + 0.6), layout="constrained", dpi=100)
+    axes = fig.subplots(len(queries), 5, squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for row, query in zip(axes, queries):
+        original = truth.get(query)
+        show(row[0], photos.open("query", query), f"query {query}")
+        show(row[1], original and photos.open("reference", original), f"copy of {original or 'nothing'}")
+        answers = evaluation.pairs[evaluation.pairs.query_id == query].head(3)
+        for ax, answer in zip(row[2:], answers.itertuples()):
+            mark = " = sure" if threshold is not None and answer.score >= threshold else ""
+            show(ax, photos.open("reference", answer.reference_id), f"{answer.reference_id} {answer.score:.3f}{mark}",
+                 "tab:green" if answer.is_true else "tab:red")
+        if answers.empty:
+            show(row[2], None, "no candidate")
+    fig.suptitle("query, its original, top answers with scores (green: right, red: wrong; sure: at or above "
+                 "the threshold for 90 % precision)", fontsize=9)
+    with replacing(file) as temporary:
+        fig.savefig(temporary, format="png")
+
+
+def show(ax, image, title, frame=None):
+    """One cell of the picture."""
+    ax.set_title(title, fontsize=8)
+    if image is not None:
+        ax.imshow(image)
+    if frame:
+        ax.spines[:].set(visible=True, color=frame, linewidth=4)
