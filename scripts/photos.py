@@ -104,7 +104,7 @@ class Photo:
             except ValueError:  # no baseline JPEG: Pillow reads it, or tells why it cannot
                 pass
         with Image.open(io.BytesIO(self.data)) as img:
-            img.draft("RGB", [-(-side // factor) for side in img.size])
+            img.draft("RGB", [max(1, side // factor) for side in img.size])
             return np.array(to_rgb(img, self.exif))
 
 

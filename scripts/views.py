@@ -544,7 +544,8 @@ def whole_photo(path, data):
     """Whole photo as a normalised tensor [3, size, size], as the data set `data` opens and resizes photos."""
     photo = Photo(path, data.exif, data.draft)
     photo.shrink(min(photo.size) / (data.size + 32))  # what --resize crop needs
-    return normalize(to_tensor(data.resize(Image.fromarray(photo.pixels), data.size)), data.mean, data.std)
+    resized = data.resize(torch.from_numpy(photo.pixels)[None].permute(0, 3, 1, 2)[0], data.size)
+    return normalize(resized.to(torch.float32, memory_format=torch.contiguous_format).div_(255), data.mean, data.std)
 
 
 class WholePhotos(torch.utils.data.Dataset):

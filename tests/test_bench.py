@@ -1,0 +1,53 @@
+"""bench.py: each section gives figures beside floors, files can be compared, wrong use is told in a line."""
+import json
+
+import numpy as np
+import pytest
+
+import bench
+from helpers import draw_photos, run
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return draw_photos(tmp_path_factory.mktemp("photos"), 4)
+
+
+def measured(capsys, *words):
+    assert bench.main(list(map(str, words))) == 0
+    return capsys.readouterr().out
+
+
+def test_figures_stand_beside_floors_and_earlier_ones(photos, tmp_path, capsys):
+    small = ["--photos", photos, "--side", 80, "--repeats", 1]
+    table = measured(capsys, "views", "decode", *small, "--input-size", 32, "-o", tmp_path / "a.json")
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == {"views", "decode"} and "of which jitter" in table
+    assert all(row["value"] > 0 for row in rows) and sum(row["floor"] is not None for row in rows) == 3
+    shares = [row["value"] for row in rows if row["unit"] == "%"]
+    assert len(shares) > 5 and sum(shares) < 130
+    table = measured(capsys, "decode", *small, "--compare", tmp_path / "a.json")
+    assert "change" in table and table.count("%") == 2
+
+
+def test_training_and_extraction_with_a_tiny_network(photos, capsys):
+    table = measured(capsys, "train", "extract", "--photos", photos, "--side", 80, "--repeats", 1, "-a",
+                     "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "--memory-size", 64,
+                     "-j", 0, "--device", "cpu")
+    assert "training step, test_efficientnet, 32 px, memory 64" in table and "beside a plain loop" in table
+    cosine = float(table.split("descriptors")[1].split()[0])
+    assert cosine > 0.99
+
+
+def test_medians_are_of_rounds_in_turns(monkeypatch):
+    times = iter([100, 100, 1, 10, 3, 30, 2, 20])
+    order = []
+    monkeypatch.setattr(bench, "timed", lambda work: order.append(work) or next(times))
+    assert np.array_equal(bench.in_turns(3, "a", "b"), [2, 20]) and "".join(order) == "ab" * 4
+
+
+@pytest.mark.parametrize("words, message", [
+    (["views"], "--photos DIR is needed"), (["decode", "--photos", "nowhere"], "no photos in nowhere"),
+    (["search", "--compare", "nowhere.json"], "--compare nowhere.json: not written by -o")])
+def test_wrong_use_is_told(words, message):
+    assert message in run("scripts/bench.py", *words, code=2).stderr

@@ -1,0 +1,302 @@
+"""Operations of views against AugLy's and torchvision's on the same draws; photos decoded no larger than needed."""
+import os
+from types import SimpleNamespace
+
+import augly.image as imaugs
+import augly.utils
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from augly.image.utils import rotated_rect_with_max_area
+from PIL import Image, ImageFilter
+
+import photos
+import views
+from helpers import draw_photos
+
+SIZE = 96
+PIPELINES = "crop:0.5=1 hflip=0.5", "rotation=0.5 crop:0.2=1 [gray=0.5 vflip=0.5]"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return draw_photos(tmp_path_factory.mktemp("photos"), 12, size=512)
+
+
+@pytest.fixture
+def img(folder):
+    """Shapes, gradients and fine texture."""
+    texture = np.random.default_rng(0).integers(-20, 21, (128, 160, 3))
+    return Image.fromarray((np.asarray(Image.open(folder / "0000.jpg").resize((160, 128))) + texture).clip(0, 255)
+                           .astype(np.uint8))
+
+
+def views_of(folder, decode="draft", view0=PIPELINES[0], view1=PIPELINES[1]):
+    args = SimpleNamespace(seed=0, ncrops=2, strict=False, input_size=SIZE, exif_transpose=False, decode=decode,
+                           view0=view0, view1=view1, op_prob=0.2, negatives=0, negative_photos=[])
+    paths = sorted(path.name for path in folder.iterdir())
+    square = lambda img, size: TF.resize(img, [size, size])
+    return views.Views(args, str(folder), paths, square, [0.5] * 3, [0.5] * 3)
+
+
+def difference(a, b):
+    """Largest and mean absolute difference in levels."""
+    d = np.abs(np.asarray(a.convert("RGB"), int) - np.asarray(b.convert("RGB"), int))
+    return d.max(), d.mean()
+
+
+def planes(img):
+    return np.asarray(img).transpose(2, 0, 1).astype(np.float32)
+
+
+def test_jitter_is_torchvisions_to_a_level(img):
+    for name, factor, limit in (("brightness", 0.6, 1), ("brightness", 1.4, 1), ("contrast", 0.6, 1),
+                                ("contrast", 1.4, 1), ("saturation", 0.3, 1), ("saturation", 1.7, 1), ("hue", 0.1, 9),
+                                ("hue", -0.2, 9), ("hue", 0, 0)):  # torchvision rounds the hue
+        ours = getattr(views, f"adjust_{name}")(planes(img), factor).astype(np.uint8).transpose(1, 2, 0)
+        theirs = getattr(TF, f"adjust_{name}")(img, factor) if factor else img
+        largest, mean = difference(Image.fromarray(ours), theirs)
+        assert largest <= limit and mean < 0.15 * limit + 0.1, (name, factor, largest, mean)
+
+
+def test_jitter_draws_each_step_once_in_random_order(img, monkeypatch):
+    seen = []
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        monkeypatch.setattr(views, f"adjust_{name}", lambda x, value, name=name: seen.append((name, value)) or x)
+    for seed in range(200):
+        views.color_jitter(img, np.random.default_rng(seed), 0.4, 0.3, 0.2, 0.1)
+    assert len({tuple(name for name, _ in seen[i:i + 4]) for i in range(0, 800, 4)}) == 24
+    for name, middle, strength in (("brightness", 1, 0.4), ("contrast", 1, 0.3), ("saturation", 1, 0.2),
+                                   ("hue", 0, 0.1)):
+        values = (np.array([value for other, value in seen if other == name]) - middle) / strength
+        assert len(values) == 200 and -1 <= values.min() < -0.9 and 0.9 < values.max() <= 1
+
+
+@pytest.mark.parametrize("radius", [0.5, 1.5, 2, 3.9, 4, 7, 10])
+def test_blur_is_pillows(img, radius):
+    ours, pillows = views.blur(img, radius), img.filter(ImageFilter.GaussianBlur(radius))
+    inside = 16, 16, 144, 112  # at the border they continue the image differently
+    assert difference(ours, pillows)[1] < 1 and difference(ours.crop(inside), pillows.crop(inside))[0] <= 8
+
+
+def test_blur_of_odd_sizes_is_pillows(img):
+    img = img.crop((0, 0, 99, 77))
+    assert difference(views.blur(img, 7), img.filter(ImageFilter.GaussianBlur(7))) == (0, 0)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.37, 0.8])
+def test_pixelized_as_by_augly(img, ratio):
+    largest, mean = difference(views.pixelize(img, ratio), imaugs.pixelization(img, ratio=ratio))
+    assert largest <= 2 and mean < 0.1
+
+
+def test_grey_and_jpeg_are_the_libraries(img):
+    rng = np.random.default_rng(0)
+    assert difference(views.OPS["gray"](img, rng, None), TF.to_grayscale(img, 3)) == (0, 0)
+    assert difference(views.encode_jpeg(img, 20), imaugs.encoding_quality(img, quality=20)) == (0, 0)
+
+
+def test_perspective_is_torchvisions(img):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        dx, dy = rng.integers(0, 41, 4), rng.integers(0, 33, 4)
+        moved = [[dx[0], dy[0]], [159 - dx[1], dy[1]], [159 - dx[2], 127 - dy[2]], [dx[3], 127 - dy[3]]]
+        expected = TF.perspective(img, [[0, 0], [159, 0], [159, 127], [0, 127]], [[int(v) for v in xy] for xy in moved])
+        largest, mean = difference(views.random_perspective(img, np.random.default_rng(seed), 0.5), expected)
+        assert mean < 0.05, (seed, largest, mean)
+
+
+def test_text_is_auglys(img):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        style = dict(font_size=rng.uniform(0.1, 0.3), color=tuple(rng.integers(0, 256, 3).tolist()))
+        x, y = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
+        expected = imaugs.overlay_text(img, text=rng.integers(1, 1000, 5).tolist(), x_pos=x, y_pos=y, **style)
+        assert difference(views.overlay_text(img.copy(), np.random.default_rng(seed)), expected) == (0, 0)
+
+
+def test_text_has_the_lines_and_lengths_asked_for(img, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(views.ImageDraw, "Draw", lambda img: SimpleNamespace(
+        text=lambda xy, text, color, font: drawn[-1].append((xy[1], len(text), font.path, font.size))))
+    for seed in range(300):
+        drawn.append([])
+        views.OPS["text"](img, np.random.default_rng(seed), None, 5.0, 9.0, 2.0)
+    assert {len(lines) for lines in drawn} == {1, 2}
+    assert {length for lines in drawn for _, length, *_ in lines} == set(range(5, 10))
+    assert len({font for lines in drawn for *_, font, _ in lines}) > 100
+    for first, second in (lines for lines in drawn if len(lines) == 2):
+        assert first[2] == second[2] and 0 <= second[0] - first[0] - second[3] < 1.01
+    assert len(views.fonts()) == 363 and not any(name in path for path in views.fonts() for name in ("Sky", "MyMusic"))
+
+
+def test_emoji_are_auglys(img):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        names = sorted(os.listdir(augly.utils.SMILEY_EMOJI_DIR))
+        path = os.path.join(augly.utils.SMILEY_EMOJI_DIR, names[rng.integers(len(names))])
+        size, x, y = rng.uniform(0.1, 0.3), rng.uniform(0, 1), rng.uniform(0, 1)
+        expected = imaugs.overlay_emoji(img, emoji_path=path, emoji_size=size, x_pos=x, y_pos=y)
+        assert difference(views.overlay_emoji(img.copy(), np.random.default_rng(seed)), expected) == (0, 0)
+
+
+def test_screenshots_are_auglys_and_leave_the_template_clean(img):
+    seen = set()
+    for seed in (0, 1, 2, 3, 0):
+        name = ("web.png", "mobile.png")[np.random.default_rng(seed).integers(2)]
+        expected = imaugs.overlay_onto_screenshot(img, template_filepath=os.path.join(
+            augly.utils.SCREENSHOT_TEMPLATES_DIR, name))
+        assert difference(views.overlay_onto_screenshot(img, np.random.default_rng(seed)), expected) == (0, 0)
+        seen.add(name)
+    assert len(seen) == 2
+
+
+def test_edges_are_enhanced_by_either_filter(img):
+    found = [views.OPS["edge"](img, np.random.default_rng(seed), None) for seed in range(20)]
+    expected = [img.filter(kind) for kind in (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)]
+    counts = [sum(difference(x, y) == (0, 0) for x in found) for y in expected]
+    assert sum(counts) == 20 and min(counts) > 2
+
+
+@pytest.mark.parametrize("angle", [0.5, 20, 45, 90, 130, 179])
+def test_turned_and_cropped_at_once_is_one_after_the_other(folder, angle):
+    img = Image.open(folder / "0001.jpg")
+    turned = imaugs.rotate(img, degrees=float(angle))
+    part = views.Part(img).turn(angle)
+    assert np.abs(np.subtract(part.size, rotated_rect_with_max_area(512, 512, angle))).max() < 1
+    assert np.abs(np.subtract(part.size, turned.size)).max() <= 1
+    width, height = part.size
+    box = width // 8, height // 5, width // 2, height // 2
+    expected = TF.resized_crop(turned, box[1], box[0], box[3], box[2], [SIZE, SIZE])
+    assert difference(part.crop(box, SIZE).image(), expected)[1] < 2  # up to half a pixel apart
+
+
+def test_a_crop_of_an_image_is_torchvisions(img):
+    box = 13, 7, 90, 101
+    expected = TF.resized_crop(img, box[1], box[0], box[3], box[2], [SIZE, SIZE])
+    largest, mean = difference(views.Part(img).crop(box, SIZE).image(), expected)
+    assert largest <= 1 and mean < 0.3
+
+
+def test_crops_cover_the_areas_and_ratios_asked_for():
+    boxes = np.array([views.crop_box((640, 480), np.random.default_rng(seed), 0.2) for seed in range(500)])
+    left, top, width, height = boxes.T
+    assert (left >= 0).all() and (top >= 0).all() and (left + width <= 640).all() and (top + height <= 480).all()
+    area, ratio = width * height / (640 * 480), width / height
+    assert 0.19 < area.min() < 0.23 and 0.95 < area.max() <= 1
+    assert 0.74 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.35
+
+
+def test_the_same_draws_show_the_same_part_of_a_photo_decoded_small_or_whole(folder):
+    small, whole = views_of(folder), views_of(folder, "full")
+    scales, angles = set(), []
+    for i in range(len(small)):
+        plans = [[data.plan(photo, 3, i, number) for number, photo in enumerate(data.open(i))]
+                 for data in (small, whole)]
+        for (_, a, ops), (_, b, other_ops) in zip(*plans):
+            assert (a.angle, a.box, a.side, ops) == (b.angle, b.box, b.side, other_ops)
+            assert difference(a.image(), b.image())[1] < 4
+            scales.add(a.photo.pixels.shape[0] / a.photo.size[1])
+            assert b.photo.pixels.shape[:2] == (512, 512)
+            side = min(a.box[2:]) * a.photo.pixels.shape[0] / 512
+            assert a.photo.pixels.shape[0] == 512 or side >= SIZE * (2 if a.angle else 1)
+            angles += [a.angle]
+    assert scales >= {0.5, 1} and 0 in angles and max(angles) > 90
+
+
+def test_views_of_photos_decoded_small_look_like_those_of_whole_ones(folder):
+    small, whole = views_of(folder), views_of(folder, "full")
+    for i in range(len(small)):
+        assert (small[(0, i)][0] - whole[(0, i)][0]).abs().mean() * 127.5 < 4
+
+
+def test_overlays_and_crops_as_in_the_notes(folder, monkeypatch):
+    data, calls = views_of(folder), []
+    monkeypatch.setattr(views.imaugs, "overlay_image", lambda below, **kwargs: calls.append((below, kwargs)) or below)
+    for seed in range(200):
+        photo, before = data.open(0)[0], len(calls)
+        part = views.OPS["overlay-crop"](views.Part(photo), np.random.default_rng(seed), data, 0.15, 0.5, 0.3, 0.7, 0.4)
+        assert part.size == (SIZE, SIZE) and (part.photo is photo) == (len(calls) == before)
+        share = part.box[2] * part.box[3] / np.prod(part.photo.size)
+        assert share > (0.69 if len(calls) > before else 0.14)
+    assert 70 < len(calls) < 130
+    size, opacity, x, y = (np.array([kwargs[name] for _, kwargs in calls]) for name in
+                           ("overlay_size", "opacity", "x_pos", "y_pos"))
+    assert 0.3 <= size.min() < 0.35 and 0.65 < size.max() <= 0.7
+    assert 0.4 <= opacity.min() < 0.45 and 0.95 < opacity.max() <= 1
+    assert (np.maximum(x, y) <= 1 - size).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def test_a_jpeg_is_decoded_as_small_as_all_who_look_at_it_allow(folder):
+    for factors, expected in (((), 512), ((1.9,), 512), ((2,), 256), ((5, 3.9), 256), ((4, 9), 128), ((100,), 64)):
+        for draft in (True, False):
+            photo = photos.Photo(folder / "0000.jpg", draft=draft)
+            for factor in factors:
+                photo.shrink(factor)
+            assert photo.size == (512, 512) and photo.pixels.shape == (expected if draft else 512,) * 2 + (3,)
+
+
+def test_both_decoders_give_the_same_pixels(folder, tmp_path, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    img = Image.open(folder / "0000.jpg").crop((0, 0, 301, 203))
+    img.save(tmp_path / "a.jpg"), img.save(tmp_path / "b.jpg", progressive=True, subsampling=0)
+    img.convert("L").save(tmp_path / "c.jpg"), img.convert("CMYK").save(tmp_path / "d.jpg")
+    img.save(tmp_path / "e.png")
+    for factor in (1, 2):
+        found = []
+        for decoder in (photos.simplejpeg, None):
+            monkeypatch.setattr(photos, "simplejpeg", decoder)
+            for path in sorted(tmp_path.iterdir()):
+                photo = photos.Photo(path)
+                photo.shrink(factor)
+                found.append(photo.pixels)
+            monkeypatch.undo()
+        for a, b in zip(found[:5], found[5:]):
+            assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
+
+
+def test_broken_jpegs_are_told_and_turned_ones_turned(folder, tmp_path):
+    data = (folder / "0000.jpg").read_bytes()
+    for length in (0, 2, 300, len(data) // 2):
+        (tmp_path / "cut.jpg").write_bytes(data[:length])
+        with pytest.raises(photos.UNREADABLE):
+            photos.Photo(tmp_path / "cut.jpg").pixels
+    img = Image.open(folder / "0000.jpg").crop((0, 0, 300, 200))
+    exif = img.getexif()
+    exif[274] = 6
+    img.save(tmp_path / "turned.jpg", exif=exif)
+    for turn, size in ((False, (300, 200)), (True, (200, 300))):
+        photo = photos.Photo(tmp_path / "turned.jpg", turn)
+        assert photo.size == size and photo.pixels.shape == (*size[::-1], 3)
+        assert np.array_equal(photo.pixels, np.asarray(photos.open_photo(tmp_path / "turned.jpg", turn)))
+
+
+def test_whole_photos_are_decoded_small_and_stay_the_same(folder):
+    found = []
+    for decode in ("draft", "full"):
+        args = SimpleNamespace(input_size=SIZE, exif_transpose=False, decode=decode)
+        data = views.WholePhotos(args, [str(folder / "0000.jpg"), str(folder / "no.jpg")], views_of(folder).resize,
+                                 [0.5] * 3, [0.5] * 3)
+        i, tensor, reason = data[0]
+        assert i == 0 and tensor.shape == (3, SIZE, SIZE) and reason is None and "FileNotFound" in data[1][2]
+        found.append(tensor)
+    assert 0 < (found[0] - found[1]).abs().mean() * 127.5 < 2
+
+
+@pytest.mark.parametrize("text, message", [
+    ("crop", "'crop' is not crop:smallest"), ("text:1:2:3:4", "'text:1:2:3:4' is not text:fewest:most:lines"),
+    ("jitter:1=1", "'jitter:1=1' is not jitter:brightness:contrast:saturation:hue")])
+def test_wrong_parameters_are_told(text, message):
+    with pytest.raises(views.InputError, match=f"--view1: {message}"):
+        views.parse_ops(text, 0.2, "--view1")
+
+
+def test_tensors_are_torchvisions(img):
+    ours = views.normalize(views.to_tensor(img), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    expected = TF.normalize(TF.to_tensor(img), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert torch.allclose(ours, expected, atol=1e-6) and ours.is_contiguous()
