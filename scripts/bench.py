@@ -12,7 +12,9 @@ size (decode); forward, backward and optimizer on a ready batch (train); forward
 (extract); one faiss search (search). Other flags go to train.py.
 """
 import argparse
+import functools
 import json
+import math
 import os
 import platform
 import random
@@ -122,9 +124,10 @@ def bench_views(bench):
     spent = {}
     watch(views.OPS, spent, list(views.OPS))
     watch(vars(views), spent, ["to_tensor", "normalize", "resize"])
-    decode, Photo.pixels = Photo.pixels, property(timing(Photo.pixels.func, spent, "decode"))
+    pixels, Photo.pixels = Photo.pixels, functools.cached_property(timing(Photo.pixels.func, spent, "decode"))
+    Photo.pixels.__set_name__(Photo, "pixels")
     total = timed(ours)
-    Photo.pixels = decode
+    Photo.pixels = pixels
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         if seconds > 0.005 * total:
             yield f"  of which {name}", 100 * seconds / total, "%", None
@@ -146,15 +149,18 @@ def watch(table, spent, names):
 
 def bench_decode(bench):
     """Photos decoded per second of one core, whole and as small as a 224 px input allows."""
-    def small(name):
-        photo = Photo(bench.folder / name)
-        photo.shrink(min(photo.size) / 256)
-        photo.pixels
+    def decode(side):
+        for name in bench.names:
+            photo = Photo(bench.folder / name)
+            photo.shrink(min(photo.size) / side)
+            photo.pixels
 
-    pillow, whole, least = (len(bench.names) / in_turns(
-        bench.repeats, lambda: [np.asarray(open_photo(bench.folder / name)) for name in bench.names],
-        lambda: [Photo(bench.folder / name).pixels for name in bench.names],
-        lambda: [small(name) for name in bench.names]))
+    def with_pillow():
+        for name in bench.names:
+            np.asarray(open_photo(bench.folder / name))
+
+    pillow, whole, least = len(bench.names) / in_turns(
+        bench.repeats, with_pillow, lambda: decode(math.inf), lambda: decode(256))
     yield "decode whole", whole, "photos/s", pillow
     yield "decode for 224 px", least, "photos/s", pillow
 

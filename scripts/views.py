@@ -166,9 +166,8 @@ def to_tensor(img):
 
 
 def normalize(tensor, mean, std):
-    for plane, m, s in zip(tensor, mean, std):
-        plane.sub_(m).div_(s)
-    return tensor
+    """float32 [3, h, w], in place"""
+    return tensor.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
 
 
 def pixelize(img, ratio):

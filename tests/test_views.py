@@ -60,6 +60,18 @@ def test_jitter_is_torchvisions_to_a_level(img):
         assert largest <= limit and mean < 0.15 * limit + 0.1, (name, factor, largest, mean)
 
 
+def test_jitter_is_torchvisions_step_by_step(img):
+    for seed in range(10):
+        rng, expected = np.random.default_rng(seed), img
+        draws = [rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4), rng.uniform(-0.1, 0.1)]
+        for i in rng.permutation(4):
+            name = ("brightness", "contrast", "saturation", "hue")[i]
+            expected = getattr(TF, f"adjust_{name}")(expected, draws[i])
+        ours = views.color_jitter(img, np.random.default_rng(seed), 0.4, 0.4, 0.4, 0.1)
+        assert difference(ours, expected)[1] < 2
+        assert abs(np.mean(np.asarray(ours, float) - np.asarray(expected))) < 0.3
+
+
 def test_jitter_draws_each_step_once_in_random_order(img, monkeypatch):
     seen = []
     for name in ("brightness", "contrast", "saturation", "hue"):
@@ -78,6 +90,12 @@ def test_blur_is_pillows(img, radius):
     ours, pillows = views.blur(img, radius), img.filter(ImageFilter.GaussianBlur(radius))
     inside = 16, 16, 144, 112  # at the border they continue the image differently
     assert difference(ours, pillows)[1] < 1 and difference(ours.crop(inside), pillows.crop(inside))[0] <= 8
+
+
+def test_a_wide_blur_is_as_wide_as_pillows():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8))
+    stds = [np.asarray(img, float).std() for img in (views.blur(noise, 4), noise.filter(ImageFilter.GaussianBlur(4)))]
+    assert abs(stds[0] / stds[1] - 1) < 0.04
 
 
 def test_blur_of_odd_sizes_is_pillows(img):
@@ -147,7 +165,9 @@ def test_screenshots_are_auglys_and_leave_the_template_clean(img):
         name = ("web.png", "mobile.png")[np.random.default_rng(seed).integers(2)]
         expected = imaugs.overlay_onto_screenshot(img, template_filepath=os.path.join(
             augly.utils.SCREENSHOT_TEMPLATES_DIR, name))
-        assert difference(views.overlay_onto_screenshot(img, np.random.default_rng(seed)), expected) == (0, 0)
+        found = views.overlay_onto_screenshot(img, np.random.default_rng(seed))
+        assert difference(found, expected) == (0, 0)
+        found.paste("red", (0, 0, *found.size))  # as text and emoji may be
         seen.add(name)
     assert len(seen) == 2
 
@@ -274,6 +294,18 @@ def test_broken_jpegs_are_told_and_turned_ones_turned(folder, tmp_path):
         photo = photos.Photo(tmp_path / "turned.jpg", turn)
         assert photo.size == size and photo.pixels.shape == (*size[::-1], 3)
         assert np.array_equal(photo.pixels, np.asarray(photos.open_photo(tmp_path / "turned.jpg", turn)))
+
+
+def test_pillow_reads_what_the_fast_decoder_refuses(folder, monkeypatch):
+    pytest.importorskip("simplejpeg")
+
+    def refuse(*args, **kwargs):
+        raise ValueError
+
+    monkeypatch.setattr(photos.simplejpeg, "decode_jpeg", refuse)
+    photo = photos.Photo(folder / "0000.jpg")
+    photo.shrink(2)
+    assert photo.pixels.shape == (256, 256, 3)
 
 
 def test_whole_photos_are_decoded_small_and_stay_the_same(folder):
