@@ -23,7 +23,6 @@ Extract descriptors of queries, references and training photos with the newest c
 A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line win. Results go to exp/NAME.
 """
 import argparse
-import csv
 import datetime
 import hashlib
 import json
@@ -110,7 +109,7 @@ def fail(message, code=2):
 
 FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, default, help)
     "what to do": [
-        ("--mode", ["train", "extract"], "train", "what to do"),
+        ("--mode", ["train", "extract", "export"], "train", "what to do"),
         ("--exp NAME", str, None, "results go to exp/NAME/train and exp/NAME/extract (default: the experiment that "
          "--weight or --resume lies in, else 'default')"),
         ("--seed N", int, None, "seed of weights, order and views (default: drawn and printed)"),
@@ -209,6 +208,10 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
          "fb-isc-submission.shard-I-of-N.h5; scripts/merge_shards.py puts the files together"),
         ("--dryrun", bool, False, "the first 100 photos of each folder only"),
     ],
+    "export": [
+        ("--format", ["onnx", "torchscript", "safetensors"], "onnx", "of the file for other programs"),
+        ("-o --output FILE", str, None, "where to (default: exp/NAME/export/descriptor.onnx, .pt or .safetensors)"),
+    ],
     "devices and processes (under torchrun its environment decides)": [
         ("--device", ["auto", "cuda", "mps", "cpu"], "auto", "auto: the best there is"),
         ("--gpu N", int, None, "use this GPU only"),
@@ -264,11 +267,12 @@ def parse_args(argv=None):
     if not args.target_set or set(args.target_set) - set(LETTERS):
         fail(f"--target-set must be letters out of q, r, t, not '{args.target_set}'")
     if args.exp is None:
-        file = Path(args.weight if args.mode == "extract" and args.weight else args.resume).resolve()
+        file = Path(args.weight if args.mode != "train" and args.weight else args.resume).resolve()
         args.exp = file.parent.parent.name if file.parent.name == "train" else "default"
     args.out = ROOT / "exp" / args.exp / args.mode
     args.contaminated, args.negative_photos = None, []
-    (check_training_flags if args.mode == "train" else check_extraction_flags)(args)
+    if args.mode != "export":
+        (check_training_flags if args.mode == "train" else check_extraction_flags)(args)
     return args
 
 
@@ -316,17 +320,20 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torchvision  # noqa: E402
 import torchvision.transforms.functional as TF  # noqa: E402
+from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from blocks import Blocks, open_folder  # noqa: E402
 from checkpoints import load_weights, newest_checkpoint, read_checkpoint  # noqa: E402
 from descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
+from export import ENDINGS, FORMATS, INPUT  # noqa: E402
 from inputs import FOLDERS, list_group, list_negatives, list_pairs  # noqa: E402
+from log import Log  # noqa: E402
 from losses import ArcFaceLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss, SNRDistance  # noqa: E402
 from network import (Descriptor, SimSiam, check_arch, linear_bn, predictor, projector,  # noqa: E402
                      read_backbone_weights)
-from photos import PHOTO_ENDINGS, list_photos, write_skipped  # noqa: E402
+from photos import PHOTO_ENDINGS, list_photos, open_photo, write_skipped  # noqa: E402
 from views import (EpochBatches, Pairs, Views, WholePhotos, collate_photos, collate_views,  # noqa: E402
                    parse_ops, write_views_png)
 
@@ -719,30 +726,6 @@ class Trainer:
         return []
 
 
-class Log:
-    """Progress bar, exp/NAME/train/log.csv and TensorBoard; entries after step `start` are from a lost run."""
-
-    COLUMNS = ("epoch", "step", "loss", "lr", "images_per_s", "wait_share")
-
-    def __init__(self, args, start):
-        from torch.utils.tensorboard import SummaryWriter
-        self.file = args.out / "log.csv"
-        lines = self.file.read_text().splitlines()[1:] if start and self.file.is_file() else []
-        rows = [row for row in csv.reader(lines) if len(row) == 6 and int(row[1]) <= start]
-        with replacing(self.file) as temporary, open(temporary, "w", newline="") as out:
-            csv.writer(out).writerows([self.COLUMNS, *rows])
-        self.board = SummaryWriter(args.out, purge_step=start + 1)
-
-    def write(self, bar, *values):
-        row = dict(zip(self.COLUMNS, values))
-        bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.2g}, {row['images_per_s']:.0f} images/s, waiting "
-                            f"for data {row['wait_share']:.0%}", refresh=False)
-        with open(self.file, "a", newline="") as out:
-            csv.writer(out).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
-        for name in self.COLUMNS[2:]:
-            self.board.add_scalar(name, row[name], row["step"])
-
-
 def plain_args(args):
     """The command line as plain values: what args.json and checkpoints hold."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
@@ -797,14 +780,9 @@ def train(args):
 # Extraction
 
 
-def prepare_extraction(args):
-    """Find checkpoint, photos and ids before anything is computed; take what was not given from the checkpoint."""
-    file = args.weight or (None if args.backbone_weights or args.no_pretrained else
-                           newest_checkpoint(args.out.parent / "train"))
-    if not (file or args.backbone_weights or args.no_pretrained):
-        fail(f"no checkpoint in {args.out.parent / 'train'}; train --exp {args.exp} first, or give --weight FILE, "
-             "--backbone-weights FILE (raw features)")
-    args.checkpoint, args.contaminated, stored = file, None, {}
+def take_checkpoint(args, file):
+    """Weights, and the settings that were not given, of the checkpoint `file`; None: a backbone alone."""
+    args.checkpoint, args.contaminated, args.preprocess, stored = file, None, {}, {}
     if file:
         checkpoint = read_checkpoint(file)
         stored = checkpoint["args"] | {"arch": checkpoint.get("arch") or checkpoint["args"].get("arch")}
@@ -818,6 +796,31 @@ def prepare_extraction(args):
         args.head = "none"
     source = Path(file or args.backbone_weights or os.devnull)
     args.sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def find_checkpoint(args):
+    """Take --weight, or the newest checkpoint of --exp, before anything is computed."""
+    file = args.weight or (None if args.backbone_weights or args.no_pretrained else
+                           newest_checkpoint(args.out.parent / "train"))
+    if not (file or args.backbone_weights or args.no_pretrained):
+        fail(f"no checkpoint in {args.out.parent / 'train'}; train --exp {args.exp} first, or give --weight FILE, "
+             "--backbone-weights FILE (raw features)")
+    take_checkpoint(args, file)
+
+
+def load_net(args):
+    """The network of `take_checkpoint`, for evaluation."""
+    net = build_net(args, read_backbone_weights(args.backbone_weights, args.arch)
+                    if args.backbone_weights and not args.checkpoint else False)
+    if args.checkpoint:
+        load_weights(net, args.state, args.checkpoint)
+    args.preprocess = {"mean": net.mean, "std": net.std} | args.preprocess
+    return net.eval().requires_grad_(False)
+
+
+def prepare_extraction(args):
+    """Find checkpoint, photos and ids before anything is computed."""
+    find_checkpoint(args)
     args.groups = {LETTERS[letter]: list_group(args, LETTERS[letter]) for letter in LETTERS
                    if letter in args.target_set}
     name = f"fb-isc-submission{'-subset' * args.eval_subset}"
@@ -827,13 +830,8 @@ def prepare_extraction(args):
 
 def extract(args):
     """Describe all photos, each process every n-th block of them; the first process writes the file from the blocks."""
-    net = build_net(args, read_backbone_weights(args.backbone_weights, args.arch)
-                    if args.backbone_weights and not args.checkpoint else False)
-    if args.checkpoint:
-        load_weights(net, args.state, args.checkpoint)
+    net = load_net(args).to(args.device_used, memory_format=torch.channels_last)
     net.amp_dtype = pick_precision(args, args.device_used)
-    net = net.to(args.device_used, memory_format=torch.channels_last).eval()
-    args.preprocess = {"mean": net.mean, "std": net.std} | getattr(args, "preprocess", {})
     print(f"=> network   {args.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
           f"{args.gem_eval_p:g}, from {args.checkpoint or args.backbone_weights or 'random weights'}")
     folder = args.h5.with_suffix(".blocks")
@@ -926,10 +924,52 @@ def write_results(args, groups, skipped):
             fail(f"scripts/eval_metrics.py failed on {args.h5}", 1)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# For other programs
+
+
+def export(args):
+    """Write the network as --format."""
+    net = load_net(args)
+    config = settings_of(args) | {"mean": args.preprocess["mean"], "std": args.preprocess["std"], "dim": net.dim,
+                                  "input": INPUT, "output": "descriptors: float32 [n, dim], unit length"}
+    path = Path(args.output or args.out / f"descriptor{ENDINGS[args.format]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FORMATS[args.format](net, config, path)
+    print(f"=> wrote {path}")
+
+
+def load_descriptor(weight, device="cpu"):
+    """A checkpoint, or an exported .safetensors, as a function: images -> float32 [n, dim], rows of unit length.
+
+        from train import load_descriptor
+        descriptor = load_descriptor("exp/v31/train/checkpoint_0004.pth.tar")
+        vectors = descriptor(["a.jpg", "b.png"])
+
+    Images are paths or PIL images; batches are up to the caller. Raises InputError for a file that is no checkpoint,
+    OSError for an image that cannot be read.
+    """
+    args = build_parser().parse_args(["--mode", "extract"])
+    args.given = ()
+    take_checkpoint(args, weight)
+    net = load_net(args).to(device)
+
+    @torch.inference_mode()
+    def descriptor(images):
+        photos = [image.convert("RGB") if isinstance(image, Image.Image) else open_photo(image, args.exif_transpose)
+                  for image in images]
+        tensors = [TF.normalize(TF.to_tensor(RESIZES[args.resize](photo, args.input_size)), args.preprocess["mean"],
+                                args.preprocess["std"]) for photo in photos]
+        return net(torch.stack(tensors).to(device)).cpu().numpy()
+
+    return descriptor
+
+
 def main(args):
     warnings.filterwarnings("ignore", "Mapping deprecated model name")  # the resolved name is printed
     logging.getLogger("timm").setLevel(logging.ERROR)  # tells that features_only leaves out the classifier
-    prepare, work = (prepare_training, train) if args.mode == "train" else (prepare_extraction, extract)
+    prepare, work = {"train": (prepare_training, train), "extract": (prepare_extraction, extract),
+                     "export": (find_checkpoint, export)}[args.mode]
     try:
         prepare(args)
     except InputError as error:

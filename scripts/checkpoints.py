@@ -1,9 +1,13 @@
 """Checkpoints: plain dicts of tensors and values that load without running code."""
 import argparse
+import json
 import pickle
 import re
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from descriptors import InputError
 
@@ -13,6 +17,8 @@ def read_checkpoint(file):
 
     Only tensors, plain containers and argparse.Namespace are unpickled; anything else is refused.
     """
+    if str(file).endswith(".safetensors"):
+        return read_safetensors(Path(file))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -28,6 +34,17 @@ def read_checkpoint(file):
     state = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
     args = checkpoint.get("args") or {}
     return checkpoint | {"state_dict": state, "args": vars(args) if isinstance(args, argparse.Namespace) else args}
+
+
+def read_safetensors(file):
+    """The same of weights that --mode export wrote, with config.json beside them."""
+    config = file.with_name("config.json")
+    try:
+        state, settings = load_file(file), json.loads(config.read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{file} with {config} cannot be read: {str(error).splitlines()[0]}") from None
+    return {"state_dict": state, "args": settings, "arch": settings.get("arch"), "preprocess": settings,
+            "contaminated": settings.get("contaminated")}
 
 
 def load_weights(net, state, file):

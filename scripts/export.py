@@ -1,0 +1,49 @@
+"""The trained network as a file for other programs: images [n, 3, s, s] -> descriptors [n, dim] of unit length.
+
+The graph holds backbone, pooling, head and normalisation. How to make its input (size, resizing, mean, standard
+deviation) is in the file's metadata, or in config.json beside safetensors.
+"""
+import json
+
+import torch
+
+from descriptors import InputError, replacing
+
+INPUT = "images: float32 [n, 3, s, s], RGB, photos resized to s = input_size as `resize` says, 0..1, (x - mean) / std"
+
+
+def write_onnx(net, config, path):
+    """ONNX with a free batch size; onnx's `metadata_props` hold the config, values as JSON."""
+    images, n = example(config), torch.export.Dim("n", min=1)
+    try:
+        program = torch.onnx.export(net, (images,), input_names=["images"], output_names=["descriptors"], dynamo=True,
+                                    dynamic_shapes=({0: n},), verbose=False)
+    except ImportError as error:
+        raise InputError(f"--format onnx needs a package: {error}; pip install onnx onnxscript") from None
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in config.items()})
+    with replacing(path) as temporary:
+        program.save(temporary, external_data=False)
+
+
+def write_torchscript(net, config, path):
+    """TorchScript by tracing; torch.jit.load's `_extra_files` {"config.json": ""} takes the config."""
+    with torch.inference_mode(), replacing(path) as temporary:
+        traced = torch.jit.trace(net, example(config))
+        torch.jit.save(traced, str(temporary), _extra_files={"config.json": json.dumps(config)})
+
+
+def write_safetensors(net, config, path):
+    """Weights alone, and config.json beside them; `load_descriptor` and --weight read both."""
+    from safetensors.torch import save_file
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, temporary)
+    with replacing(path.with_name("config.json")) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+
+FORMATS = {"onnx": write_onnx, "torchscript": write_torchscript, "safetensors": write_safetensors}
+ENDINGS = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
+
+
+def example(config):
+    return torch.zeros(2, 3, config["input_size"], config["input_size"])

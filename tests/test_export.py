@@ -1,0 +1,83 @@
+"""--mode export and load_descriptor: the same descriptors in other programs."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from helpers import draw_photos, run
+from test_extract import weights  # noqa: F401  (fixture)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return sorted(draw_photos(tmp_path_factory.mktemp("photos"), 7).iterdir())
+
+
+@pytest.fixture(scope="module")
+def expected(weights, photos):  # noqa: F811
+    """Input tensors and descriptors of the photos, by the network itself."""
+    args = train.parse_args(["--mode", "extract", "--weight", str(weights), "x"])
+    train.find_checkpoint(args)
+    net = train.load_net(args)
+    whole = train.WholePhotos(args, [str(path) for path in photos], train.RESIZES["crop"], [0.5] * 3, [0.5] * 3)
+    images = torch.stack([whole[i][1] for i in range(len(photos))])
+    with torch.no_grad():
+        return images, net(images).numpy()
+
+
+def exported(weights, folder, form):  # noqa: F811
+    path = folder / f"net.{form}"
+    args = train.parse_args(["--mode", "export", "--weight", str(weights), "--format", form, "-o", str(path)])
+    train.main(args)
+    return path
+
+
+def test_load_descriptor_describes_paths_and_images(weights, photos, expected):  # noqa: F811
+    descriptor = train.load_descriptor(weights)
+    rows = descriptor([photos[0], *map(str, photos[1:])])
+    assert rows.dtype == np.float32 and rows.shape == (7, 256) and np.allclose(rows, expected[1], atol=1e-5)
+    assert np.allclose(descriptor([Image.open(photos[2])]), expected[1][2:3], atol=1e-5)
+    with pytest.raises(train.InputError, match="not a readable checkpoint"):
+        train.load_descriptor(photos[0])
+
+
+def test_import_does_nothing_else(tmp_path):
+    code = f"import sys; sys.path[:0] = [{str(train.ROOT)!r}]; from train import load_descriptor"
+    done = run("-c", code, cwd=tmp_path)
+    assert not done.stdout and not done.stderr and not list(tmp_path.iterdir())
+
+
+def test_onnx_gives_the_same_descriptors(weights, tmp_path, expected):  # noqa: F811
+    onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    path = exported(weights, tmp_path, "onnx")
+    session = onnxruntime.InferenceSession(str(path))
+    for n in (7, 1, 3):
+        rows, = session.run(None, {"images": expected[0][:n].numpy()})
+        assert rows.shape == (n, 256) and np.allclose(rows, expected[1][:n], atol=1e-4)
+    config = {prop.key: json.loads(prop.value) for prop in onnx.load(path).metadata_props if prop.key in (
+        "input_size", "resize", "mean", "std", "dim", "arch", "checkpoint_sha256")}
+    assert (config["input_size"], config["resize"], config["mean"], config["dim"]) == (32, "crop", [0.5] * 3, 256)
+    assert config["arch"] == "test_efficientnet.r160_in1k" and len(config["checkpoint_sha256"]) == 64
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_torchscript_gives_the_same_descriptors(weights, tmp_path, expected):  # noqa: F811
+    path, extra = exported(weights, tmp_path, "torchscript"), {"config.json": ""}
+    net = torch.jit.load(path, _extra_files=extra)
+    for n in (7, 1):
+        assert np.allclose(net(expected[0][:n]).numpy(), expected[1][:n], atol=1e-5)
+    assert json.loads(extra["config.json"])["input_size"] == 32
+
+
+def test_safetensors_load_as_a_checkpoint(weights, tmp_path, photos, expected):  # noqa: F811
+    (tmp_path / "a").mkdir()
+    path = exported(weights, tmp_path / "a", "safetensors")
+    assert json.loads((path.parent / "config.json").read_text())["gem_eval_p"] == 5
+    assert np.allclose(train.load_descriptor(path)(photos), expected[1], atol=1e-5)
+    (path.parent / "config.json").unlink()
+    with pytest.raises(train.InputError, match="config.json"):
+        train.load_descriptor(path)
