@@ -69,7 +69,7 @@ def test_jitter_is_torchvisions_step_by_step(img):
             expected = getattr(TF, f"adjust_{name}")(expected, draws[i])
         ours = views.color_jitter(img, np.random.default_rng(seed), 0.4, 0.4, 0.4, 0.1)
         assert difference(ours, expected)[1] < 2
-        assert abs(np.mean(np.asarray(ours, float) - np.asarray(expected))) < 0.3
+        assert abs(np.mean(np.asarray(ours, float) - np.asarray(expected))) < 0.5
 
 
 def test_jitter_draws_each_step_once_in_random_order(img, monkeypatch):
@@ -92,10 +92,15 @@ def test_blur_is_pillows(img, radius):
     assert difference(ours, pillows)[1] < 1 and difference(ours.crop(inside), pillows.crop(inside))[0] <= 8
 
 
-def test_a_wide_blur_is_as_wide_as_pillows():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8))
-    stds = [np.asarray(img, float).std() for img in (views.blur(noise, 4), noise.filter(ImageFilter.GaussianBlur(4)))]
-    assert abs(stds[0] / stds[1] - 1) < 0.04
+@pytest.mark.parametrize("radius", [2, 4, 7])
+def test_a_wide_blur_is_as_wide_as_pillows(radius):
+    variances = [], []
+    for left in range(60, 64):  # wherever it lies in the reduced photo
+        bar = Image.new("RGB", (128, 128))
+        bar.paste("white", (left, 0, left + 1, 128))
+        for img, found in zip((views.blur(bar, radius), bar.filter(ImageFilter.GaussianBlur(radius))), variances):
+            found.append(np.average((np.arange(128) - left) ** 2, weights=np.asarray(img, float).sum((0, 2))))
+    assert abs(np.mean(variances[0]) / np.mean(variances[1]) - 1) < 0.06, variances
 
 
 def test_blur_of_odd_sizes_is_pillows(img):
