@@ -85,7 +85,7 @@ HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle 
         "hflip=0.5 vflip text emoji erase")
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
 FROM_CHECKPOINT = ("arch", "pool", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "input_size", "resize",
-                   "exif_transpose")
+                   "exif_transpose", "decode")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -117,6 +117,7 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("-b --batch-size N", int, 512, "train: photos per step on this machine, over all its devices, each seen "
          "--ncrops times; extract: photos per batch"),
         ("--strict", bool, False, "stop at the first unreadable photo instead of skipping it"),
+        ("--decode", ["draft", "full"], "draft", "draft: JPEGs no larger than needed; full: whole, by Pillow"),
         ("--exif-transpose", bool, False, "turn photos upright by their EXIF tag, which the notes ignore"),
     ],
     "network (extract mode takes these from the checkpoint unless given)": [
