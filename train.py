@@ -24,6 +24,7 @@ A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line
 """
 import argparse
 import datetime
+import errno
 import hashlib
 import json
 import logging
@@ -394,6 +395,10 @@ def run_process(work, args, url, nproc):
         work(args)
     except InputError as error:  # from a loading process it comes with its traceback
         fail(str(error).splitlines()[-1].removeprefix("descriptors.InputError: "))
+    except OSError as error:
+        if not (error.errno in (errno.ENOSPC, errno.EDQUOT) or "errno = 28" in str(error)):  # h5py tells in words
+            raise
+        fail(f"no space left on the disk of {args.out}; what was finished is kept, --resume auto goes on", 1)
     finally:
         if url:
             dist.destroy_process_group()

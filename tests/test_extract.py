@@ -308,3 +308,26 @@ def test_shards_put_together_are_the_whole(tmp_path, weights, monkeypatch):
     for text in ("3/3", "1", "a/b"):
         with pytest.raises(SystemExit):
             shard("--shard", text)
+
+
+def test_a_full_disk_is_told_in_one_line_and_loses_nothing(tmp_path, weights, monkeypatch, capsys):
+    data = data_folder(tmp_path / "data")
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    flags = ["--mode", "extract", "-j", "0", "--device", "cpu", "--exp", "x", "--batch-size", "2", "--weight",
+             str(weights)]
+    write, written = train.Blocks.write, []
+
+    def full(self, block, *rest):
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(block)
+        write(self, block, *rest)
+
+    monkeypatch.setattr(train.Blocks, "write", full)
+    with pytest.raises(SystemExit) as stop:
+        train.main(train.parse_args([*flags, str(data)]))
+    assert stop.value.code == 1 and "no space left on the disk of" in capsys.readouterr().err
+    monkeypatch.setattr(train.Blocks, "write", lambda self, *rest: written.append(rest[0]) or write(self, *rest))
+    args = train.parse_args([*flags, "--resume", "auto", str(data)])
+    train.main(args)
+    assert len(written) == 8 and len(read(args.h5)[0]["reference"]) == 10  # 3 and 5 batches of 2, none twice
