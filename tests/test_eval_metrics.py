@@ -147,6 +147,22 @@ def test_same_output_for_any_block_size_and_thread_count(larger, tmp_path, capsy
         assert (result["average_precision"], result["recall_p90"]) == pytest.approx((ap, recall), abs=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_search_allows_for_the_rounding_of_float32(tmp_path, monkeypatch, seed):
+    """Far from the origin |q|^2 + |r|^2 - 2 q.r is off by more than the distances differ."""
+    monkeypatch.setattr(faiss.cvar, "distance_compute_blas_threshold", 1)  # small searches take differences
+    q = 300 + unit(64, 16, seed)
+    with Descriptors(save(tmp_path / "a.h5", q, 300 + unit(500, 16, seed + 10))) as d:
+        distances = ((q[:, None].astype(float) - d["reference"].read()) ** 2).sum(axis=2).ravel()
+        for neighbours in (3, 500):
+            monkeypatch.setattr(eval_metrics, "NEIGHBOURS", neighbours)
+            monkeypatch.setattr(eval_metrics, "BYTES_PER_PAIR", 2**31 // 1024 // 100)
+            found = eval_metrics.search(q, d["reference"], 200, np.empty(0, np.int64))
+            nearest = np.sort(np.argsort(distances)[:200])
+            np.testing.assert_array_equal(found["query"] * 500 + found["reference"], nearest)
+            np.testing.assert_allclose(-found["score"], distances[nearest], atol=1e-9)
+
+
 def test_search_through_the_index_of_a_gpu(larger, monkeypatch):
     file, *_ = larger
     with Descriptors(file) as d:
