@@ -146,7 +146,7 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--grow-epochs N", int, 0, "double the sample after every N epochs; each time the optimizer, and with arcface "
          "the classes, start anew, and beyond 100,000 photos the batch is halved; 0: never (notes v4)"),
         ("--grow-to N", int, 1_000_000, "up to N photos"),
-        ("--epoch-steps N", int, 0, "an epoch ends after N steps; 0: when all photos were seen"),
+        ("--epoch-steps N", int, 0, "an epoch ends after N steps, or when all photos were seen; 0: only then"),
         ("--pairs FILE", str, None, "train on the pairs of a ground truth (query_id,reference_id), of DIR's "
          "query_images and reference_images: view 0 from the query, view 1 from the reference; descriptors of such a "
          "network are marked as contaminated"),
@@ -926,7 +926,8 @@ def write_results(args, groups, skipped):
     truth = args.dir / "public_ground_truth.csv"
     if {"query", "reference"} <= set(groups) and truth.is_file() and not (args.dryrun or args.shard):
         sys.stdout.flush()
-        if subprocess.run([sys.executable, ROOT / "scripts" / "eval_metrics.py", args.h5, truth]).returncode:
+        command = [sys.executable, ROOT / "scripts" / "eval_metrics.py", args.h5, truth]
+        if subprocess.run(command + ["--allow-contaminated"] * bool(args.contaminated)).returncode:  # it says so
             fail(f"scripts/eval_metrics.py failed on {args.h5}", 1)
 
 
