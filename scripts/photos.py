@@ -5,7 +5,7 @@ import io
 import os
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from descriptors import replacing
 
@@ -84,7 +84,7 @@ class Photo:
         except ValueError:
             self.fast = False
         if not self.fast:
-            with Image.open(io.BytesIO(self.data)) as img:
+            with open_image(self.data) as img:
                 turned = exif_transpose and img.getexif().get(ExifTags.Base.Orientation, 1) >= 5
                 self.size = img.size[::-1] if turned else img.size
 
@@ -103,9 +103,16 @@ class Photo:
                 return simplejpeg.decode_jpeg(self.data, min_height=height, min_width=width)
             except ValueError:  # no baseline JPEG: Pillow reads it, or tells why it cannot
                 pass
-        with Image.open(io.BytesIO(self.data)) as img:
+        with open_image(self.data) as img:
             img.draft("RGB", [max(1, side // factor) for side in img.size])
             return np.array(to_rgb(img, self.exif))
+
+
+def open_image(data):
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # Pillow's text names the address of `data`
+        raise UnidentifiedImageError("cannot identify image file") from None
 
 
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)

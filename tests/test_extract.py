@@ -158,7 +158,7 @@ def test_groups_are_added_and_other_checkpoints_kept_apart(tmp_path, extract, we
     data = data_folder(tmp_path)
     file = extract.out() / "fb-isc-submission.h5"
     extract(data, "--target-set", "qr")
-    before, attrs = read(file)
+    before, _ = read(file)
     extract(data, "--target-set", "t")
     after, _ = read(file)
     assert (after["query"] == before["query"]).all() and len(after["train"]) == 4
@@ -166,9 +166,12 @@ def test_groups_are_added_and_other_checkpoints_kept_apart(tmp_path, extract, we
     state["state_dict"]["fc.weight"] += 1
     torch.save(state, tmp_path / "other.pth.tar")
     done = extract(data, "--target-set", "t", "--weight", tmp_path / "other.pth.tar")
-    backup = file.with_name(f"fb-isc-submission.{attrs['checkpoint_sha256'][:8]}.h5")
+    backup, = file.parent.glob("fb-isc-submission.????????.h5")
     assert str(backup) in done.stdout and len(read(backup)[0]["query"]) == 6
     assert set(read(file)[0]) == {"train", "train_ids"}
+    extract(data, "--target-set", "t", "--gem-eval-p", 1)
+    extract(data, "--target-set", "t", "--gem-eval-p", 2)  # other settings of one checkpoint do not replace each other
+    assert len(list(file.parent.glob("fb-isc-submission.????????.h5"))) == 3
 
 
 def test_metrics_follow_where_the_truth_is_known(tmp_path, extract):

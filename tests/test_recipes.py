@@ -251,7 +251,8 @@ def test_v4_keeps_photos_labels_and_weights_when_it_grows_and_resumes(data, tmp_
     for epoch, (paths, state, classes, optimizer) in enumerate(grown):
         net = train.build_net(args_of("v4"), False)
         net.load_state_dict(state)
-        assert torch.allclose(classes, class_vectors(net, folder, len(paths)), atol=1e-5 * float(classes.abs().max()))
+        assert torch.allclose(classes, class_vectors(net, folder, len(paths)), rtol=1e-3,
+                              atol=1e-4 * float(classes.abs().max()))
         assert not optimizer["state"]  # momentum starts anew
         if epoch:
             before = load(whole / f"checkpoint_{epoch - 1:04d}.pth.tar")
