@@ -44,21 +44,17 @@ class Blocks:
 
     def collect(self):
         """All finished rows [n, dim] as a memory map, their photos' indices [n], unreadable ones [(index, reason)]."""
-        indices, bad = [], []
+        rows, indices, bad, done = None, [], [], 0
         for block in self.blocks:
-            _, some, unreadable = self.read(block)
-            indices.append(some)
-            bad += unreadable
-        rows, done = None, 0
-        for block, some in zip(self.blocks, indices):
-            part = self.read(block)[0]
+            part, some, unreadable = self.read(block)
             if rows is None:
-                shape = (sum(map(len, indices)), part.shape[1])
-                rows = (np.lib.format.open_memmap(self.folder / f"{self.name}.npy", "w+", np.float32, shape)
-                        if shape[0] else part)
+                rows = np.lib.format.open_memmap(self.folder / f"{self.name}.npy", "w+", np.float32,
+                                                 (self.blocks[-1][-1].stop, part.shape[1]))
             rows[done:done + len(some)] = part
             done += len(some)
-        return rows, np.concatenate(indices), bad
+            indices.append(some)
+            bad += unreadable
+        return rows[:done], np.concatenate(indices), bad
 
 
 def open_folder(folder, settings, resume):

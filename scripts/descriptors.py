@@ -15,6 +15,7 @@ import numpy as np
 
 GROUPS = ("query", "reference", "train")
 BLOCK = 65536  # rows read or written at a time: 64 MiB at 256 dimensions
+COMPARABLE = ("checkpoint_sha256", "input_size", "resize", "gem_eval_p")  # attributes that distances depend on
 UNIT_TOLERANCE = 1e-3  # float16 rows deviate from unit length by up to 5e-4
 
 
@@ -209,7 +210,6 @@ class Rows(BlockRows):
         norms = np.sqrt(np.einsum("ij,ij->i", block, block))
         self.deviation = max(self.deviation, float(np.abs(norms - 1).max(initial=0)))
         return block
-
 
     def random_access(self):
         """Rows [n, dim] to index at random: a memory map where the file allows it, else in memory."""

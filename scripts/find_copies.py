@@ -33,7 +33,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from descriptors import BlockRows, Descriptors, InputError, count_gpus, replacing
+from descriptors import COMPARABLE, BlockRows, Descriptors, InputError, count_gpus, replacing
 from photos import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -43,7 +43,6 @@ H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 CHUNKS = 2048, 65536  # least and most photos per run of train.py; in between as many as are described already
 THUMBNAIL = 256  # px
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
-SETTINGS = ("input_size", "resize", "gem_eval_p")  # attributes that tell descriptors of one checkpoint apart
 
 
 class WorkError(Exception):
@@ -234,7 +233,7 @@ class Extraction:
             for i, row in zip(rows.ids.astype(int), rows.read()):
                 described[i] = row, None
             return {name: descriptors.attrs[name] if name == "calibration" else str(descriptors.attrs[name])
-                    for name in ("calibration", "checkpoint_sha256", *SETTINGS) if name in descriptors.attrs}
+                    for name in ("calibration", *COMPARABLE) if name in descriptors.attrs}
 
     def fail(self, code):
         if shutil.disk_usage(self.folder).free < 2**20:
@@ -315,7 +314,7 @@ def check_comparable(queries, archive):
     if queries.rows.shape[1] != archive.rows.shape[1]:
         raise InputError(f"{queries.source} has {queries.rows.shape[1]} dimensions, "
                          f"{archive.source} {archive.rows.shape[1]}")
-    for name in ("checkpoint_sha256", *SETTINGS):
+    for name in COMPARABLE:
         a, b = (str(c.attrs.get(name, "unknown")) for c in (queries, archive))
         if a != b and "unknown" not in (a, b):
             raise InputError(f"{queries.source} and {archive.source} are of different {name}: {a[:12]}, {b[:12]}")

@@ -33,11 +33,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from descriptors import BLOCK, Descriptors, InputError, count_gpus, first_three, replacing
+from descriptors import BLOCK, COMPARABLE, Descriptors, InputError, count_gpus, first_three, replacing
 from eval_metrics import micro_ap, positive, read_ground_truth, search_topk, sort_candidates, squared_distances
 from tqdm import tqdm
 
-MADE_BY = ("checkpoint_sha256", "input_size", "resize", "gem_eval_p", "steps")  # what makes distances comparable
+MADE_BY = (*COMPARABLE, "steps")
 MILVUS_BATCH, MILVUS_QUERIES = 1000, 64  # rows, queries per request
 MILVUS_INSTALL = "pip install --no-deps -r requirements-scale.txt"
 

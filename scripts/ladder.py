@@ -47,6 +47,7 @@ from typing import NamedTuple
 
 import numpy as np
 from descriptors import InputError, replacing, write_descriptors
+from inputs import FOLDERS
 from photos import UNREADABLE, list_photos, open_photo, write_skipped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,6 @@ BASELINES = {"raw": "the network's features without training",
              "pdq": "PDQ, a perceptual hash of 256 bits", "phash": "pHash, a perceptual hash of 64 bits"}
 OURS = ("--mode", "--exp", "--seed", "--weight", "--resume", "--start-epoch", "--epoch-steps", "--target-set")
 BENCHMARK_FLAGS = ("strength", "edits", "references", "queries", "distractors", "training", "tile")
-FOLDERS = {"query": "query_images", "reference": "reference_images", "train": "training_images"}
 TRUTH = "public_ground_truth.csv"
 SAVE_STEPS = 100  # a training that was killed loses no more
 PROBE_STEPS, PROBE_ROW = 20, 5  # steps of the probe and per row of its log; the first row has the start-up in it

@@ -383,7 +383,7 @@ class Views(torch.utils.data.Dataset):
     def __init__(self, args, root, paths, resize, mean, std):
         self.root, self.paths, self.seed, self.ncrops, self.strict = root, paths, args.seed, args.ncrops, args.strict
         self.size, self.resize, self.mean, self.std = args.input_size, resize, mean, std
-        self.exif, self.draft = args.exif_transpose, getattr(args, "decode", "draft") == "draft"
+        self.exif, self.draft = args.exif_transpose, args.decode == "draft"
         self.pipelines = [parse_ops(args.view0, args.op_prob), parse_ops(args.view1, args.op_prob)]
         self.negatives, self.negative_photos = args.negatives, args.negative_photos
 
@@ -552,7 +552,7 @@ class WholePhotos(torch.utils.data.Dataset):
 
     def __init__(self, args, paths, resize, mean, std):
         self.paths, self.size, self.resize, self.mean, self.std = paths, args.input_size, resize, mean, std
-        self.exif, self.draft = args.exif_transpose, getattr(args, "decode", "draft") == "draft"
+        self.exif, self.draft = args.exif_transpose, args.decode == "draft"
 
     def __len__(self):
         return len(self.paths)
