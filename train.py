@@ -23,15 +23,12 @@ Extract descriptors of queries, references and training photos with the newest c
 A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line win. Results go to exp/NAME.
 """
 import argparse
-import datetime
-import errno
 import hashlib
 import json
 import logging
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -41,6 +38,8 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from cli import Parser, fail  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What an experiment chooses from: one entry per choice. Entries are called late, after the heavy imports below.
@@ -85,27 +84,12 @@ MODERATE = "crop:0.5=1 hflip=0.5"
 HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle jpeg=0.5 gray blur perspective "
         "hflip=0.5 vflip text emoji erase")
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
-FROM_CHECKPOINT = ("arch", "pool", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "input_size", "resize",
+FROM_CHECKPOINT = ("arch", "pool", "stages", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "input_size", "resize",
                    "exif_transpose", "decode")
+HEAD_PHOTOS, CALIBRATION_PHOTOS = 2000, 2000  # training photos that --head-init and --calibrate look at
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that reads recipes: flags in @file, any number per line, # starts a comment."""
-
-    def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
-
-    def error(self, message):
-        fail(message)
-
-
-def fail(message, code=2):
-    """Tell what is wrong in one line on stderr and leave: 2 wrong usage or input, 1 failed while working."""
-    print(f"train.py: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, default, help)
@@ -123,8 +107,10 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
     ],
     "network (extract mode takes these from the checkpoint unless given)": [
         ("-a --arch NAME", str, "resnet50", "timm model, old names too"),
-        ("--pool", ["gem", "backbone"], "gem", "gem: GeM over the last feature map; backbone: the network's own "
-         "final norm and pooling, as for Swin in the notes"),
+        ("--pool", ["gem", "stages", "backbone"], "gem", "gem: GeM over the last feature map; stages: GeM of the "
+         "positive and negative part, mean and deviation of the maps of --stages; backbone: the network's own final "
+         "norm and pooling, as for Swin in the notes"),
+        ("--stages N,N", str, "2,3", "pool stages: feature maps, 0 the finest; layers after the last one are left out"),
         ("--gem-p P", float, 3.0, "GeM exponent in training"),
         ("--gem-eval-p P", float, 4.0, "GeM exponent in extraction"),
         ("--head", list(HEADS), "linear-bn", "from pooled features to descriptor; none: the pooled features"),
@@ -133,6 +119,7 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--extract-from", ["proj", "pred", "proj+pred"], "proj", "head simsiam: describe by projection, prediction or "
          "their sum"),
         ("--input-size PX", int, 224, "side of the network's square input"),
+        ("--eval-input-size PX", int, None, "the same for extraction (default: --input-size)"),
         ("--resize", list(RESIZES), "crop", "whole photo to square; crop: shorter side to PX + 32, centre crop "
          "(notes v3..v51); square: stretch (v52 on)"),
         ("--weight FILE", str, None, "checkpoint to extract with (default: the newest of --exp) or to start training "
@@ -140,6 +127,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--backbone-weights FILE", str, None, "timm weights (.pth, .safetensors) to start from instead of a "
          "download; in extract mode: their raw features"),
         ("--no-pretrained", bool, False, "start from random weights"),
+        ("--head-init", ["random", "pca", "whitening"], "random", "start of the head linear-bn, from 2,000 training photos in "
+         "two views; whitening: projection that shrinks what differs between views"),
     ],
     "training data and views": [
         ("--sample-size N", int, 100_000, "use the first N photos in order of their paths"),
@@ -182,18 +171,27 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--optimizer", list(OPTIMIZERS), "sgd", "optimizer"),
         ("--lr --learning-rate LR", float, 0.05, "used as given, not scaled by the batch size"),
         ("--lr-schedule", list(SCHEDULES), "cosine", "cosine and linear change per epoch, cosine-iter per step"),
+        ("--warmup N", int, 0, "the rate rises over the first N steps"),
+        ("--backbone-lr X", float, 1.0, "factor of the backbone's rate"),
+        ("--freeze N", int, 0, "the backbone's parameters up to feature map N - 1 are not trained"),
         ("--momentum M", float, 0.9, "SGD"),
         ("--wd --weight-decay W", float, 1e-4, "on matrices and kernels; not on 1-D parameters, biases and gains"),
         ("--decay-all", bool, False, "weight decay on all parameters (notes v1, v2)"),
         ("--fix-pred-lr", bool, False, "head simsiam: the predictor keeps its first learning rate"),
-        ("--batch-norm", ["sync", "local", "shuffled"], "sync", "statistics over all GPUs or each its own (processes "
-         "without a GPU always have their own); shuffled: its own, of a batch drawn from all processes"),
+        ("--batch-norm", ["sync", "local", "shuffled", "frozen"], "sync", "statistics over all GPUs or each its own "
+         "(processes without a GPU always have their own); shuffled: its own, of a batch drawn from all processes; "
+         "frozen: in the backbone those of its pretraining, in the head its own"),
         ("--accumulate N", int, 1, "compute a batch that does not fit the device in N parts; loss and memory see it "
          "whole, batch norm the parts"),
         ("--grad-checkpointing", bool, False, "keep few activations and compute the others twice: less memory, slower"),
         ("--compile", bool, False, "torch.compile the backbone: the first step takes minutes, the others less"),
         ("--amp", ["auto", "off", "bf16", "fp16"], "auto", "precision of the backbone; auto: bf16 where the device "
          "computes in it, else fp16 on GPUs and fp32 on CPUs; extraction on a CPU is fp32, head and loss always are"),
+    ],
+    "at the end of training": [
+        ("--whiten N", int, 0, "fold a PCA whitening of the descriptors of N training photos into the head"),
+        ("--calibrate N", int, 0, "keep N photos back, and measure the precision at each score on them and edited "
+         "copies of them; 0: no calibration"),
     ],
     "checkpoints and log": [
         ("--resume FILE", str, "", "continue from a checkpoint of this script; auto: from the newest of --exp, if any; "
@@ -257,7 +255,8 @@ def parse_args(argv=None):
     args.given = list(vars(parser.parse_args(argv)))
     for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq",
                           "accumulate"), 1),
-                         (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives"), 0)):
+                         (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives", "warmup", "freeze", "whiten",
+                           "calibrate"), 0)):
         for name in names:
             if getattr(args, name) < least:
                 fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
@@ -298,6 +297,10 @@ def check_training_flags(args):
         args.memory_size = 0
         if args.negatives:
             fail(f"--negatives {args.negatives}: --loss {args.loss} compares no photos")
+    if (args.head_init != "random" or args.whiten) and args.head != "linear-bn":
+        fail(f"--head {args.head}: --head-init and --whiten are for linear-bn")
+    if args.pairs and (args.head_init != "random" or args.whiten or args.calibrate or args.pool == "stages"):
+        fail("--pairs: --head-init, --whiten, --calibrate and --pool stages want single photos")
     if args.memory_enqueue != "all" and not args.memory_size:
         fail(f"--memory-enqueue {args.memory_enqueue} needs a --memory-size")
     if args.grow_epochs and args.pairs:
@@ -325,7 +328,7 @@ import torchvision.transforms.functional as TF  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-sys.path.insert(0, str(ROOT / "scripts"))
+from calibration import measure  # noqa: E402
 from blocks import Blocks, open_folder  # noqa: E402
 from checkpoints import load_weights, newest_checkpoint, read_checkpoint  # noqa: E402
 from descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
@@ -336,109 +339,13 @@ from losses import ArcFaceLoss, NTXentLoss, Objective, PairCriterion, SimSiamLos
 from network import (Descriptor, SimSiam, check_arch, linear_bn, predictor, projector,  # noqa: E402
                      read_backbone_weights)
 from photos import PHOTO_ENDINGS, list_photos, open_photo, write_skipped  # noqa: E402
+from processes import gather_objects, launch, loader_options, pick_precision  # noqa: E402
 from views import (EpochBatches, Pairs, Views, WholePhotos, collate_photos, collate_views,  # noqa: E402
                    parse_ops, write_views_png)
 
+from whitening import HEAD_INITS, fold_whitening, init_head  # noqa: E402
+
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, pml, np)}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Devices and processes
-
-
-def launch(work, args):
-    """Run `work(args)` here, in --nproc new processes, or in torchrun's; args.process counts over all machines."""
-    args.process, args.processes, args.local = 0, 1, args.gpu or 0
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        env = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-        args.process, args.processes, args.local = env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]
-        return run_process(work, args, "env://", env["LOCAL_WORLD_SIZE"])
-    if not args.multiprocessing_distributed:
-        return run_process(work, args, None, 1)
-    gpus = torch.cuda.device_count() if pick_device(args).type == "cuda" else 0
-    nproc = args.nproc or gpus or 1
-    if gpus and nproc > gpus:
-        fail(f"--nproc {nproc}: this machine has {gpus} GPUs")
-    if args.batch_size % nproc:
-        fail(f"--batch-size {args.batch_size} cannot be shared by {nproc} processes")
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the processes, which finish their step
-    try:
-        torch.multiprocessing.spawn(spawned, (work, args, nproc), nprocs=nproc)
-    except torch.multiprocessing.ProcessExitedException as error:
-        sys.exit(error.exit_code if error.exit_code > 0 else 1)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def spawned(local, work, args, nproc):
-    nodes, node = max(1, args.world_size), max(0, args.rank)
-    args.process, args.processes, args.local = node * nproc + local, nodes * nproc, local
-    run_process(work, args, args.dist_url, nproc)
-
-
-def run_process(work, args, url, nproc):
-    """Join the process group at `url` (none: single process), set the device, do the work, leave the group."""
-    args.nproc = nproc
-    device = args.device_used = pick_device(args)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif nproc > 1:
-        torch.set_num_threads(max(1, os.cpu_count() // nproc))  # else they wait for each other's cores
-    if url:
-        backend = args.dist_backend if device.type == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, url, datetime.timedelta(hours=12), args.processes, args.process)
-        except (RuntimeError, ValueError) as error:
-            fail(f"the processes cannot meet at {url}: {str(error).splitlines()[0]}; is the port in use?", code=1)
-    if args.process:
-        sys.stdout = open(os.devnull, "w")  # one voice; errors and warnings go to stderr
-    try:
-        work(args)
-    except InputError as error:  # from a loading process it comes with its traceback
-        fail(str(error).splitlines()[-1].removeprefix("descriptors.InputError: "))
-    except OSError as error:
-        if not (error.errno in (errno.ENOSPC, errno.EDQUOT) or "errno = 28" in str(error)):  # h5py tells in words
-            raise
-        fail(f"no space left on the disk of {args.out}; what was finished is kept, --resume auto goes on", 1)
-    finally:
-        if url:
-            dist.destroy_process_group()
-
-
-def pick_device(args):
-    """cuda (--gpu or the process's own), mps or cpu."""
-    kind = args.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if kind == "cuda" and torch.cuda.device_count() <= (args.gpu or 0):
-        fail(f"--device cuda --gpu {args.gpu or 0}: {torch.cuda.device_count()} GPUs found")
-    return torch.device(kind, getattr(args, "local", args.gpu or 0)) if kind == "cuda" else torch.device(kind)
-
-
-def pick_precision(args, device):
-    """dtype of the backbone's autocast, or None for fp32."""
-    if args.amp != "auto":
-        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    native = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in
-                                          ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return torch.bfloat16 if native and args.mode == "train" else None
-
-
-def loader_options(args):
-    """DataLoader settings; forked workers start at once, where a process that was spawned itself would spawn them."""
-    workers = math.ceil(args.workers / args.nproc)
-    return dict(num_workers=workers, pin_memory=args.device_used.type == "cuda",
-                multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
-
-
-def gather_objects(x):
-    """A picklable object of each process -> list in order of rank."""
-    objects = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(objects, x)
-    return objects
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -454,13 +361,29 @@ def pairs(args, loss):
 
 def param_groups(module, args):
     """Weight decay for matrices and kernels only: none for 1-D parameters, biases and NFNet gains (--decay-all: for
-    all). With --fix-pred-lr the predictor's parameters are groups of their own, marked as `fixed`."""
+    all). With --fix-pred-lr the predictor's parameters are groups of their own, marked as `fixed`; `factor` is of the
+    group's rate."""
     groups = {}
     for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        factor = args.backbone_lr if name.startswith("net.backbone.") else 1.0
         spared = not args.decay_all and (p.ndim <= 1 or name.endswith(".bias") or "gain" in name)
         fixed = args.fix_pred_lr and ".predictor." in name
-        groups.setdefault((fixed, not spared), []).append(p)
-    return [{"params": groups[key], "weight_decay": args.wd * key[1], "fixed": key[0]} for key in sorted(groups)]
+        groups.setdefault((fixed, not spared, factor), []).append(p)
+    return [{"params": groups[key], "weight_decay": args.wd * key[1], "fixed": key[0], "factor": key[2]}
+            for key in sorted(groups)]
+
+
+def freeze_stages(backbone, n):
+    """Leave the parameters up to the backbone's feature map n - 1 as they are."""
+    if not hasattr(backbone, "feature_info") or n > len(backbone.feature_info.info):
+        raise InputError(f"--freeze {n}: the backbone has no feature map {n - 1}")
+    last = backbone.feature_info.info[n - 1]["module"].replace(".", "_") + "_"  # as timm names it in flat networks
+    names = [name for name, _ in backbone.named_parameters()]
+    end = max(i for i, name in enumerate(names) if name.replace(".", "_").startswith(last))
+    for name in names[:end + 1]:
+        backbone.get_parameter(name).requires_grad_(False)
 
 
 def on_gpu(groups):
@@ -492,7 +415,7 @@ class Trainer:
         self.epoch, self.done = args.start_epoch, 0  # `done` steps of this epoch
         self.build_stage(sample_of_epoch(args, self.epoch))
         self.step = self.epoch * self.batches.steps()
-        self.skipped, self.failed, self.stop = {}, 0, False
+        self.skipped, self.failed, self.stop, self.calibration = {}, 0, False, None
 
     def seed_everything(self):
         """Agree on a seed; cudnn either repeats itself (seed given) or searches for the fastest kernels."""
@@ -516,12 +439,60 @@ class Trainer:
         args.preprocess = {"mean": self.net.mean, "std": self.net.std, "input_size": args.input_size,
                            "resize": args.resize, "exif_transpose": args.exif_transpose}
         self.net = self.net.to(self.device, memory_format=torch.channels_last)
+        if args.process == 0 and not (args.weight or args.resume_file):  # DDP gives it to the others
+            self.init_head()
+        if args.freeze:
+            freeze_stages(self.net.backbone, args.freeze)
         if args.grad_checkpointing:
             self.net.backbone.set_grad_checkpointing()
         if args.compile:
             self.net.backbone.compile()
         if synchronised(args, self.device):
             self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+
+    def describe_views(self, describe, paths, pipelines, size):
+        """Describe photos in len(pipelines) views of `size` px: -> for each view, describe(images [B, 3, s, s]) [n, d]
+        of all `paths` on the CPU. An unreadable photo is replaced as in training."""
+        args, net = self.args, self.net.eval()
+        settings = {"view0": pipelines[0], "view1": pipelines[-1], "ncrops": len(pipelines), "negatives": 0,
+                    "input_size": size}
+        views = Views(argparse.Namespace(**vars(args) | settings), args.dir, paths, RESIZES[args.resize], net.mean,
+                      net.std)
+        batches = [[(0, i) for i in range(start, min(start + 64, len(paths)))] for start in range(0, len(paths), 64)]
+        loader = torch.utils.data.DataLoader(views, batch_sampler=batches, collate_fn=collate_views,
+                                             **loader_options(args))
+        rows = []
+        with torch.inference_mode():
+            for images, *_ in tqdm(loader, "photos", unit="batch", leave=False):
+                images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+                rows.append(describe(images).float().cpu().chunk(len(pipelines)))
+        return [torch.cat(parts) for parts in zip(*rows)]
+
+    def init_head(self):
+        """Standardise the pooled statistics (--pool stages) and start the head (--head-init) by training photos in both
+        views."""
+        args, net = self.args, self.net
+        if args.pool != "stages" and args.head_init == "random":
+            return
+        describe = net.pooled if args.pool != "stages" else lambda images: torch.cat(net.statistics(images), 1)
+        views = self.describe_views(describe, args.photos[:args.sample_size][:HEAD_PHOTOS], [args.view0, args.view1],
+                                    args.input_size)
+        if args.pool == "stages":
+            views = net.standardise(*views)
+        if args.head_init != "random":
+            init_head(net, *views, HEAD_INITS[args.head_init])
+
+    def finish(self):
+        """Fold the whitening into the head and measure the calibration, with photos as extraction sees them."""
+        args, net, size = self.args, self.net, self.args.eval_input_size or self.args.input_size
+        trained = args.photos[:len(self.views)]
+        if args.whiten:
+            rows, = self.describe_views(net.embed, trained[:args.whiten], ["clean=1"], size)
+            fold_whitening(net, rows)
+        if args.calibrate:
+            originals, copies = self.describe_views(net, args.held_back, ["clean=1", args.view1], size)
+            others, = self.describe_views(net, trained[:CALIBRATION_PHOTOS], ["clean=1"], size)
+            self.calibration = measure(copies.numpy(), torch.cat([originals, others]).numpy(), range(len(copies)))
 
     def build_stage(self, sample):
         """Photos, criterion and optimizer for `sample` (photos, photos per step of a process)."""
@@ -600,7 +571,8 @@ class Trainer:
     def learning_rate(self):
         args = self.args
         now = self.epoch + self.done / self.batches.steps()
-        return args.lr * SCHEDULES[args.lr_schedule](self.epoch, now, args.epochs)
+        rising = min(1, (self.step + 1) / args.warmup) if args.warmup else 1
+        return args.lr * rising * SCHEDULES[args.lr_schedule](self.epoch, now, args.epochs)
 
     def train_epoch(self):
         """The rest of epoch `self.epoch`, after the `self.done` steps that it had; ends with its checkpoint."""
@@ -634,12 +606,14 @@ class Trainer:
                 bar.update()
         self.report_skipped()
         self.epoch, self.done = self.epoch + 1, 0
+        if self.epoch == args.epochs and args.process == 0:
+            self.finish()
         self.save(f"checkpoint_{self.epoch - 1:04d}.pth.tar")
 
     def train_step(self, images, labels):
         """One optimizer step; returns the loss as a tensor that is not waited for."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr if group["fixed"] else self.learning_rate()
+            group["lr"] = (self.args.lr if group["fixed"] else self.learning_rate()) * group["factor"]
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         loss = self.objective(images, labels.to(self.device, non_blocking=True))
         self.optimizer.zero_grad()
@@ -683,7 +657,8 @@ class Trainer:
                  "criterion": self.criterion.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "scaler": self.scaler.state_dict(), "rng": rng, "args": plain_args(self.args),
                  "photos": len(self.views), "processes": self.args.processes, "preprocess": self.args.preprocess,
-                 "contaminated": self.args.contaminated, "versions": VERSIONS}
+                 "contaminated": self.args.contaminated, "calibration": self.calibration,
+                 "whitened": bool(self.args.whiten) and self.epoch == self.args.epochs, "versions": VERSIONS}
         with replacing(self.args.out / name) as temporary:
             torch.save(state, temporary)
         if name != "latest.pth.tar":
@@ -723,6 +698,8 @@ class Trainer:
         if shapes[0] != shapes[1] and self.args.loss == "arcface":
             self.init_classes()
             return ["classes and optimizer start anew"]
+        if state.get("whitened"):
+            return ["the run had ended with --whiten: optimizer and memory start anew"]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, setting in zip(self.optimizer.param_groups, settings):
             group.update(setting)
@@ -735,7 +712,7 @@ class Trainer:
 def plain_args(args):
     """The command line as plain values: what args.json and checkpoints hold."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-            if name not in ("photos", "odd", "device_used", "given", "found", "negative_photos")}
+            if name not in ("photos", "held_back", "odd", "device_used", "given", "found", "negative_photos")}
 
 
 def memory_estimate(args, dim):
@@ -745,6 +722,14 @@ def memory_estimate(args, dim):
     if args.loss == "arcface":
         return max(sample_of_epoch(args, epoch)[0] for epoch in range(args.epochs)) * (dim * 12 + rows * 20) / 2**30
     return max(args.memory_size, rows) * (dim * 4 + rows * 32) / 2**30
+
+
+def hold_back(photos, n):
+    """`n` photos by chance, always the same ones, and the others in their order."""
+    if 2 * n > len(photos):
+        raise InputError(f"--calibrate {n}: leaves less than half of {len(photos)} photos to train on")
+    kept = set(np.random.default_rng(0).permutation(len(photos))[:n].tolist())
+    return [photos[i] for i in sorted(kept)], [photo for i, photo in enumerate(photos) if i not in kept]
 
 
 def prepare_training(args):
@@ -758,7 +743,9 @@ def prepare_training(args):
     args.odd = [(str(args.dir / path), reason) for path, reason in odd]
     if not photos:
         fail(f"no photos in {args.dir} ({', '.join(PHOTO_ENDINGS)})")
-    args.found, args.photos = len(photos), photos[:max(args.sample_size, args.grow_to * bool(args.grow_epochs))]
+    args.found = len(photos)
+    args.held_back, photos = hold_back(photos, args.calibrate)
+    args.photos = photos[:max(args.sample_size, args.grow_to * bool(args.grow_epochs))]
     args.contaminated = Path(args.pairs).name if args.pairs else None
     args.negative_photos = list_negatives(args) if args.negatives else []
     args.resume_file = args.resume
@@ -788,15 +775,20 @@ def train(args):
 
 def take_checkpoint(args, file):
     """Weights, and the settings that were not given, of the checkpoint `file`; None: a backbone alone."""
-    args.checkpoint, args.contaminated, args.preprocess, stored = file, None, {}, {}
+    args.checkpoint, args.contaminated, args.calibration, args.preprocess, stored = file, None, None, {}, {}
     if file:
         checkpoint = read_checkpoint(file)
         stored = checkpoint["args"] | {"arch": checkpoint.get("arch") or checkpoint["args"].get("arch")}
         args.preprocess, args.contaminated = checkpoint.get("preprocess", {}), checkpoint.get("contaminated")
+        args.calibration = checkpoint.get("calibration")
         args.state = checkpoint["state_dict"]
+    if stored.get("eval_input_size"):
+        stored["input_size"] = stored["eval_input_size"]
     for name in FROM_CHECKPOINT:
         if name not in args.given and stored.get(name) is not None:
             setattr(args, name, stored[name])
+    if any(getattr(args, name) != stored.get(name) for name in FROM_CHECKPOINT):
+        args.calibration = None  # it was measured with the checkpoint's settings
     args.arch_tag = check_arch(args.arch)
     if not file and "head" not in args.given:
         args.head = "none"
@@ -918,8 +910,9 @@ def write_results(args, groups, skipped):
             backup = args.h5.with_name(f"{args.h5.stem}.{tag}.h5")
             os.replace(args.h5, backup)
             print(f"=> kept the earlier file of other settings as {backup}")
-    write_descriptors(args.h5, groups, settings | {"checkpoint": str(args.checkpoint or args.backbone_weights),
-                                                   "versions": VERSIONS}, keep=keep)
+    others = {"checkpoint": str(args.checkpoint or args.backbone_weights), "versions": VERSIONS}
+    others |= {"calibration": args.calibration} if args.calibration else {}
+    write_descriptors(args.h5, groups, settings | others, keep=keep)
     write_skipped(args.out / "skipped.csv", skipped)
     print(f"=> wrote {args.h5}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()) +
           (f"; {len(skipped)} skipped, see {args.out / 'skipped.csv'}" if skipped else ""))

@@ -3,6 +3,7 @@
 Shapes: images [B, 3, s, s] -> feature map [B, C, h, w] -> pooled features [B, C] -> descriptors [B, dim].
 """
 import difflib
+import itertools
 
 import timm
 import torch
@@ -15,6 +16,11 @@ from descriptors import InputError, first_three
 def gem(x, p, eps=1e-6):
     """Generalised mean pooling [B, C, H, W] -> [B, C]: (mean of max(x, eps)^p)^(1/p) (arXiv 1711.02512)."""
     return x.clamp(min=eps).pow(p).mean((-2, -1)).pow(1 / p)
+
+
+def statistics(x, p, eps=1e-5):
+    """[B, C, H, W] -> [B, 4 C]: GeM of the positive and of the negative part, mean, standard deviation."""
+    return torch.cat([gem(x, p), gem(-x, p), x.mean((-2, -1)), (x.var((-2, -1), correction=0) + eps).sqrt()], 1)
 
 
 def linear_bn(channels, dim, affine=True):
@@ -41,10 +47,19 @@ class Descriptor(torch.nn.Module):
     def __init__(self, args, head, pretrained):
         super().__init__()
         self.pool, self.gem_p, self.gem_eval_p, self.amp_dtype = args.pool, args.gem_p, args.gem_eval_p, None
-        self.backbone = build_backbone(args, pretrained)
-        channels = self.backbone.feature_info.channels()[-1] if args.pool == "gem" else self.backbone.head_hidden_size
+        self.stages = parse_stages(args)
+        self.frozen_norms = args.batch_norm == "frozen"
+        self.backbone = build_backbone(args, pretrained, self.stages)
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         self.mean, self.std = (list(self.backbone.pretrained_cfg[name]) for name in ("mean", "std"))
+        if args.pool == "backbone":
+            channels = self.backbone.head_hidden_size
+        elif args.pool == "gem":
+            channels = self.backbone.feature_info.channels()[-1]
+        else:
+            widths = [4 * width for width in self.backbone.feature_info.channels()]
+            self.standard = torch.nn.ModuleList(torch.nn.BatchNorm1d(width, affine=False) for width in widths)
+            channels = sum(widths)
         modules = head(channels, args)
         self.head = list(modules)
         self.dim = args.dim if modules else channels
@@ -55,15 +70,49 @@ class Descriptor(torch.nn.Module):
                 if module.bias is not None:
                     torch.nn.init.zeros_(module.bias)
 
-    def pooled(self, images):
-        """Images [B, 3, s, s] -> pooled features [B, channels], fp32."""
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen_norms:  # running statistics of the pretraining, and no update of them
+            for module in itertools.chain(self.backbone.modules(), self.standard if self.pool == "stages" else ()):
+                if hasattr(module, "running_mean"):
+                    module.eval()
+        return self
+
+    def maps(self, images):
+        """Images [B, 3, s, s] -> what the backbone gives, fp32: feature maps [B, C, h, w], or features [B, C]."""
         with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             features = self.backbone(images)
         if self.pool == "backbone":
             return features.float()
-        features = features[-1].float()
-        features = features.permute(0, 3, 1, 2) if self.channels_last else features
-        return gem(features, self.gem_p if self.training else self.gem_eval_p)
+        maps = [features[i].float() for i in range(len(features))]
+        return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_last else maps
+
+    def statistics(self, images):
+        """Pool stages: images [B, 3, s, s] -> statistics of each feature map, [B, 4 C] each."""
+        return [statistics(x, self.gem_p if self.training else self.gem_eval_p) for x in self.maps(images)]
+
+    def standardised(self, parts):
+        """Statistics of each feature map -> pooled features [B, channels]: each map's part has unit length."""
+        return torch.cat([F.normalize(norm(part)) for norm, part in zip(self.standard, parts)], 1)
+
+    @torch.no_grad()
+    def standardise(self, *views):
+        """Let each statistic have mean 0 and variance 1 over photos: views, each [n, channels] of `statistics` side by
+        side -> the same standardised, each map's part of unit length."""
+        parts = torch.cat(views).split([norm.num_features for norm in self.standard], 1)
+        for norm, part in zip(self.standard, parts):
+            norm.running_mean.copy_(part.mean(0))
+            norm.running_var.copy_(part.var(0))
+        return self.standardised([part.to(norm.running_mean) for norm, part in zip(self.standard, parts)]
+                                 ).cpu().chunk(len(views))
+
+    def pooled(self, images):
+        """Images [B, 3, s, s] -> pooled features [B, channels], fp32."""
+        if self.pool == "backbone":
+            return self.maps(images)
+        if self.pool == "gem":
+            return gem(self.maps(images)[-1], self.gem_p if self.training else self.gem_eval_p)
+        return self.standardised(self.statistics(images))
 
     def embed(self, images):
         """Images [B, 3, s, s] -> descriptors [B, dim] before they get unit length."""
@@ -89,12 +138,24 @@ class SimSiam(Descriptor):
         return (z, p) if self.training else F.normalize({"proj": z, "pred": p, "proj+pred": z + p}[self.extract_from])
 
 
-def build_backbone(args, pretrained):
-    """timm network for `args.arch`: feature maps with pool gem, pooled features with pool backbone.
+def parse_stages(args):
+    """--stages "2,3" -> (2, 3), or None: the last feature map."""
+    if args.pool != "stages":
+        return None
+    try:
+        return tuple(sorted({int(stage) for stage in args.stages.split(",")}))
+    except ValueError:
+        raise InputError(f"--stages {args.stages}: give numbers of feature maps, such as 2,3") from None
+
+
+def build_backbone(args, pretrained, stages):
+    """timm network for `args.arch`: feature maps (of `stages` only, if given), pooled features with pool backbone.
 
     `pretrained`: True asks the hub, False gives random weights, a state dict of the whole network is loaded.
     """
-    kwargs = dict(features_only=True) if args.pool == "gem" else dict(num_classes=0)
+    kwargs = dict(num_classes=0) if args.pool == "backbone" else dict(features_only=True)
+    if stages:
+        kwargs["out_indices"] = stages  # later layers are left out
     with torch.device("meta"):
         config = timm.create_model(args.arch).pretrained_cfg
     if config.get("fixed_input_size"):
@@ -103,7 +164,7 @@ def build_backbone(args, pretrained):
         kwargs["pretrained_cfg_overlay"] = dict(state_dict=pretrained)
     try:
         return timm.create_model(args.arch, pretrained=bool(pretrained), **kwargs)
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, AssertionError, IndexError) as error:
         raise InputError(f"--arch {args.arch} cannot be built with --pool {args.pool}: {error}") from None
     except OSError as error:
         raise InputError(f"the weights of {args.arch} cannot be downloaded ({str(error).splitlines()[0]}); give "

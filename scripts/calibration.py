@@ -1,0 +1,68 @@
+"""Scores to precision: which share of the pairs above a threshold are copies.
+
+Measured on edited copies of photos that were not trained on, and carried by checkpoints and descriptor files as their
+attribute `calibration`, JSON: `scores` (rising, minus the squared L2 distance), `recall` (share of copies with a score
+of at least that), `false_rate` (non-copies with a score of at least that, per query and archive photo),
+`copies_ratio` (share of queries that have an original in the archive).
+"""
+import json
+
+import numpy as np
+from descriptors import InputError
+
+POINTS = 200  # of a stored curve
+COPIES_RATIO = 0.2  # unless told: most queries have no original
+
+
+def measure(copies, archive, originals):
+    """Calibration of edited copies [n, d] against an archive [m, d] of other photos and their originals.
+
+    Args: originals [n]: row of the archive that each copy was made from.
+    """
+    scores = np.float32(2) * copies @ archive.T - 2
+    found = np.sort(scores[np.arange(len(copies)), originals])
+    scores[np.arange(len(copies)), originals] = -np.inf
+    n = scores.size - len(copies)
+    false = np.sort(np.partition(scores.ravel(), -min(n, 100 * len(copies)))[-min(n, 100 * len(copies)):])
+    at = np.unique(np.quantile(np.concatenate([found, false[false > found[0]]]), np.linspace(0, 1, POINTS)))
+    above = lambda values: len(values) - np.searchsorted(values, at)
+    return {"scores": at.tolist(), "recall": (above(found) / len(found)).tolist(),
+            "false_rate": (above(false) / n).tolist(), "copies_ratio": COPIES_RATIO}
+
+
+class Calibration:
+    """Precision at a score, for an archive of `references` photos.
+
+    With R the recall and F the false rate at a score, c the copies ratio: c R / (c R + F x references). More queries
+    without an original, or a larger archive, bring more false pairs for as many true ones.
+
+    Raises InputError: `text`, of the file `source`, is not of that form.
+    """
+
+    def __init__(self, text, source, references, copies_ratio=None):
+        self.source = source
+        try:
+            table = json.loads(text)
+            self.scores, recall, false = (np.array(table[name], float) for name in ("scores", "recall", "false_rate"))
+            self.copies_ratio = float(table["copies_ratio"]) if copies_ratio is None else copies_ratio
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{source}: attribute `calibration` cannot be read: {error}") from None
+        if not (self.scores.ndim == 1 and len(self.scores) and self.scores.shape == recall.shape == false.shape
+                and (np.diff(self.scores) > 0).all() and ((0 <= recall) & (recall <= 1)).all() and (false >= 0).all()):
+            raise InputError(f"{source}: attribute `calibration`: `scores` should rise, `recall` be from 0 to 1, "
+                             "`false_rate` not negative")
+        true = self.copies_ratio * recall
+        self.precision = np.maximum.accumulate(true / np.maximum(true + false * references, 1e-12))
+
+    def at(self, scores):
+        """Precision [n] of pairs of these scores [n] and above."""
+        return np.interp(scores, self.scores, self.precision)
+
+    def threshold(self, precision, flag):
+        """The smallest score whose precision reaches `precision`. InputError naming `flag` where none does."""
+        i = int(np.searchsorted(self.precision, precision))
+        if i == len(self.precision):
+            raise InputError(f"{flag} {precision:g}: the calibration of {self.source} reaches {self.precision[-1]:.3f}")
+        if not i:
+            return float(self.scores[0])
+        return float(np.interp(precision, self.precision[i - 1:i + 1], self.scores[i - 1:i + 1]))

@@ -1,0 +1,66 @@
+"""Linear maps learned from descriptors of training photos, and the head that holds them."""
+import torch
+
+
+def covariance(x, y):
+    return x.T @ y / len(x)
+
+
+def learned_whitening(a, b, dim, shrinkage=0.3):
+    """Projection that shrinks what differs between views of a photo, and keeps what differs between photos.
+
+    Args: a, b: pooled features [n, c] of two views of n photos. shrinkage: share of the within-pair covariance that is
+    replaced by the same variance in all directions.
+
+    Returns mean [c] and projection [c, dim]: whitening of the within-pair covariance, then the `dim` directions of
+    largest variance (Mikolajczyk and Matas, ICCV 2007; Radenovic et al., arXiv 1711.02512).
+    """
+    a, b = a.double(), b.double()
+    within = covariance(a - b, a - b)
+    within = (1 - shrinkage) * within + shrinkage * within.trace() / len(within) * torch.eye(len(within))
+    values, vectors = torch.linalg.eigh(within)
+    whitened = vectors / values.sqrt()
+    mean = torch.cat([a, b]).mean(0)
+    rows = (torch.cat([a, b]) - mean) @ whitened
+    _, directions = torch.linalg.eigh(covariance(rows, rows))
+    return mean, whitened @ directions.flip(1)[:, :dim]
+
+
+def pca(a, b, dim):
+    """Mean [c] and projection [c, dim] onto the directions of largest variance of both views [n, c]."""
+    rows = torch.cat([a, b]).double()
+    mean = rows.mean(0)
+    _, directions = torch.linalg.eigh(covariance(rows - mean, rows - mean))
+    return mean, directions.flip(1)[:, :dim]
+
+
+HEAD_INITS = {"whitening": learned_whitening, "pca": pca}  # (views [n, c], other views [n, c], dim) -> mean, projection
+
+
+@torch.no_grad()
+def init_head(net, a, b, projection):
+    """Start a linear-bn head as a `HEAD_INITS` projection of pooled features; batch norm keeps its scale."""
+    mean, matrix = projection(a, b, net.dim)
+    rows = (torch.cat([a, b]).double() - mean) @ matrix
+    scale = rows.std(0).mean()  # a common factor: the descriptor has unit length anyway
+    net.fc.weight.copy_(matrix.T / scale)
+    net.bn.running_mean.copy_(mean @ matrix / scale)
+    net.bn.running_var.copy_((rows / scale).var(0))
+    net.bn.weight.copy_((net.bn.running_var + net.bn.eps).sqrt())
+    net.bn.bias.zero_()
+
+
+@torch.no_grad()
+def fold_whitening(net, rows):
+    """PCA whitening of the descriptors before unit length, rows [n, dim] of training photos, as part of the head."""
+    rows = rows.double()
+    mean = rows.mean(0)
+    values, vectors = torch.linalg.eigh(covariance(rows - mean, rows - mean))
+    matrix = (vectors / values.clamp(min=values[-1] * 1e-6).sqrt()).T.to(net.fc.weight)  # a dead direction stays small
+    gain = net.bn.weight / (net.bn.running_var + net.bn.eps).sqrt()
+    shift = net.bn.bias - net.bn.running_mean * gain
+    net.fc.weight.copy_(matrix @ (gain[:, None] * net.fc.weight))
+    net.bn.bias.copy_(matrix @ (shift - mean.to(shift)))
+    net.bn.running_mean.zero_()
+    net.bn.running_var.fill_(1 - net.bn.eps)
+    net.bn.weight.fill_(1)
