@@ -321,8 +321,7 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torchvision  # noqa: E402
-import torchvision.transforms.functional as TF  # noqa: E402
-from PIL import Image  # noqa: E402
+import torchvision.transforms.v2.functional as TF  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -335,7 +334,7 @@ from log import Log  # noqa: E402
 from losses import ArcFaceLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss, SNRDistance  # noqa: E402
 from network import (Descriptor, SimSiam, check_arch, linear_bn, predictor, projector,  # noqa: E402
                      read_backbone_weights)
-from photos import PHOTO_ENDINGS, list_photos, open_photo, write_skipped  # noqa: E402
+from photos import PHOTO_ENDINGS, list_photos, write_skipped  # noqa: E402
 from views import (EpochBatches, Pairs, Views, WholePhotos, collate_photos, collate_views,  # noqa: E402
                    parse_ops, write_views_png)
 
@@ -960,14 +959,11 @@ def load_descriptor(weight, device="cpu"):
     args.given = ()
     take_checkpoint(args, weight)
     net = load_net(args).to(device)
+    photos = WholePhotos(args, [], RESIZES[args.resize], args.preprocess["mean"], args.preprocess["std"])
 
     @torch.inference_mode()
     def descriptor(images):
-        photos = [image.convert("RGB") if isinstance(image, Image.Image) else open_photo(image, args.exif_transpose)
-                  for image in images]
-        tensors = [TF.normalize(TF.to_tensor(RESIZES[args.resize](photo, args.input_size)), args.preprocess["mean"],
-                                args.preprocess["std"]) for photo in photos]
-        return net(torch.stack(tensors).to(device)).cpu().numpy()
+        return net(photos.prepare(images).to(device)).cpu().numpy()
 
     return descriptor
 
