@@ -23,6 +23,7 @@ Extract descriptors of queries, references and training photos with the newest c
 A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line win. Results go to exp/NAME.
 """
 import argparse
+import ctypes
 import datetime
 import errno
 import hashlib
@@ -380,8 +381,10 @@ def run_process(work, args, url, nproc):
     device = args.device_used = pick_device(args)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif nproc > 1:
-        torch.set_num_threads(max(1, os.cpu_count() // nproc))  # else they wait for each other's cores
+    else:
+        keep_freed_memory()
+        if nproc > 1:
+            torch.set_num_threads(max(1, os.cpu_count() // nproc))  # else they wait for each other's cores
     if url:
         backend = args.dist_backend if device.type == "cuda" else "gloo"
         try:
@@ -401,6 +404,13 @@ def run_process(work, args, url, nproc):
     finally:
         if url:
             dist.destroy_process_group()
+
+
+def keep_freed_memory():
+    """glibc hands freed large blocks back to the kernel, and every feature map then costs new pages: keep them."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def pick_device(args):
