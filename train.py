@@ -127,8 +127,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--backbone-weights FILE", str, None, "timm weights (.pth, .safetensors) to start from instead of a "
          "download; in extract mode: their raw features"),
         ("--no-pretrained", bool, False, "start from random weights"),
-        ("--head-init", ["random", "pca", "whitening"], "random", "start of the head linear-bn, from 2,000 training photos in "
-         "two views; whitening: projection that shrinks what differs between views"),
+        ("--head-init", ["random", "pca", "whitening"], "random", "start of the head linear-bn, from 2,000 training "
+         "photos in two views; whitening: projection that shrinks what differs between views"),
     ],
     "training data and views": [
         ("--sample-size N", int, 100_000, "use the first N photos in order of their paths"),
@@ -255,8 +255,8 @@ def parse_args(argv=None):
     args.given = list(vars(parser.parse_args(argv)))
     for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq",
                           "accumulate"), 1),
-                         (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives", "warmup", "freeze", "whiten",
-                           "calibrate"), 0)):
+                         (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives", "warmup", "freeze",
+                           "whiten", "calibrate"), 0)):
         for name in names:
             if getattr(args, name) < least:
                 fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
@@ -324,12 +324,11 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torchvision  # noqa: E402
-import torchvision.transforms.functional as TF  # noqa: E402
-from PIL import Image  # noqa: E402
+import torchvision.transforms.v2.functional as TF  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from calibration import measure  # noqa: E402
 from blocks import Blocks, open_folder  # noqa: E402
+from calibration import measure  # noqa: E402
 from checkpoints import load_weights, newest_checkpoint, read_checkpoint  # noqa: E402
 from descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
 from export import ENDINGS, FORMATS, INPUT  # noqa: E402
@@ -338,7 +337,7 @@ from log import Log  # noqa: E402
 from losses import ArcFaceLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss, SNRDistance  # noqa: E402
 from network import (Descriptor, SimSiam, check_arch, linear_bn, predictor, projector,  # noqa: E402
                      read_backbone_weights)
-from photos import PHOTO_ENDINGS, list_photos, open_photo, write_skipped  # noqa: E402
+from photos import PHOTO_ENDINGS, list_photos, write_skipped  # noqa: E402
 from processes import gather_objects, launch, loader_options, pick_precision  # noqa: E402
 from views import (EpochBatches, Pairs, Views, WholePhotos, collate_photos, collate_views,  # noqa: E402
                    parse_ops, write_views_png)
@@ -953,14 +952,11 @@ def load_descriptor(weight, device="cpu"):
     args.given = ()
     take_checkpoint(args, weight)
     net = load_net(args).to(device)
+    photos = WholePhotos(args, [], RESIZES[args.resize], args.preprocess["mean"], args.preprocess["std"])
 
     @torch.inference_mode()
     def descriptor(images):
-        photos = [image.convert("RGB") if isinstance(image, Image.Image) else open_photo(image, args.exif_transpose)
-                  for image in images]
-        tensors = [TF.normalize(TF.to_tensor(RESIZES[args.resize](photo, args.input_size)), args.preprocess["mean"],
-                                args.preprocess["std"]) for photo in photos]
-        return net(torch.stack(tensors).to(device)).cpu().numpy()
+        return net(photos.prepare(images).to(device)).cpu().numpy()
 
     return descriptor
 

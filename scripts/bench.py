@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Measure this machine: views, decoding, training step, extraction and search, each beside a floor.
+"""Measure this machine: views, decoding, training step, extraction, start and search, each beside a floor.
 
     python scripts/bench.py views decode --photos PHOTOS --side 1000 -o bench.json
     python scripts/bench.py train extract --photos PHOTOS -a tf_efficientnet_lite0 --backbone-weights LITE0.pth
+    python scripts/bench.py start --photos PHOTOS --side 64 --device cpu
     python scripts/bench.py search --compare bench.json
 
 Photos are copied to --side px first; smaller ones are enlarged, which leaves out the detail that slows real decoding.
 Every figure and the one it is compared with are measured in turns, --repeats times; the table shows medians. `views`
 and `decode` use one core. Floors: the notes' pipeline as written, with AugLy and torchvision (views); Pillow at full
 size (decode); forward, backward and optimizer on a ready batch (train); forward or decoding alone, whichever is longer
-(extract); one faiss search (search). Other flags go to train.py.
+(extract); os.walk (start); one faiss search (search). Other flags go to train.py.
 """
 import argparse
 import functools
@@ -18,16 +19,19 @@ import math
 import os
 import platform
 import random
+import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # train.py
 from descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
 from photos import Photo, list_photos, open_photo  # noqa: E402
 
@@ -123,7 +127,7 @@ def bench_views(bench):
     yield f"{bench.recipe} pairs of views, {data.size} px", fast, "pairs/s", slow
     spent = {}
     watch(views.OPS, spent, list(views.OPS))
-    watch(vars(views), spent, ["to_tensor", "normalize", "resize"])
+    watch(vars(views), spent, ["resize"])
     pixels, Photo.pixels = Photo.pixels, functools.cached_property(timing(Photo.pixels.func, spent, "decode"))
     Photo.pixels.__set_name__(Photo, "pixels")
     total = timed(ours)
@@ -165,11 +169,19 @@ def bench_decode(bench):
     yield "decode for 224 px", least, "photos/s", pillow
 
 
+def start(args):
+    """What train.py does before it works: pick the device, keep the memory."""
+    import processes
+    vars(args).update(process=0, processes=1, nproc=1, local=args.gpu or 0, device_used=processes.pick_device(args))
+    if args.device_used.type == "cpu":
+        processes.keep_freed_memory()
+
+
 def trainer(bench):
     import train
     args = recipe(bench, "--sample-size", len(bench.names))
     train.prepare_training(args)
-    vars(args).update(process=0, processes=1, nproc=1, local=args.gpu or 0, device_used=train.pick_device(args))
+    start(args)
     return train.Trainer(args)
 
 
@@ -213,7 +225,7 @@ def bench_extract(bench):
     args = recipe(bench, "--mode", "extract", "--input-size", 224, "--resize", "square", "--batch-size", 64)
     args.out.mkdir(exist_ok=True)
     train.take_checkpoint(args, None)
-    vars(args).update(process=0, processes=1, nproc=1, local=args.gpu or 0, device_used=train.pick_device(args))
+    start(args)
     device, net = args.device_used, train.load_net(args)
     net.amp_dtype = train.pick_precision(args, device)
     net = net.to(device, memory_format=torch.channels_last)
@@ -255,6 +267,28 @@ def bench_extract(bench):
     yield "  median cosine to the plain loop's descriptors", float(np.median(cosines)), "", None
 
 
+def bench_start(bench):
+    """Seconds of train.py with one step over --links photos, which are hard links in folders of a thousand."""
+    folder, files, count = bench.work / "links", [bench.folder / name for name in bench.names], bench.links
+    for i in range(count):
+        if i % 1000 == 0:
+            (folder / f"{i // 1000:03d}").mkdir(parents=True)
+        os.link(files[i % len(files)], folder / f"{i // 1000:03d}" / f"{i:06d}.jpg")
+    walk, listing = in_turns(bench.repeats, lambda: sum(len(names) for *_, names in os.walk(folder)),
+                             lambda: list_photos(folder))
+    yield f"list {count:,} photos, beside os.walk", count / listing, "files/s", count / walk
+    tracemalloc.start()
+    paths, _ = list_photos(folder)
+    memory = tracemalloc.get_traced_memory()[0] / 2**20
+    tracemalloc.stop()
+    yield f"  memory of {len(paths):,} paths", memory, "MiB", None
+    command = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--input-size", 64, "-b", 32, "--memory-size",
+               64, "--sample-size", count, "--epoch-steps", 1, "--epochs", 1, "--exp", bench.work / "out", *bench.flags]
+    run = lambda: subprocess.run([sys.executable, *map(str, command), folder], cwd=ROOT, check=True,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield "  train.py with one step, from start to exit", in_turns(bench.repeats, run)[0], "s", None
+
+
 def bench_search(bench):
     """Queries per second: exact top 10 of eval_metrics.py, beside one faiss search of the same arrays."""
     import faiss
@@ -272,7 +306,7 @@ def bench_search(bench):
 
 
 SECTIONS = {"views": bench_views, "decode": bench_decode, "train": bench_train, "extract": bench_extract,
-            "search": bench_search}
+            "start": bench_start, "search": bench_search}
 
 
 def copy_photos(bench):
@@ -306,6 +340,7 @@ def parse_args(argv=None):
     parser.add_argument("--photos", metavar="DIR", help="photos for all sections but search")
     parser.add_argument("--side", type=int, default=1000, metavar="PX", help="longer side (default: %(default)s)")
     parser.add_argument("--count", type=int, default=200, metavar="N", help="photos (default: %(default)s)")
+    parser.add_argument("--links", type=int, default=1_000_000, metavar="N", help="of start (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--recipe", default="v31", metavar="NAME", help="exp/NAME.args (default: %(default)s)")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the figures as JSON")
@@ -335,7 +370,7 @@ def read_rows(file):
 
 
 def write_rows(bench, rows):
-    settings = {name: getattr(bench, name) for name in ("side", "count", "repeats", "recipe", "flags")}
+    settings = {name: getattr(bench, name) for name in ("side", "count", "links", "repeats", "recipe", "flags")}
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     with replacing(bench.output) as temporary:
         text = json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=2)

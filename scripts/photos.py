@@ -108,6 +108,15 @@ class Photo:
             return np.array(to_rgb(img, self.exif))
 
 
+def through_jpeg(pixels, quality):
+    """What a JPEG of `quality` leaves of pixels, uint8 [h, w, 3]."""
+    if simplejpeg:
+        return simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420"))
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return np.array(Image.open(file))
+
+
 def open_image(data):
     try:
         return Image.open(io.BytesIO(data))

@@ -50,8 +50,9 @@ def run_process(work, args, url, nproc):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        keep_memory()
-        torch.set_num_threads(max(1, os.cpu_count() // nproc))  # else they wait for each other's cores
+        keep_freed_memory()
+        if nproc > 1:
+            torch.set_num_threads(max(1, os.cpu_count() // nproc))  # else they wait for each other's cores
     if url:
         backend = args.dist_backend if device.type == "cuda" else "gloo"
         try:
@@ -73,7 +74,7 @@ def run_process(work, args, url, nproc):
             dist.destroy_process_group()
 
 
-def keep_memory():
+def keep_freed_memory():
     """Let glibc keep the memory of tensors that are gone for the next ones. It would give each back to the system, and
     fresh pages cost more than the computing on some virtual machines (a training step of 12 s against 2.6 s)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

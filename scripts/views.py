@@ -7,7 +7,6 @@ on (seed, epoch, photo, view number) only. Distributions: notes v8..v86, augly 0
 """
 import functools
 import inspect
-import io
 import math
 import os
 import pickle
@@ -20,40 +19,40 @@ import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from augly.image.utils import get_template_and_bbox, resize_and_pad_to_given_size, rotated_rect_with_max_area
+from augly.image.utils import get_template_and_bbox, rotated_rect_with_max_area
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from descriptors import InputError, replacing
-from photos import UNREADABLE, Photo
+from photos import UNREADABLE, Photo, through_jpeg, to_rgb
 
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
-OPS = {  # name -> operation of a view: (RGB image, numpy Generator, Views, parameters...) -> image; erase: on a tensor
-    "clean": lambda img, rng, v: v.resize(img, v.size),
-    "crop": lambda img, rng, v, smallest: Part.of(img).crop(crop_box(img.size, rng, smallest), v.size),
+OPS = {  # name -> operation of a view: (pixels uint8 [h, w, 3], numpy Generator, Views, parameters...) -> new pixels
+    "clean": lambda img, rng, v: Part.of(img).whole(v.resize, v.size),
+    "crop": lambda img, rng, v, smallest: Part.of(img).crop(crop_box(size_of(img), rng, smallest), v.size),
     "overlay-crop": lambda img, rng, v, smallest, prob, low, high, opacity: overlay_and_crop(
         img, rng, v, smallest, prob, low, high, opacity),
     "jitter": lambda img, rng, v, brightness, contrast, saturation, hue: color_jitter(
         img, rng, brightness, contrast, saturation, hue),
-    "saturation": lambda img, rng, v, factor: TF.adjust_saturation(img, factor),
-    "brightness": lambda img, rng, v, low, high: TF.adjust_brightness(img, rng.uniform(low, high)),
-    "pixelize": lambda img, rng, v: pixelize(img, max(rng.uniform(0.1, 1), 1 / min(img.size))),
+    "saturation": lambda img, rng, v, factor: to_pixels(adjust_saturation(to_planes(img), factor)),
+    "brightness": lambda img, rng, v, low, high: to_pixels(adjust_brightness(to_planes(img), rng.uniform(low, high))),
+    "pixelize": lambda img, rng, v: pixelize(img, max(rng.uniform(0.1, 1), 1 / min(img.shape[:2]))),
     "shuffle": lambda img, rng, v: shuffle_pixels(img, rng, 0.1),
-    "jpeg": lambda img, rng, v: encode_jpeg(img, int(rng.choice([10, 20, 30, 50]))),
-    "gray": lambda img, rng, v: img.convert("L").convert("RGB"),
+    "jpeg": lambda img, rng, v: through_jpeg(img, int(rng.choice([10, 20, 30, 50]))),
+    "gray": lambda img, rng, v: gray(img),
     "blur": lambda img, rng, v: blur(img, rng.uniform(0.01, 10)),
     "gaussian": lambda img, rng, v: blur(img, rng.uniform(0.1, 2)),
     "perspective": lambda img, rng, v: random_perspective(img, rng, 0.5),
-    "hflip": lambda img, rng, v: TF.hflip(img),
-    "vflip": lambda img, rng, v: TF.vflip(img),
+    "hflip": lambda img, rng, v: flip(img, 1),
+    "vflip": lambda img, rng, v: flip(img, 0),
     "rotation": lambda img, rng, v: Part.of(img).turn(rng.uniform(0, 180)),
-    "edge": lambda img, rng, v: img.filter(EDGE_FILTERS[rng.integers(2)]),
+    "edge": lambda img, rng, v: enhance_edges(img, EDGE_FILTERS[rng.integers(2)]),
     "text": lambda img, rng, v, fewest=None, most=None, lines=1: overlay_text(img, rng, fewest, most, lines),
     "emoji": lambda img, rng, v: overlay_emoji(img, rng),
     "screenshot": lambda img, rng, v: overlay_onto_screenshot(img, rng),
     "overlay": lambda img, rng, v: overlay_onto_photo(img, rng, v),
-    "erase": lambda tensor, rng, v: random_erasing(tensor, rng),
+    "erase": lambda img, rng, v: erased_part(v.size, rng),  # comes last and gives noise, which is no colour: see Images
 }
-GEOMETRY = ("rotation", "crop", "overlay-crop")  # operations that, first in a view, come before the photo is decoded
+GEOMETRY = ("rotation", "crop", "overlay-crop", "clean")  # first in a view they come before the photo is decoded
 
 
 def parse_ops(text, default_prob, flag="view"):
@@ -86,16 +85,24 @@ def parse_ops(text, default_prob, flag="view"):
             groups.append([op])
     if inside:
         raise InputError(f"{flag}: brackets do not match in '{text}'")
+    names = [name for group in groups for name, *_ in group]
+    if "erase" in names and (names.index("erase") < len(names) - 1 or len(groups[-1]) > 1):
+        raise InputError(f"{flag}: 'erase' must come last and by itself in '{text}'")
     return groups
 
 
+def size_of(img):
+    """(width, height) of pixels, a Photo or a Part"""
+    return img.shape[1::-1] if isinstance(img, np.ndarray) else img.size
+
+
 class Part:
-    """What a view shows of a photo: the photo turned, then a box of it resized to a square, in one go and only when the
-    image is asked for, so that the photo need not be decoded larger than all its views need it."""
+    """What a view shows of a photo: the photo turned, then a box of it resized to a square, or all of it; in one go and
+    only when the pixels are asked for, so that the photo need not be decoded larger than all its views need it."""
 
     def __init__(self, photo):
-        self.photo, self.angle, self.box, self.side = photo, 0, None, None
-        self.size = self.frame = photo.size  # of the image; of what the box is cut from
+        self.photo, self.angle, self.box, self.side, self.resize = photo, 0, None, None, None
+        self.size = self.frame = size_of(photo)  # of the pixels; of what the box is cut from
 
     @classmethod
     def of(cls, img):
@@ -103,28 +110,40 @@ class Part:
 
     def turn(self, degrees):
         """Counter-clockwise, cut to the largest upright rectangle without background, as augly does."""
-        if self.angle or self.box:
-            return Part(self.image()).turn(degrees)
+        if self.angle or self.side:
+            return Part(self.pixels()).turn(degrees)
         self.angle = degrees
         self.size = self.frame = tuple(max(1, int(side)) for side in rotated_rect_with_max_area(*self.size, degrees))
         return self
 
     def crop(self, box, side):
         """Box (left, top, width, height) resized to a square of `side`."""
-        if self.box:
-            return Part(self.image()).crop(box, side)
+        if self.side:
+            return Part(self.pixels()).crop(box, side)
         self.box, self.side, self.size = box, side, (side, side)
+        return self
+
+    def whole(self, resize, side):
+        """All of it, made a square of `side` by an entry of train.py's RESIZES."""
+        if self.angle or self.side:
+            return Part(self.pixels()).whole(resize, side)
+        self.resize, self.side, self.size = resize, side, (side, side)
         return self
 
     def shrink(self):
         """How many times smaller the photo may be; turning does not interpolate, so then it is twice as large."""
+        if self.resize:
+            return min(self.frame) / (self.side + 32)  # what --resize crop needs
         return min(self.box[2:]) / self.side / (2 if self.angle else 1) if self.box else 1
 
-    def image(self):
+    def pixels(self):
+        """uint8 [h, w, 3]"""
         if isinstance(self.photo, Photo):
             self.photo.shrink(self.shrink())
-        pixels = self.photo.pixels if isinstance(self.photo, Photo) else np.array(self.photo)
-        scale = pixels.shape[1] / self.photo.size[0]
+        pixels = self.photo.pixels if isinstance(self.photo, Photo) else self.photo
+        if self.resize:
+            return self.resize(torch.from_numpy(pixels).permute(2, 0, 1), self.side).permute(1, 2, 0).numpy()
+        scale = pixels.shape[1] / size_of(self.photo)[0]
         left, top, width, height = (scale * value for value in self.box or (0, 0, *self.frame))
         width, height = max(1, round(width)), max(1, round(height))
         if self.angle:
@@ -136,7 +155,7 @@ class Part:
         elif self.box:
             left, top = round(left), round(top)
             pixels = pixels[top:top + height, left:left + width]
-        return Image.fromarray(resize(pixels, self.side, self.side) if self.side else pixels)
+        return resize(pixels, self.side, self.side) if self.side else pixels
 
 
 def crop_box(size, rng, smallest):
@@ -160,27 +179,28 @@ def resize(pixels, height, width, mode="bilinear"):
     return pixels.permute(0, 2, 3, 1)[0].numpy()
 
 
-def to_tensor(img):
-    """RGB image -> float32 [3, h, w] of 0..1"""
-    return torch.from_numpy(np.asarray(img).transpose(2, 0, 1).astype(np.float32, order="C")).div_(255)
+def on_pillow(op):
+    """An operation on Pillow images, for pixels."""
+    @functools.wraps(op)
+    def on_pixels(pixels, *args):
+        return np.array(op(Image.fromarray(pixels), *args))
+    return on_pixels
 
 
-def normalize(tensor, mean, std):
-    """float32 [3, h, w], in place"""
-    return tensor.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
+gray = on_pillow(lambda img: img.convert("L").convert("RGB"))
+enhance_edges = on_pillow(Image.Image.filter)
 
 
-def pixelize(img, ratio):
-    pixels = resize(np.array(img), int(img.height * ratio), int(img.width * ratio), "bicubic")
-    return Image.fromarray(resize(pixels, img.height, img.width, "bicubic"))
+def flip(pixels, axis):
+    return torch.from_numpy(pixels).flip(axis).numpy()  # 10 times as fast as a copy of numpy's view
 
 
-def encode_jpeg(img, quality):
-    file = io.BytesIO()
-    img.save(file, "JPEG", quality=quality)
-    return Image.open(file).convert("RGB")
+def pixelize(pixels, ratio):
+    height, width, _ = pixels.shape
+    return resize(resize(pixels, int(height * ratio), int(width * ratio), "bicubic"), height, width, "bicubic")
 
 
+@on_pillow
 def blur(img, radius):
     """Gaussian blur. A wide one is done on the photo reduced by 2 or 4, less the variance that reducing (box) and
     enlarging (triangle) add."""
@@ -188,20 +208,28 @@ def blur(img, radius):
     if factor == 1:
         return img.filter(ImageFilter.GaussianBlur(radius))
     small = math.sqrt(radius ** 2 - (factor ** 2 - 1) / 12 - factor ** 2 / 6) / factor
-    pixels = np.array(img.reduce(factor).filter(ImageFilter.GaussianBlur(small)))
-    return Image.fromarray(resize(pixels, img.height, img.width))
+    return resize(np.array(img.reduce(factor).filter(ImageFilter.GaussianBlur(small))), img.height, img.width)
 
 
-def color_jitter(img, rng, brightness, contrast, saturation, hue):
+def color_jitter(pixels, rng, brightness, contrast, saturation, hue):
     """Brightness, contrast and saturation by a factor of 1 +- strength, hue by +- strength turns, in random order."""
     steps = [(adjust_brightness, rng.uniform(max(0, 1 - brightness), 1 + brightness)),
              (adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
              (adjust_saturation, rng.uniform(max(0, 1 - saturation), 1 + saturation)),
              (adjust_hue, rng.uniform(-hue, hue))]
-    planes = np.asarray(img).transpose(2, 0, 1).astype(np.float32, order="C")
+    planes = to_planes(pixels)
     for i in rng.permutation(4):
         planes = steps[i][0](planes, steps[i][1])
-    return Image.merge("RGB", [Image.fromarray(plane) for plane in planes.astype(np.uint8)])
+    return to_pixels(planes)
+
+
+def to_planes(pixels):
+    """uint8 [h, w, 3] -> float32 [3, h, w] of 0..255"""
+    return pixels.transpose(2, 0, 1).astype(np.float32, order="C")
+
+
+def to_pixels(planes):
+    return np.stack([plane.astype(np.uint8) for plane in planes], -1)
 
 
 def blend(planes, other, factor):
@@ -232,7 +260,9 @@ def adjust_hue(planes, turns):
     r, g, b = planes
     high, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
     spread = high - low
-    hue = np.where(high == r, g - b, np.where(high == g, b - r + 2 * spread, r - g + 4 * spread))
+    hue = r - g + 4 * spread
+    np.copyto(hue, b - r + 2 * spread, where=high == g)
+    np.copyto(hue, g - b, where=high == r)
     hue /= np.maximum(6 * spread, np.float32(1e-6))
     hue += np.float32(turns)
     hue -= np.floor(hue)
@@ -247,14 +277,15 @@ def adjust_hue(planes, turns):
     return np.floor(planes, out=planes)
 
 
-def shuffle_pixels(img, rng, share):
+def shuffle_pixels(pixels, rng, share):
     """Permute a `share` of the pixels among themselves. AugLy's does it after seeding numpy with the constant 10."""
-    pixels = np.array(img).reshape(-1, 3)
-    chosen = rng.choice(len(pixels), int(share * len(pixels)), replace=False)
-    pixels[chosen] = pixels[rng.permutation(chosen)]
-    return Image.fromarray(pixels.reshape(img.height, img.width, 3))
+    flat = pixels.reshape(-1, 3).copy()
+    chosen = rng.choice(len(flat), int(share * len(flat)), replace=False)
+    flat[chosen] = flat[rng.permutation(chosen)]
+    return flat.reshape(pixels.shape)
 
 
+@on_pillow
 def random_perspective(img, rng, distortion):
     """Each corner moves inwards by up to `distortion` of half the side; uncovered pixels are black."""
     (w, h), d = img.size, distortion / 2
@@ -268,6 +299,7 @@ def random_perspective(img, rng, distortion):
     return img.transform(img.size, Image.PERSPECTIVE, matrix, Image.BILINEAR)
 
 
+@on_pillow
 def overlay_text(img, rng, fewest=None, most=None, lines=1):
     """Five characters of augly's default font (notes v8); with `fewest` and `most`, that many of a random font's own
     characters in each of 1..`lines` lines (v48, v50). Random colour, starting in the upper left quarter."""
@@ -311,6 +343,7 @@ def emoji():
     return [Image.open(folder / name).convert("RGBA") for name in sorted(os.listdir(folder))]
 
 
+@on_pillow
 def overlay_emoji(img, rng):
     """A random smiley of 0.1..0.3 of the height, anywhere, possibly in part beyond the edge."""
     smiley = emoji()[rng.integers(len(emoji()))]
@@ -325,21 +358,27 @@ def screenshot(name):
     """Template of a web page or a telephone with the box (left, top, right, bottom) for the photo."""
     template, box = get_template_and_bbox(os.path.join(augly.utils.SCREENSHOT_TEMPLATES_DIR, name),
                                           augly.utils.BBOXES_PATH)
-    return template.convert("RGB"), box
+    return np.array(template.convert("RGB")), box
 
 
-def overlay_onto_screenshot(img, rng):
-    template, box = screenshot(("web.png", "mobile.png")[rng.integers(2)])
-    width, height = box[2] - box[0], box[3] - box[1]
-    img = imaugs.scale(img, factor=min(width / img.width, height / img.height))
+def overlay_onto_screenshot(pixels, rng):
+    """The photo, as large as fits, on black in the middle of the template's box (AugLy reduces by Lanczos' filter)."""
+    template, (left, top, right, bottom) = screenshot(("web.png", "mobile.png")[rng.integers(2)])
+    factor = min((right - left) / pixels.shape[1], (bottom - top) / pixels.shape[0])
+    height, width = (max(1, int(side * factor)) for side in pixels.shape[:2])
     template = template.copy()
-    template.paste(resize_and_pad_to_given_size(img, width, height, crop=False), box)
+    template[top:bottom, left:right] = 0
+    top, left = (top + bottom - height) // 2, (left + right - width) // 2
+    template[top:top + height, left:left + width] = resize(
+        pixels, height, width, "bicubic" if factor < 1 else "bilinear")
     return template
 
 
+@on_pillow
 def overlay_onto_photo(img, rng, views):
     """Paste the photo onto another training photo, 0.1..0.5 of its height (notes v32)."""
-    return imaugs.overlay_image(views.random_photo(rng), overlay=img, overlay_size=rng.uniform(0.1, 0.5),
+    below = Image.fromarray(views.random_photo(rng))
+    return imaugs.overlay_image(below, overlay=img, overlay_size=rng.uniform(0.1, 0.5),
                                 x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
 
 
@@ -347,33 +386,70 @@ def overlay_and_crop(img, rng, views, smallest, prob, low, high, opacity):
     """With `prob` one of the photo and another training photo is pasted into the other: `low`..`high` of its height,
     opacity from `opacity` up; then a crop of at least 0.7. Otherwise a crop of at least `smallest` (notes v79)."""
     if rng.random() >= prob:
-        return Part.of(img).crop(crop_box(img.size, rng, smallest), views.size)
-    photos = [Part.of(img).image(), views.random_photo(rng)]
+        return Part.of(img).crop(crop_box(size_of(img), rng, smallest), views.size)
+    photos = [Image.fromarray(pixels) for pixels in (Part.of(img).pixels(), views.random_photo(rng))]
     below, above = photos if rng.random() < 0.5 else photos[::-1]
     size = rng.uniform(low, high)
     img = imaugs.overlay_image(below, overlay=above, opacity=rng.uniform(opacity, 1), overlay_size=size,
                                x_pos=rng.uniform(0, 1 - size), y_pos=rng.uniform(0, 1 - size))
-    return Part(img).crop(crop_box(img.size, rng, 0.7), views.size)
+    return Part(np.array(img)).crop(crop_box(img.size, rng, 0.7), views.size)
 
 
-def random_erasing(tensor, rng):
-    """A rectangle of 0.02..0.33 of the area, ratio 0.3..3.3, becomes N(0, 1) noise (before normalisation)."""
-    _, height, width = tensor.shape
+def erased_part(side, rng):
+    """A rectangle of 0.02..0.33 of a square's area, ratio 0.3..3.3, that becomes N(0, 1) noise before normalisation:
+    (top, left, float32 [3, h, w]), or None where ten attempts do not fit."""
     for _ in range(10):
-        area, ratio = height * width * rng.uniform(0.02, 0.33), math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+        area, ratio = side ** 2 * rng.uniform(0.02, 0.33), math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
         h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < h < height and 0 < w < width:
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            tensor[:, top:top + h, left:left + w] = torch.from_numpy(rng.standard_normal((3, h, w), dtype=np.float32))
-            break
-    return tensor
+        if 0 < h < side and 0 < w < side:
+            top, left = rng.integers(side - h + 1), rng.integers(side - w + 1)
+            return int(top), int(left), rng.standard_normal((3, h, w), dtype=np.float32)
+
+
+class Images:
+    """Photos or views on their way to the device: bytes, a quarter of what `to` makes of them there, and beside them
+    the noise of erased parts.
+
+    Attributes: pixels: uint8 [n, s, s, 3]; boxes: [(row, top, left, height, width)] of erased parts; noise: their
+    values one after the other, float32 [sum of 3 * height * width]: one tensor, as each takes a file descriptor.
+    """
+
+    def __init__(self, pixels, boxes, noise, mean, std):
+        self.pixels, self.boxes, self.noise, self.mean, self.std = pixels, boxes, noise, mean, std
+
+    @classmethod
+    def of(cls, views, mean, std):
+        """Of views [(pixels [s, s, 3], erased part or None)]."""
+        parts = [(i, *erased) for i, (_, erased) in enumerate(views) if erased]
+        return cls(torch.from_numpy(np.stack([pixels for pixels, _ in views])),
+                   [(i, top, left, *noise.shape[1:]) for i, top, left, noise in parts],
+                   torch.cat([torch.empty(0)] + [torch.from_numpy(noise).flatten() for *_, noise in parts]), mean, std)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def pin_memory(self):
+        return Images(self.pixels.pin_memory(), self.boxes, self.noise.pin_memory(), self.mean, self.std)
+
+    def to(self, device, non_blocking=False, memory_format=torch.channels_last):
+        """Normalised float32 [n, 3, s, s] on the device, channels last as the pixels are."""
+        mean, std = (torch.tensor(x).to(device, non_blocking=True) for x in (self.mean, self.std))
+        side = self.pixels.shape[1]
+        rows = self.pixels.to(device, non_blocking=non_blocking).flatten(2).float()  # long rows: the fast way on CPUs
+        rows.mul_((1 / 255 / std).repeat(side)).sub_((mean / std).repeat(side))
+        images = rows.unflatten(2, (side, 3)).permute(0, 3, 1, 2)
+        noise = self.noise.to(device, non_blocking=non_blocking)
+        for row, top, left, height, width in self.boxes:
+            part, noise = noise[:3 * height * width].view(3, height, width), noise[3 * height * width:]
+            images[row, :, top:top + height, left:left + width] = (part - mean[:, None, None]) / std[:, None, None]
+        return images
 
 
 NEGATIVE_LABEL = 10**9  # the first label of negatives, beyond those of any training set
 
 
 class Views(torch.utils.data.Dataset):
-    """Training photos: item (epoch, i) -> views [ncrops + negatives, 3, size, size], their labels, unreadable
+    """Training photos: item (epoch, i) -> Images of ncrops + negatives views, their labels, unreadable
     [(path, reason)], failed ops.
 
     In place of an unreadable photo the next readable one is taken, with its own label. Negatives are whole photos with
@@ -398,9 +474,8 @@ class Views(torch.utils.data.Dataset):
         return os.path.join(self.root, self.paths[i])
 
     def random_photo(self, rng):
-        img, _, _ = self.first_readable(int(rng.integers(len(self.paths))),
-                                        lambda i: Part(self.open(i)[0]).image())
-        return img
+        pixels, _, _ = self.first_readable(int(rng.integers(len(self.paths))), lambda i: self.open(i)[0].pixels)
+        return pixels
 
     def first_readable(self, i, read):
         """read(i) of the first photo from `i` on that can be read, its index, unreadable ones [(path, reason)]."""
@@ -417,7 +492,7 @@ class Views(torch.utils.data.Dataset):
                          + (f", nor can the {len(unreadable) - 1} photos after it be read" * (not self.strict)))
 
     def read_negatives(self, rng):
-        """Random negatives [(tensor, label)] and unreadable ones; labels lie beyond those of all training photos."""
+        """Random negatives [(pixels, label)] and unreadable ones; labels lie beyond those of all training photos."""
         read, unreadable = [], []
         for j in rng.permutation(len(self.negative_photos)):
             if len(read) == self.negatives:
@@ -445,31 +520,29 @@ class Views(torch.utils.data.Dataset):
         return rng, part, ops
 
     def view(self, photo, epoch, i, number):
-        """View `number` of photo `i` as a normalised tensor, and the operations that failed (tiny or odd photos)."""
+        """View `number` of photo `i`: pixels [size, size, 3], erased part or None, and the operations that failed
+        (tiny or odd photos)."""
         return self.make(*self.plan(photo, epoch, i, number))
 
     def make(self, rng, part, ops):
-        img, failed = part.image(), []
+        img, erased, failed = part.pixels(), None, []
         for name, parameters in ops:
-            if name == "erase" and not torch.is_tensor(img):
-                img = to_tensor(img)
             try:
-                img = OPS[name](img, rng, self, *parameters)
-                img = img.image() if isinstance(img, Part) else img
+                result = OPS[name](img, rng, self, *parameters)
+                if name == "erase":
+                    erased = result
+                else:
+                    img = result.pixels() if isinstance(result, Part) else result
             except (OSError, ValueError, RuntimeError, ZeroDivisionError) as error:
                 failed.append(f"{name}: {error}")
-        if not torch.is_tensor(img):
-            img = to_tensor(img if img.size == (self.size, self.size) else TF.resize(img, [self.size, self.size]))
-        elif img.shape[-2:] != (self.size, self.size):
-            img = TF.resize(img, [self.size, self.size])
-        return normalize(img, self.mean, self.std), failed
+        return img if img.shape[:2] == (self.size, self.size) else resize(img, self.size, self.size), erased, failed
 
     def views(self, epoch, i):
         """All views of item `i`, and the operations that failed. They are planned before one of them is made, so that
         the photo is decoded once, no larger than the most demanding view needs it."""
         plans = [self.plan(photo, epoch, i, number) for number, photo in enumerate(self.open(i))]
-        tensors, failed = zip(*(self.make(*plan) for plan in plans))
-        return list(tensors), sum(failed, [])
+        views = [self.make(*plan) for plan in plans]
+        return [view[:2] for view in views], sum((failed for *_, failed in views), [])
 
     def __getitem__(self, key):
         epoch, i = key
@@ -478,9 +551,9 @@ class Views(torch.utils.data.Dataset):
         if self.negatives:
             negatives, bad = self.read_negatives(np.random.default_rng((self.seed, epoch, i, self.ncrops)))
             unreadable += bad
-            views += [tensor for tensor, _ in negatives]
+            views += [(pixels, None) for pixels, _ in negatives]
             labels += [label for _, label in negatives]
-        return torch.stack(views), labels, unreadable, failed
+        return Images.of(views, self.mean, self.std), labels, unreadable, failed
 
 
 class Pairs(Views):
@@ -495,9 +568,11 @@ class Pairs(Views):
 
 
 def collate_views(items):
-    """-> images [views * batch, 3, s, s] view after view, labels alike, unreadable photos, failed operations."""
-    views, labels, unreadable, failed = zip(*items)
-    images = torch.stack(views, 1).flatten(0, 1)
+    """-> Images of views * batch, view after view, labels alike, unreadable photos, failed operations."""
+    images, labels, unreadable, failed = zip(*items)
+    boxes = [(row * len(items) + i, *box) for i, item in enumerate(images) for row, *box in item.boxes]
+    images = Images(torch.stack([item.pixels for item in images], 1).flatten(0, 1), boxes,
+                    torch.cat([item.noise for item in images]), images[0].mean, images[0].std)
     return images, torch.tensor(labels).T.flatten(), sum(unreadable, []), sum(failed, [])
 
 
@@ -529,26 +604,23 @@ def write_views_png(views, file):
     """Eight photos in rows: as they are, then their views of the first epoch, so that one look shows what is seen."""
     rows = []
     for i in np.linspace(0, len(views) - 1, min(8, len(views))).astype(int):
-        (tensors, _), i, _ = views.first_readable(int(i), functools.partial(views.views, 0))
-        img = Part(views.open(i)[0]).image()
-        rows.append(to_tensor(TF.resize(img, [views.size, views.size])))
-        rows += [view * torch.tensor(views.std)[:, None, None] + torch.tensor(views.mean)[:, None, None]
-                 for view in tensors]
-    grid = torchvision.utils.make_grid(torch.stack(rows), nrow=1 + views.ncrops, pad_value=1)
+        (made, _), i, _ = views.first_readable(int(i), functools.partial(views.views, 0))
+        photo = resize(views.open(i)[0].pixels, views.size, views.size)
+        rows.append(Images.of([(photo, None), *made], [0.0] * 3, [1.0] * 3).to("cpu"))
+    grid = torchvision.utils.make_grid(torch.cat(rows), nrow=1 + views.ncrops, pad_value=1)
     with replacing(file) as temporary:
         TF.to_pil_image(grid.clamp(0, 1)).save(temporary, "PNG")
 
 
-def whole_photo(path, data):
-    """Whole photo as a normalised tensor [3, size, size], as the data set `data` opens and resizes photos."""
-    photo = Photo(path, data.exif, data.draft)
-    photo.shrink(min(photo.size) / (data.size + 32))  # what --resize crop needs
-    resized = data.resize(torch.from_numpy(photo.pixels)[None].permute(0, 3, 1, 2)[0], data.size)
-    return normalize(resized.to(torch.float32, memory_format=torch.contiguous_format).div_(255), data.mean, data.std)
+def whole_photo(image, data):
+    """Pixels [size, size, 3] of a whole photo, a path or a Pillow image, as the data set `data` opens and resizes."""
+    is_path = not isinstance(image, Image.Image)
+    photo = Photo(image, data.exif, data.draft) if is_path else np.array(to_rgb(image, data.exif))
+    return Part(photo).whole(data.resize, data.size).pixels()
 
 
 class WholePhotos(torch.utils.data.Dataset):
-    """Item i -> i, whole photo as a normalised tensor [3, size, size] or None, reason why not."""
+    """Item i -> i, Images of the whole photo or None, reason why not."""
 
     def __init__(self, args, paths, resize, mean, std):
         self.paths, self.size, self.resize, self.mean, self.std = paths, args.input_size, resize, mean, std
@@ -559,12 +631,17 @@ class WholePhotos(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:
-            return i, whole_photo(self.paths[i], self), None
+            return i, self.prepare(self.paths[i:i + 1]), None
         except UNREADABLE as error:
             return i, None, f"{type(error).__name__}: {error}"
 
+    def prepare(self, images):
+        """Images of whole photos: paths or Pillow images."""
+        return Images.of([(whole_photo(image, self), None) for image in images], self.mean, self.std)
+
 
 def collate_photos(items):
-    good = [(i, tensor) for i, tensor, reason in items if reason is None]
-    images = torch.stack([tensor for _, tensor in good]) if good else None
+    """-> indices of photos, their Images or None, unreadable ones [(index, reason)]."""
+    good = [(i, images) for i, images, reason in items if reason is None]
+    images = collate_views([(images, [0], [], []) for _, images in good])[0] if good else None
     return [i for i, _ in good], images, [(i, reason) for i, _, reason in items if reason is not None]

@@ -39,6 +39,14 @@ def test_training_and_extraction_with_a_tiny_network(photos, capsys):
     assert cosine > 0.99
 
 
+def test_start_over_many_photos(photos, capsys):
+    table = measured(capsys, "start", "--photos", photos, "--side", 64, "--links", 2500, "--repeats", 1,
+                     "--device", "cpu", "-j", 0)
+    memory = float(table.split("2,500 paths")[1].split()[0])
+    assert 0 < memory < 2500 * 300 / 2**20  # 300 MB for a million
+    assert "list 2,500 photos, beside os.walk" in table and "from start to exit" in table
+
+
 def test_medians_are_of_rounds_in_turns(monkeypatch):
     times = iter([100, 100, 1, 10, 3, 30, 2, 20])
     order = []

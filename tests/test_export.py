@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import train
+import views
 from helpers import draw_photos, run
 from test_extract import weights  # noqa: F401  (fixture)
 
@@ -23,7 +24,7 @@ def expected(weights, photos):  # noqa: F811
     train.find_checkpoint(args)
     net = train.load_net(args)
     whole = train.WholePhotos(args, [str(path) for path in photos], train.RESIZES["crop"], [0.5] * 3, [0.5] * 3)
-    images = torch.stack([whole[i][1] for i in range(len(photos))])
+    images = views.collate_photos([whole[i] for i in range(len(photos))])[1].to("cpu")
     with torch.no_grad():
         return images, net(images).numpy()
 

@@ -187,7 +187,7 @@ def test_simsiam_projects_predicts_and_keeps_the_predictors_rate(name):
 
 def test_v2_leaves_one_view_clean(data):
     dataset = views_of("v2", data)
-    item = [dataset[(epoch, 0)][0] for epoch in (0, 1)]
+    item = [dataset[(epoch, 0)][0].pixels for epoch in (0, 1)]
     assert torch.equal(item[0][1], item[1][1]) and not torch.equal(item[0][0], item[1][0])
 
 
@@ -209,7 +209,7 @@ def class_vectors(net, folder, classes):
     paths = sorted(str(path) for path in folder.iterdir())[:classes]
     whole = views.WholePhotos(args_of("v3", folder), paths, train.RESIZES["crop"], net.mean, net.std)
     with torch.no_grad():
-        return net.eval().embed(torch.stack([whole[i][1] for i in range(classes)])).T
+        return net.eval().embed(views.collate_photos([whole[i] for i in range(classes)])[1].to("cpu")).T
 
 
 def test_v3_classes_start_as_their_photos_on_any_number_of_processes(data, tmp_path, monkeypatch):
@@ -393,7 +393,7 @@ def test_v32_pastes_one_photo_in_ten_onto_another(data, monkeypatch):
     calls, dataset = [], views_of("v32", data)
     monkeypatch.setattr(views.imaugs, "overlay_image", lambda img, **kwargs: calls.append(kwargs) or img)
     for i in range(200):
-        views.OPS["overlay"](dataset.open(0)[0], np.random.default_rng(i), dataset)
+        views.OPS["overlay"](dataset.open(0)[0].pixels, np.random.default_rng(i), dataset)
     for key, low, high in (("overlay_size", 0.1, 0.5), ("x_pos", 0, 0.5), ("y_pos", 0, 0.5)):
         values = [call[key] for call in calls]
         assert low <= min(values) < low + 0.05 and high - 0.05 < max(values) <= high
@@ -432,6 +432,7 @@ def test_v52_describes_the_whole_photo():
 def test_v98_negatives_are_references_with_labels_of_their_own(data):
     dataset = views_of("v98", data)
     images, labels, _, _ = views.collate_views([dataset[(epoch, i)] for epoch in (0, 1) for i in range(4)])
+    images = images.to("cpu")
     labels = labels.reshape(4, 8)  # view 0, view 1, two negatives
     assert images.shape == (32, 3, 32, 32) and labels[0].tolist() == labels[1].tolist() == [0, 1, 2, 3] * 2
     negatives = labels[2:].flatten().tolist()
@@ -454,7 +455,7 @@ def test_v101_trains_on_pairs_and_is_marked(data, tmp_path, monkeypatch):
     assert dataset.paths == [(f"query_images/Q{i:05d}.jpg", f"reference_images/R{i:06d}.jpg") for i in range(4)]
     assert sorted(Path(path).stem for path in dataset.negative_photos) == [f"R{i:06d}" for i in range(4, 40)]
     images, labels, _, _ = dataset[(0, 2)]
-    for view, path in zip(images, dataset.paths[2]):  # whole photos, unedited
+    for view, path in zip(images.to("cpu"), dataset.paths[2]):  # whole photos, unedited
         expected = np.asarray(Image.open(data / path).resize((32, 32), Image.BILINEAR)).transpose(2, 0, 1) / 255
         mean, std = (np.array(x)[:, None, None] for x in (dataset.mean, dataset.std))
         assert np.abs(view.numpy() * std + mean - expected).max() < 0.01

@@ -154,13 +154,13 @@ def test_view_depends_on_seed_epoch_photo_and_number_only(photos):
                  "perspective hflip vflip text emoji] erase"
     a, b = (views_of(photos, "--view1", everything, "--op-prob", "0.7") for _ in range(2))
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    first = [a[(0, i)][0] for i in range(8)]
+    first = [a[(0, i)][0].to("cpu") for i in range(8)]
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[2])
     assert (np.random.get_state()[1] == states[1]).all()
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     for i in reversed(range(8)):
-        assert torch.equal(b[(0, i)][0], first[i])
-    assert not torch.equal(a[(1, 0)][0], first[0])
+        assert torch.equal(b[(0, i)][0].to("cpu"), first[i])
+    assert not torch.equal(a[(1, 0)][0].to("cpu"), first[0])
     assert not torch.equal(first[0][0], first[0][1])
 
 
@@ -168,19 +168,23 @@ def test_recipe_views_never_fail_on_ordinary_photos(photos):
     dataset = views_of(photos, "--op-prob", "1")
     for i in range(len(dataset)):
         images, label, unreadable, failed = dataset[(0, i)]
-        assert images.shape == (2, 3, 32, 32) and label == [i, i] and not unreadable and not failed
+        assert images.to("cpu").shape == (2, 3, 32, 32) and label == [i, i] and not unreadable and not failed
 
 
 def test_operations_do_what_they_say():
     rng = np.random.default_rng(0)
-    img = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    pixels = np.sort(np.asarray(img).reshape(-1, 3), 0)
-    shuffled = [np.asarray(views.shuffle_pixels(img, rng, 0.1)) for _ in range(2)]
+    img = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    pixels = np.sort(img.reshape(-1, 3), 0)
+    shuffled = [views.shuffle_pixels(img, rng, 0.1) for _ in range(2)]
     assert (np.sort(shuffled[0].reshape(-1, 3), 0) == pixels).all()
-    moved = [(s != np.asarray(img)).any(-1) for s in shuffled]
+    moved = [(s != img).any(-1) for s in shuffled]
     assert 0.05 < moved[0].mean() <= 0.1 and (moved[0] != moved[1]).any()  # AugLy's moves the same pixels each time
-    erased = views.random_erasing(torch.zeros(3, 64, 64), rng)
-    assert 0.01 < (erased != 0).float().mean() < 0.35 and erased.std() > 0.1
+    parts = [views.erased_part(64, np.random.default_rng(seed)) for seed in range(200)]
+    shares = np.array([noise.shape[1] * noise.shape[2] / 64 ** 2 for *_, noise in parts])
+    assert 0.015 < shares.min() < 0.04 and 0.3 < shares.max() < 0.34
+    assert all(top + noise.shape[1] <= 64 and left + noise.shape[2] <= 64 for top, left, noise in parts)
+    noise = np.concatenate([noise.ravel() for *_, noise in parts])
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     assert views.parse_ops("crop:0.2=1 [gray text=0.5] jpeg", 0.3) == [
         [("crop", (0.2,), 1.0)], [("gray", (), 0.3), ("text", (), 0.5)], [("jpeg", (), 0.3)]]
 
