@@ -10,7 +10,7 @@ import json
 import numpy as np
 from descriptors import InputError
 
-POINTS = 200  # of a stored curve
+POINTS = 100  # of a stored curve, at scores of copies; and as many at the best scores of non-copies
 COPIES_RATIO = 0.2  # unless told: most queries have no original
 
 
@@ -23,8 +23,9 @@ def measure(copies, archive, originals):
     found = np.sort(scores[np.arange(len(copies)), originals])
     scores[np.arange(len(copies)), originals] = -np.inf
     n = scores.size - len(copies)
-    false = np.sort(np.partition(scores.ravel(), -min(n, 100 * len(copies)))[-min(n, 100 * len(copies)):])
-    at = np.unique(np.quantile(np.concatenate([found, false[false > found[0]]]), np.linspace(0, 1, POINTS)))
+    most = min(n, 100 * len(copies))
+    false = np.sort(np.partition(scores.ravel(), -most)[-most:])
+    at = np.unique(np.concatenate([np.quantile(found, np.linspace(0, 1, POINTS)), false[-POINTS:]]))
     above = lambda values: len(values) - np.searchsorted(values, at)
     return {"scores": at.tolist(), "recall": (above(found) / len(found)).tolist(),
             "false_rate": (above(false) / n).tolist(), "copies_ratio": COPIES_RATIO}

@@ -5,6 +5,7 @@
     python scripts/eval_metrics.py pairs.csv input/public_ground_truth.csv
     python scripts/eval_metrics.py new.h5 gt.csv --compare old.h5          is the difference real?
     python scripts/eval_metrics.py sub.h5 gt.csv --report report --photos input
+    python scripts/eval_metrics.py sub.h5 gt.csv --threshold-precision 0.9     what the calibration promises
 
 The protocol is that of DISC21's descriptor track. The queries are those of the ground truth. Over all queries together
 the 10 x queries pairs of smallest squared L2 distance are the candidates; their score is minus that distance. Sorted by
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from calibration import Calibration
 from descriptors import Descriptors, InputError, count_gpus, first_three, replacing
 from tqdm import tqdm
 
@@ -340,7 +342,7 @@ class Evaluation:
     """
 
     def __init__(self, path, ground_truth, args):
-        self.path, self.attrs = path, {"topk": args.topk} if args.topk else {}
+        self.path, self.attrs, self.calibration = path, {"topk": args.topk} if args.topk else {}, None
         self.queries, self.positives = ground_truth
         read = self.read_csv if is_csv(path, args) else self.read_h5
         pairs = read(path, args)
@@ -368,6 +370,7 @@ class Evaluation:
         """Candidates by search in a descriptor file."""
         with open_descriptors(path, args.allow_contaminated) as file:
             self.attrs |= shown_attrs(file)
+            self.calibration = file.attrs.get("calibration")
             references, query_ids = file["reference"], file["query"].ids
             known = np.isin(query_ids, self.queries)
             if not known.any():
@@ -408,6 +411,22 @@ class Evaluation:
             result["contaminated"] = self.attrs["contaminated"]
         result["threshold_p90"] = None if at is None else float(self.pairs.score[at])
         return result | self.counts | {"rule": self.rule} | self.attrs
+
+
+    def at_precision(self, promised, copies_ratio):
+        """The threshold that the calibration gives for a precision, and what holds there; a dict for the output.
+
+        Raises InputError where the file carries no calibration, or one that does not reach so far.
+        """
+        if self.calibration is None:
+            raise InputError(f"--threshold-precision {promised:g}: {self.path} carries no calibration; train.py "
+                             "--calibrate measures one, and post-processing voids it")
+        calibration = Calibration(self.calibration, self.path, self.counts["n_references"], copies_ratio)
+        threshold = calibration.threshold(promised, "--threshold-precision")
+        found = self.pairs.is_true[self.pairs.score >= threshold]
+        return {"threshold": threshold, "promised": promised, "copies_ratio": calibration.copies_ratio,
+                "precision": float(found.mean()) if len(found) else None, "recall": found.sum() / len(self.positives),
+                "pairs": len(found)}
 
 
 def is_csv(path, args):
@@ -495,6 +514,13 @@ def positive(text):
     return number
 
 
+def share(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("submission", help="descriptors (.h5) or pairs (.csv: query_id, reference_id, score)")
@@ -508,6 +534,11 @@ def parse_args(argv=None):
     g.add_argument("--drop-unknown", action="store_true", help="leave out pairs of queries that the ground truth lacks")
     g.add_argument("--allow-contaminated", action="store_true", help="score descriptors of a checkpoint that was "
                    "trained on the ground truth, and mark the result")
+    g = parser.add_argument_group("calibration")
+    g.add_argument("--threshold-precision", type=share, metavar="P", help="tell the threshold at which this precision "
+                   "is promised for as many references, and precision and recall there")
+    g.add_argument("--copies-ratio", type=share, metavar="R", help="share of the queries that have a copy (default: "
+                   "the calibration's)")
     g = parser.add_argument_group("intervals")
     g.add_argument("--bootstrap", type=positive, metavar="N", help="95 %% intervals from N resamples of the queries")
     g.add_argument("--compare", metavar="OTHER", help="score this file too, with an interval of the difference "
@@ -562,6 +593,8 @@ def evaluate(args):
     evaluations = [Evaluation(path, ground_truth, args) for path in (args.submission, args.compare) if path]
     ours = evaluations[0]
     result = ours.metrics()
+    if args.threshold_precision:
+        result["at_precision"] = ours.at_precision(args.threshold_precision, args.copies_ratio)
     if args.bootstrap or args.compare:
         result |= intervals(evaluations, args.bootstrap or 1000)
     warn_of_missing(evaluations)

@@ -33,6 +33,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+from calibration import Calibration
 from descriptors import COMPARABLE, BlockRows, Descriptors, InputError, count_gpus, replacing
 from photos import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
 from PIL import Image, ImageOps
@@ -320,50 +321,13 @@ def check_comparable(queries, archive):
             raise InputError(f"{queries.source} and {archive.source} are of different {name}: {a[:12]}, {b[:12]}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration: scores to precision
-
-
-class Calibration:
-    """Precision as a function of the score.
-
-    A descriptor file carries it as its attribute `calibration`, JSON: {"scores": [ascending], "precision": [share of
-    right answers among those at or above each score], "copies_ratio": share of the queries that had a copy}.
-    """
-
-    def __init__(self, text, source):
-        try:
-            table = json.loads(text)
-            self.scores, precision = (np.array(table[name], float) for name in ("scores", "precision"))
-            self.copies_ratio = float(table["copies_ratio"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{source}: attribute `calibration` cannot be read: {error}") from None
-        if self.scores.ndim != 1 or self.scores.shape != precision.shape or not len(self.scores) or \
-                not (np.diff(self.scores) > 0).all() or not ((precision >= 0) & (precision <= 1)).all():
-            raise InputError(f"{source}: attribute `calibration`: `scores` should rise, `precision` be from 0 to 1")
-        self.precision = np.maximum.accumulate(precision)
-
-    def at(self, scores):
-        """Precision [n] at scores [n], interpolated."""
-        return np.interp(scores, self.scores, self.precision)
-
-    def threshold(self, precision, source):
-        """The smallest score whose precision reaches `precision`."""
-        i = int(np.searchsorted(self.precision, precision))
-        if i == len(self.scores):
-            raise InputError(f"--precision {precision:g}: the calibration of {source} reaches {self.precision[-1]:.3f}")
-        if i == 0:
-            return float(self.scores[0])
-        return float(np.interp(precision, self.precision[i - 1:i + 1], self.scores[i - 1:i + 1]))
-
-
-def read_calibration(args, *collections):
+def read_calibration(args, queries, archive):
     """Calibration that one of the collections carries, or None, which is an error with --precision."""
-    for collection in collections:
+    for collection in (archive, queries):
         if "calibration" in collection.attrs:
-            return Calibration(collection.attrs["calibration"], collection.source)
+            return Calibration(collection.attrs["calibration"], collection.source, len(archive.ids), args.copies_ratio)
     if args.precision is not None:
-        raise InputError(f"--precision: the descriptors of {shown(collections[0].source)} carry no calibration; "
+        raise InputError(f"--precision: the descriptors of {shown(archive.source)} carry no calibration; "
                          "--threshold takes a score")
     print("no calibration in the checkpoint: scores only", file=sys.stderr)
     return None
@@ -541,6 +505,8 @@ def check_args(args):
         raise InputError("--threshold and --precision: give one")
     if args.precision is not None and not 0 < args.precision <= 1:
         raise InputError(f"--precision {args.precision:g} is not between 0 and 1")
+    if args.copies_ratio is not None and not 0 < args.copies_ratio <= 1:
+        raise InputError(f"--copies-ratio {args.copies_ratio:g} is not between 0 and 1")
     if args.topk < 1 or not 0 < args.pairs <= MOST_PAIRS:
         raise InputError(f"--topk is at least 1, --pairs from 1 to {MOST_PAIRS:,}")
     ours = {"--mode", "--exp", "--target-set", "--weight", "--backbone-weights", "--dryrun", "--eval-subset"}
@@ -589,9 +555,9 @@ def find_copies(args):
     with contextlib.ExitStack() as stack:
         queries, archive = read_collections(args, stack)
         check_comparable(queries, archive)
-        calibration, threshold = read_calibration(args, archive, queries), args.threshold
+        calibration, threshold = read_calibration(args, queries, archive), args.threshold
         if args.precision is not None:
-            threshold = calibration.threshold(args.precision, archive.source)
+            threshold = calibration.threshold(args.precision, "--precision")
         Path(args.output).mkdir(exist_ok=True)
         pairs = find_pairs(queries, archive, args.topk, args.ngpu)
         write_report(Path(args.output), queries, archive, pairs, threshold, calibration, args.pairs)
@@ -618,7 +584,9 @@ def parse_args(argv=None):
     g.add_argument("--threshold", type=float, metavar="SCORE", help="pairs.csv holds pairs from this score on, the "
                    "page starts with it (default: all)")
     g.add_argument("--precision", type=float, metavar="P", help="the threshold that reaches this precision, by the "
-                   "checkpoint's calibration")
+                   "checkpoint's calibration for an archive of this size")
+    g.add_argument("--copies-ratio", type=float, metavar="R", help="share of the queries that have a copy, for the "
+                   "precision (default: the calibration's)")
     g.add_argument("--pairs", type=int, default=20_000, metavar="N", help="the best N pairs are on the page (default: "
                    "%(default)s)")
     g.add_argument("--photos", metavar="DIR", help="folder with query_images and reference_images, for thumbnails of "

@@ -163,12 +163,24 @@ def build_backbone(args, pretrained, stages):
     if isinstance(pretrained, dict):
         kwargs["pretrained_cfg_overlay"] = dict(state_dict=pretrained)
     try:
-        return timm.create_model(args.arch, pretrained=bool(pretrained), **kwargs)
+        backbone = timm.create_model(args.arch, pretrained=bool(pretrained), **kwargs)
+        if stages:
+            drop_later_layers(backbone, stages[-1])
+        return backbone
     except (RuntimeError, AttributeError, AssertionError, IndexError) as error:
-        raise InputError(f"--arch {args.arch} cannot be built with --pool {args.pool}: {error}") from None
+        raise InputError(f"--arch {args.arch} cannot be built with --pool {args.pool}"
+                         + f" --stages {args.stages}" * bool(stages) + f": {error}") from None
     except OSError as error:
         raise InputError(f"the weights of {args.arch} cannot be downloaded ({str(error).splitlines()[0]}); give "
                          "--backbone-weights FILE, --weight FILE or --no-pretrained") from None
+
+
+def drop_later_layers(backbone, stage):
+    """Remove what comes after a feature map, where timm keeps and computes it (EfficientNets)."""
+    parent, _, index = backbone.feature_info.info[stage]["module"].rpartition(".")
+    layers = getattr(backbone, parent, None)
+    if index.isdigit() and isinstance(layers, torch.nn.Sequential):
+        setattr(backbone, parent, layers[:int(index) + 1])
 
 
 def check_arch(name):

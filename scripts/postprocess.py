@@ -350,6 +350,7 @@ def output_attrs(files, steps):
     """Attributes of the output: those of the first input, the steps, where it all came from, and what taints it."""
     earlier = json.loads(files[0].attrs.get("steps", "[]"))
     attrs = files[0].attrs | {"steps": earlier + [step_text(*step) for step in steps]}
+    attrs.pop("calibration", None)  # scores have another meaning now
     if len(files) > 1:
         attrs["inputs"] = [str(file.path) for file in files]
         hashes = [str(file.attrs["checkpoint_sha256"]) for file in files if "checkpoint_sha256" in file.attrs]

@@ -1,0 +1,74 @@
+"""calibration.py: precision at a score, measured and promised; eval_metrics.py --threshold-precision."""
+import json
+
+import numpy as np
+import pytest
+
+from calibration import Calibration, measure
+from descriptors import InputError, write_descriptors
+from helpers import run
+
+CURVE = {"scores": [-1.0, -0.5, -0.1], "recall": [0.8, 0.4, 0.2], "false_rate": [0.008, 0.00025, 0.0],
+         "copies_ratio": 0.25}
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def copies_and_archive(rng, n, others, noise):
+    archive = unit(rng.standard_normal((n + others, 16)))
+    return unit(archive[:n] + noise * rng.standard_normal((n, 16))), archive
+
+
+def test_measured_rates_are_those_of_all_pairs():
+    rng = np.random.default_rng(0)
+    copies, archive = copies_and_archive(rng, 60, 140, 0.3)
+    found = measure(copies, archive, range(60))
+    scores = -np.square(copies[:, None].astype(float) - archive[None]).sum(2)
+    true = np.zeros(scores.shape, bool)
+    true[range(60), range(60)] = True
+    assert np.all(np.diff(found["scores"]) > 0)
+    for score, recall, false_rate in list(zip(found["scores"], found["recall"], found["false_rate"]))[1::20]:
+        assert recall == pytest.approx((scores[true] >= score - 1e-6).mean(), abs=1 / 60 + 1e-9)
+        assert false_rate == pytest.approx((scores[~true] >= score - 1e-6).mean(), abs=2 / true.size)
+
+
+def test_precision_follows_archive_and_copies_ratio():
+    small = Calibration(json.dumps(CURVE), "x", references=100)
+    assert small.at([-2, -0.75, -0.3, 0]).tolist() == pytest.approx([0.2, 0.5, 0.9, 1])
+    assert small.threshold(0.9, "--precision") == pytest.approx(-0.3)
+    assert small.threshold(0.1, "--precision") == -1
+    large = Calibration(json.dumps(CURVE), "x", references=400)
+    assert large.at([-0.5])[0] == pytest.approx(0.1 / (0.1 + 0.1))
+    rare = Calibration(json.dumps(CURVE), "x", references=100, copies_ratio=0.025)
+    assert rare.at([-0.5])[0] == pytest.approx(0.01 / (0.01 + 0.025)) and rare.copies_ratio == 0.025
+
+
+@pytest.mark.parametrize("change", [{"scores": [0, -1, 1]}, {"recall": [1.5, 0.4, 0.2]}, {"false_rate": [-1, 0, 0]},
+                                    {"recall": [0.4]}, {"copies_ratio": "few"}])
+def test_what_is_no_calibration_is_refused(change):
+    with pytest.raises(InputError, match="x.h5: attribute `calibration`"):
+        Calibration(json.dumps(CURVE | change), "x.h5", 100)
+
+
+def test_the_promise_holds_on_data_of_the_same_kind(tmp_path):
+    """Another 1,000 photos, 250 copies among 1,000 queries: precision at the threshold for 0.9 is near 0.9."""
+    rng = np.random.default_rng(1)
+    calibration = measure(*copies_and_archive(rng, 500, 1500, 0.16), range(500)) | {"copies_ratio": 0.25}
+    copies, archive = copies_and_archive(rng, 250, 750, 0.16)
+    queries = np.concatenate([copies, unit(rng.standard_normal((750, 16)))])
+    ids = [f"Q{i:04d}" for i in range(1000)], [f"R{i:04d}" for i in range(1000)]
+    write_descriptors(tmp_path / "a.h5", {"query": (queries, ids[0]), "reference": (archive, ids[1])},
+                      {"calibration": calibration})
+    (tmp_path / "gt.csv").write_text("query_id,reference_id\n" + "".join(
+        f"Q{i:04d},{f'R{i:04d}' if i < 250 else ''}\n" for i in range(1000)))
+    command = ["scripts/eval_metrics.py", tmp_path / "a.h5", tmp_path / "gt.csv", "--threshold-precision"]
+    found = json.loads(run(*command, 0.9).stdout)["at_precision"]
+    assert 0.84 < found["precision"] < 0.96 and found["promised"] == 0.9
+    assert found["recall"] > 0.2 and found["pairs"] > 50
+    stricter = json.loads(run(*command, 0.99).stdout)["at_precision"]
+    assert stricter["threshold"] > found["threshold"] and stricter["precision"] > found["precision"]
+    run("scripts/postprocess.py", tmp_path / "a.h5", "-o", tmp_path / "b.h5", "l2")
+    command[1] = tmp_path / "b.h5"
+    assert "carries no calibration" in run(*command, 0.9, code=2).stderr

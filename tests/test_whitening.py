@@ -1,0 +1,165 @@
+"""Pooling of feature maps, the head's start, whitening at the end, frozen parts; and train.py with all of them."""
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import train
+from helpers import draw_photos, run
+from network import statistics
+from whitening import fold_whitening, init_head, learned_whitening, pca
+
+
+def settings(**changes):
+    args = train.build_parser().parse_args(["-a", "test_efficientnet", "--pool", "stages", "--stages", "1,2", "--dim",
+                                            "8", "--input-size", "32"])
+    return SimpleNamespace(**vars(args) | changes)
+
+
+def network(**changes):
+    torch.manual_seed(0)
+    return train.build_net(settings(**changes), pretrained=False)
+
+
+def images(n=6):
+    return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_statistics_of_a_feature_map():
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    found = statistics(x, 3.0).double()
+    for i in range(2):
+        for c in range(3):
+            values = x[i, c].double().flatten()
+            wanted = [(sign * values).clamp(min=1e-6).pow(3).mean() ** (1 / 3) for sign in (1, -1)]
+            wanted += [values.mean(), values.std(correction=0)]
+            assert found[i, c::3].tolist() == pytest.approx([float(w) for w in wanted], abs=1e-4)
+
+
+def test_pooled_stages_are_standardised_and_each_of_unit_length():
+    net = network().eval()
+    rows = torch.cat(net.statistics(images(40)), 1)
+    a, b = net.standardise(rows[:20], rows[20:])
+    widths = [norm.num_features for norm in net.standard]
+    assert len(widths) == 2 and torch.allclose(net.pooled(images(40)), torch.cat([a, b]), atol=1e-5)
+    for norm, part, raw in zip(net.standard, torch.cat([a, b]).split(widths, 1), rows.split(widths, 1)):
+        assert torch.allclose(part.norm(dim=1), torch.ones(40), atol=1e-5)
+        assert torch.allclose(norm(raw).mean(0), torch.zeros(len(raw[0])), atol=1e-4)
+
+
+def test_layers_after_the_last_stage_are_left_out():
+    count = lambda stages: sum(p.numel() for p in network(stages=stages).backbone.parameters())
+    assert count("0,1") < count("1,2") < count("1,4")
+
+
+def test_learned_whitening_shrinks_what_differs_between_views():
+    rng = np.random.default_rng(0)
+    signal, nuisance = rng.standard_normal((500, 6)), 5 * rng.standard_normal((2, 500, 3))
+    mix = rng.standard_normal((9, 9))
+    a, b = (torch.from_numpy(np.hstack([signal, nuisance[i]]) @ mix) for i in range(2))
+    same = lambda x, y: float(F.cosine_similarity(x, y).mean())
+    mean, projection = learned_whitening(a, b, 6, shrinkage=0.001)
+    plain_mean, plain = pca(a, b, 6)
+    assert same((a - mean) @ projection, (b - mean) @ projection) > 0.95
+    assert same((a - plain_mean) @ plain, (b - plain_mean) @ plain) < 0.7
+    full = learned_whitening(a, b, 9, shrinkage=0)[1]
+    within = full.T @ (a - b).T @ (a - b) @ full / len(a)
+    assert torch.allclose(within, torch.eye(9, dtype=within.dtype), atol=1e-6)
+
+
+@pytest.mark.parametrize("projection", [learned_whitening, pca])
+def test_the_head_starts_as_the_projection(projection):
+    net, generator = network().eval(), torch.Generator().manual_seed(2)
+    a = torch.randn(200, net.fc.in_features, generator=generator)
+    b = a + 0.1 * torch.randn(a.shape, generator=generator)
+    init_head(net, a, b, projection)
+    mean, matrix = projection(a, b, 8)
+    wanted = F.normalize((a.double() - mean) @ matrix)
+    assert torch.allclose(F.normalize(net.bn(net.fc(a))).double(), wanted, atol=1e-4)
+    net.train()
+    trained = F.normalize(net.bn(net.fc(torch.cat([a, b]))))[:200].double()  # with the batch's own statistics
+    assert F.cosine_similarity(trained, wanted).min() > 0.99
+
+
+def test_folded_whitening_is_that_of_the_descriptors():
+    net = network().eval()
+    with torch.no_grad():
+        for values in (net.bn.running_mean, net.bn.weight, net.bn.bias):
+            values.normal_()
+        net.bn.running_var.uniform_(0.5, 2)
+        features = torch.randn(500, net.fc.in_features)
+        before = net.bn(net.fc(features))
+        fold_whitening(net, before)
+        after = net.bn(net.fc(features))
+    assert torch.allclose(torch.cov(after.T, correction=0), torch.eye(8), atol=1e-3)
+    assert torch.allclose(after.mean(0), torch.zeros(8), atol=1e-3)
+    solved = torch.linalg.lstsq(before - before.mean(0), after).solution  # one linear map of what was there before
+    assert torch.allclose((before - before.mean(0)) @ solved, after, atol=1e-3)
+
+
+def test_frozen_batch_norm_and_frozen_stages():
+    args = settings(batch_norm="frozen")
+    net = network(batch_norm="frozen")
+    train.freeze_stages(net.backbone, 1)
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    net.train()
+    torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1).zero_grad()
+    net(images()).square().sum().backward()
+    moved = {name for name, x in net.state_dict().items() if not torch.equal(x, before[name])}
+    assert moved == {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}, args
+    learning = {name for name, p in net.backbone.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    frozen = {name for name, p in net.backbone.named_parameters() if not p.requires_grad}
+    assert frozen and learning and not frozen & learning
+    assert any(name.startswith("conv_stem") for name in frozen)
+    with pytest.raises(train.InputError, match="--freeze 9"):
+        train.freeze_stages(net.backbone, 9)
+
+
+def test_train_whitened_and_calibrated_then_extract(tmp_path):
+    """The laptop's recipe at a small scale, in two processes and in one: what the checkpoint carries is in the file."""
+    photos = draw_photos(tmp_path / "input" / "training_images", 60)
+    draw_photos(tmp_path / "input" / "query_images", 5, name="Q{}.jpg")
+    draw_photos(tmp_path / "input" / "reference_images", 5, name="R{}.jpg")
+    words = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--pool", "stages", "--stages", "1,2",
+             "--head-init", "whitening", "--dim", 16, "--input-size", 32, "--eval-input-size", 48, "--resize", "square",
+             "--loss", "ntxent", "--memory-size", 64, "--batch-size", 8, "--epochs", 1, "--optimizer", "adamw", "--lr",
+             1e-3, "--warmup", 3, "--backbone-lr", 0.5, "--freeze", 1, "--batch-norm", "frozen", "--whiten", 40,
+             "--calibrate", 20, "--seed", 3, "-j", 1, photos]
+    weights, last = {}, Path("train", "checkpoint_0000.pth.tar")
+    for name, more in (("one", []), ("two", ["--multiprocessing-distributed", "--nproc", 2, "--dist-url",
+                                             "tcp://localhost:10077"])):
+        run(*words, *more, "--exp", tmp_path / name)
+        state = torch.load(tmp_path / name / last, weights_only=True)
+        weights[name] = state["state_dict"]
+        assert state["whitened"] and sorted(state["calibration"]) == ["copies_ratio", "false_rate", "recall", "scores"]
+        out = run(*words, *more, "--exp", tmp_path / name, "--epochs", 2, "--resume", tmp_path / name / last).stdout
+        assert "40 used" in out and "had ended with --whiten" in out
+    assert weights["one"].keys() == weights["two"].keys()
+    extracted = {}
+    for size in ([], ["--input-size", 64]):
+        run("train.py", "--mode", "extract", "--weight", tmp_path / "one" / last, "--exp",
+            tmp_path / "one", "--target-set", "qr", *size, tmp_path / "input")
+        with h5py.File(tmp_path / "one" / "extract" / "fb-isc-submission.h5") as file:
+            extracted[len(size)] = dict(file.attrs)
+            assert np.allclose(np.linalg.norm(file["query"][:], axis=1), 1, atol=1e-5)
+    assert extracted[0]["input_size"] == 48 and extracted[2]["input_size"] == 64
+    assert json.loads(extracted[0]["calibration"])["copies_ratio"] == 0.2
+    assert "calibration" not in extracted[2]  # measured at another size
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--pool", "stages", "--stages", "2,x"], "--stages 2,x"), (["--pool", "stages", "--stages", "9"], "--pool stages"),
+    (["--head", "deep", "--whiten", 10], "--head deep"), (["--calibrate", 30], "--calibrate 30"),
+    (["--freeze", 9], "--freeze 9"), (["--head", "linear", "--head-init", "pca"], "--head linear")])
+def test_what_does_not_fit_is_told_in_one_line(flags, message, tmp_path):
+    photos = draw_photos(tmp_path / "photos", 40)
+    done = run("train.py", "-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "-j", 0,
+               "--exp", tmp_path / "exp", *flags, photos, code=2)
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert re.match(r"train\.py: ", done.stderr)
