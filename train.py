@@ -128,7 +128,7 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
          "download; in extract mode: their raw features"),
         ("--no-pretrained", bool, False, "start from random weights"),
         ("--head-init", ["random", "pca", "whitening"], "random", "start of the head linear-bn, from 2,000 training "
-         "photos in two views; whitening: projection that shrinks what differs between views"),
+         "photos in two views; whitening: the projection that shrinks what differs between views of a photo"),
     ],
     "training data and views": [
         ("--sample-size N", int, 100_000, "use the first N photos in order of their paths"),
@@ -189,7 +189,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
          "computes in it, else fp16 on GPUs and fp32 on CPUs; extraction on a CPU is fp32, head and loss always are"),
     ],
     "at the end of training": [
-        ("--whiten N", int, 0, "fold a PCA whitening of the descriptors of N training photos into the head"),
+        ("--whiten N", int, 0, "fit the head anew to the trained backbone: the whitening of --head-init, of N training "
+         "photos and edited copies (--view1) of them"),
         ("--calibrate N", int, 0, "keep N photos back, and measure the precision at each score on them and edited "
          "copies of them; 0: no calibration"),
     ],
@@ -342,7 +343,7 @@ from processes import gather_objects, launch, loader_options, pick_precision  # 
 from views import (EpochBatches, Pairs, Views, WholePhotos, collate_photos, collate_views,  # noqa: E402
                    parse_ops, write_views_png)
 
-from whitening import HEAD_INITS, fold_whitening, init_head  # noqa: E402
+from whitening import HEAD_INITS, set_head  # noqa: E402
 
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, pml, np)}
 
@@ -438,6 +439,8 @@ class Trainer:
         args.preprocess = {"mean": self.net.mean, "std": self.net.std, "input_size": args.input_size,
                            "resize": args.resize, "exif_transpose": args.exif_transpose}
         self.net = self.net.to(self.device, memory_format=torch.channels_last)
+        if (args.head_init != "random" or args.whiten) and args.dim > self.net.fc.in_features:
+            fail(f"--dim {args.dim}: --head-init and --whiten choose from {self.net.fc.in_features} pooled features")
         if args.process == 0 and not (args.weight or args.resume_file):  # DDP gives it to the others
             self.init_head()
         if args.freeze:
@@ -468,26 +471,28 @@ class Trainer:
         return [torch.cat(parts) for parts in zip(*rows)]
 
     def init_head(self):
-        """Standardise the pooled statistics (--pool stages) and start the head (--head-init) by training photos in both
-        views."""
-        args, net = self.args, self.net
-        if args.pool != "stages" and args.head_init == "random":
-            return
-        describe = net.pooled if args.pool != "stages" else lambda images: torch.cat(net.statistics(images), 1)
-        views = self.describe_views(describe, args.photos[:args.sample_size][:HEAD_PHOTOS], [args.view0, args.view1],
-                                    args.input_size)
-        if args.pool == "stages":
+        """Standardise the pooled statistics (--pool stages) and start the head (--head-init)."""
+        args = self.args
+        if args.pool == "stages" or args.head_init != "random":
+            self.fit_head(args.photos[:args.sample_size][:HEAD_PHOTOS], [args.view0, args.view1], args.input_size,
+                          HEAD_INITS[args.head_init])
+
+    def fit_head(self, paths, pipelines, size, projection):
+        """Fit what the backbone's output goes through to these photos in two views of `size` px."""
+        net = self.net
+        describe = (lambda images: torch.cat(net.statistics(images), 1)) if self.args.pool == "stages" else net.pooled
+        views = self.describe_views(describe, paths, pipelines, size)
+        if self.args.pool == "stages":
             views = net.standardise(*views)
-        if args.head_init != "random":
-            init_head(net, *views, HEAD_INITS[args.head_init])
+        if projection:
+            set_head(net, *views, projection)
 
     def finish(self):
-        """Fold the whitening into the head and measure the calibration, with photos as extraction sees them."""
+        """Fit the head anew to the trained backbone and measure the calibration, on photos as extraction sees them."""
         args, net, size = self.args, self.net, self.args.eval_input_size or self.args.input_size
         trained = args.photos[:len(self.views)]
         if args.whiten:
-            rows, = self.describe_views(net.embed, trained[:args.whiten], ["clean=1"], size)
-            fold_whitening(net, rows)
+            self.fit_head(trained[:args.whiten], ["clean=1", args.view1], size, HEAD_INITS["whitening"])
         if args.calibrate:
             originals, copies = self.describe_views(net, args.held_back, ["clean=1", args.view1], size)
             others, = self.describe_views(net, trained[:CALIBRATION_PHOTOS], ["clean=1"], size)

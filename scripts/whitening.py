@@ -6,7 +6,7 @@ def covariance(x, y):
     return x.T @ y / len(x)
 
 
-def learned_whitening(a, b, dim, shrinkage=0.3):
+def learned_whitening(a, b, dim, shrinkage=0.1):
     """Projection that shrinks what differs between views of a photo, and keeps what differs between photos.
 
     Args: a, b: pooled features [n, c] of two views of n photos. shrinkage: share of the within-pair covariance that is
@@ -34,12 +34,13 @@ def pca(a, b, dim):
     return mean, directions.flip(1)[:, :dim]
 
 
-HEAD_INITS = {"whitening": learned_whitening, "pca": pca}  # (views [n, c], other views [n, c], dim) -> mean, projection
+HEAD_INITS = {  # name -> (pooled features [n, c] of a view, of another view, dim) -> mean [c], projection [c, dim]
+    "random": None, "pca": pca, "whitening": learned_whitening}
 
 
 @torch.no_grad()
-def init_head(net, a, b, projection):
-    """Start a linear-bn head as a `HEAD_INITS` projection of pooled features; batch norm keeps its scale."""
+def set_head(net, a, b, projection):
+    """Make a linear-bn head a `HEAD_INITS` projection of pooled features [n, c]; batch norm keeps its scale."""
     mean, matrix = projection(a, b, net.dim)
     rows = (torch.cat([a, b]).double() - mean) @ matrix
     scale = rows.std(0).mean()  # a common factor: the descriptor has unit length anyway
@@ -48,19 +49,3 @@ def init_head(net, a, b, projection):
     net.bn.running_var.copy_((rows / scale).var(0))
     net.bn.weight.copy_((net.bn.running_var + net.bn.eps).sqrt())
     net.bn.bias.zero_()
-
-
-@torch.no_grad()
-def fold_whitening(net, rows):
-    """PCA whitening of the descriptors before unit length, rows [n, dim] of training photos, as part of the head."""
-    rows = rows.double()
-    mean = rows.mean(0)
-    values, vectors = torch.linalg.eigh(covariance(rows - mean, rows - mean))
-    matrix = (vectors / values.clamp(min=values[-1] * 1e-6).sqrt()).T.to(net.fc.weight)  # a dead direction stays small
-    gain = net.bn.weight / (net.bn.running_var + net.bn.eps).sqrt()
-    shift = net.bn.bias - net.bn.running_mean * gain
-    net.fc.weight.copy_(matrix @ (gain[:, None] * net.fc.weight))
-    net.bn.bias.copy_(matrix @ (shift - mean.to(shift)))
-    net.bn.running_mean.zero_()
-    net.bn.running_var.fill_(1 - net.bn.eps)
-    net.bn.weight.fill_(1)

@@ -54,6 +54,7 @@ PARENTS = {  # recipe -> its parent and the flags that its note changes (besides
     "v101": ("v98", "weight pairs view0 view1 neg-margin memory-size epochs batch-size seed"),
     "v102": ("v101", "negatives"), "v103": ("v102", "negatives"), "v104": ("v103", "negatives"),
     "v105": ("v104", "lr"), "v106": ("v105", "lr"), "v107": ("v106", "lr"),
+    "best": ("laptop", "arch input-size eval-input-size memory-size epochs batch-size warmup whiten calibrate freeze"),
 }
 
 
@@ -81,8 +82,8 @@ def test_a_recipe_changes_what_its_note_says(name):
     assert {flag for flag in old.keys() | new.keys() if old.get(flag) != new.get(flag)} == {"exp", *changed.split()}
 
 
-def test_every_recipe_but_the_first_has_a_parent():
-    assert set(RECIPES) - set(PARENTS) == {"v1"}
+def test_every_recipe_but_the_first_ones_has_a_parent():
+    assert set(RECIPES) - set(PARENTS) == {"v1", "laptop"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -96,6 +97,7 @@ def test_a_recipe_trains_and_extracts(name, data, tmp_path, monkeypatch):
              "--input-size", 32, "--batch-size", 4, "--epochs", 2, "--epoch-steps", 1, "--device", "cpu", "-j", 0]
     small += ["--memory-size", 160] if flags["memory-size"] != "0" else []
     small += ["--sample-size", 4, "--grow-epochs", 1] if "grow-epochs" in flags else []
+    small += ["--whiten", 4, "--calibrate", 2] if "whiten" in flags else []
     folder = data if "pairs" in flags else data / "training_images"
     train.main(train.parse_args([f"@{tmp_path}/recipe.args", *map(str, small), str(folder)]))
     assert (tmp_path / "exp" / name / "train" / "checkpoint_0001.pth.tar").is_file()
