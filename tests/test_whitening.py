@@ -131,7 +131,14 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
             tmp_path / "one", "--target-set", "qr", *size, tmp_path / "input")
         with h5py.File(tmp_path / "one" / "extract" / "fb-isc-submission.h5") as file:
             extracted[len(size)] = dict(file.attrs)
-            assert np.allclose(np.linalg.norm(file["query"][:], axis=1), 1, atol=1e-5)
+            rows = file["query"][:]
+            assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+        if not size:
+            queries = sorted((tmp_path / "input" / "query_images").iterdir())
+            assert np.allclose(train.load_descriptor(tmp_path / "one" / last)(queries), rows, atol=1e-5)
+            run("train.py", "--mode", "export", "--weight", tmp_path / "one" / last, "--format", "safetensors", "-o",
+                tmp_path / "net.safetensors")
+            assert np.allclose(train.load_descriptor(tmp_path / "net.safetensors")(queries), rows, atol=1e-5)
     assert extracted[0]["input_size"] == 48 and extracted[2]["input_size"] == 64
     assert json.loads(extracted[0]["calibration"])["copies_ratio"] == 0.2
     assert "calibration" not in extracted[2]  # measured at another size
