@@ -496,7 +496,7 @@ class Trainer:
         if args.calibrate:
             originals, copies = self.describe_views(net, args.held_back, ["clean=1", args.view1], size)
             others, = self.describe_views(net, trained[:CALIBRATION_PHOTOS], ["clean=1"], size)
-            self.calibration = measure(copies.numpy(), torch.cat([originals, others]).numpy(), range(len(copies)))
+            self.calibration = measure(copies.numpy(), originals.numpy(), others.numpy())
 
     def build_stage(self, sample):
         """Photos, criterion and optimizer for `sample` (photos, photos per step of a process)."""

@@ -14,17 +14,14 @@ POINTS = 100  # of a stored curve, at scores of copies; and as many at the best 
 COPIES_RATIO = 0.2  # unless told: most queries have no original
 
 
-def measure(copies, archive, originals):
-    """Calibration of edited copies [n, d] against an archive [m, d] of other photos and their originals.
-
-    Args: originals [n]: row of the archive that each copy was made from.
-    """
-    scores = np.float32(2) * copies @ archive.T - 2
-    found = np.sort(scores[np.arange(len(copies)), originals])
-    scores[np.arange(len(copies)), originals] = -np.inf
-    n = scores.size - len(copies)
-    most = min(n, 100 * len(copies))
-    false = np.sort(np.partition(scores.ravel(), -most)[-most:])
+def measure(copies, originals, others):
+    """Calibration of edited copies [n, d] of `originals` [n, d] against `others` [m, d], photos that no copy shows any
+    of: the photos that views paste in are not among them."""
+    score = lambda cosine: 2 * cosine - 2
+    found = np.sort(score(np.einsum("ij,ij->i", copies, originals)))
+    false = score(copies @ others.T).ravel()
+    n, most = len(false), min(len(false), 100 * len(copies))
+    false = np.sort(np.partition(false, n - most)[n - most:])
     at = np.unique(np.concatenate([np.quantile(found, np.linspace(0, 1, POINTS)), false[-POINTS:]]))
     above = lambda values: len(values) - np.searchsorted(values, at)
     return {"scores": at.tolist(), "recall": (above(found) / len(found)).tolist(),
