@@ -748,7 +748,7 @@ def prepare_training(args):
     if not photos:
         fail(f"no photos in {args.dir} ({', '.join(PHOTO_ENDINGS)})")
     args.found = len(photos)
-    args.held_back, photos = hold_back(photos, args.calibrate)
+    args.held_back, photos = hold_back(photos, args.calibrate) if args.calibrate else ([], photos)
     args.photos = photos[:max(args.sample_size, args.grow_to * bool(args.grow_epochs))]
     args.contaminated = Path(args.pairs).name if args.pairs else None
     args.negative_photos = list_negatives(args) if args.negatives else []

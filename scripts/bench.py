@@ -170,11 +170,10 @@ def bench_decode(bench):
 
 
 def start(args):
-    """What train.py does before it works: pick the device, keep the memory."""
+    """What train.py does before it works, in a single process."""
     import processes
-    vars(args).update(process=0, processes=1, nproc=1, local=args.gpu or 0, device_used=processes.pick_device(args))
-    if args.device_used.type == "cpu":
-        processes.keep_freed_memory()
+    vars(args).update(process=0, processes=1, nproc=1, local=args.gpu or 0)
+    processes.take_device(args)
 
 
 def trainer(bench):

@@ -412,7 +412,6 @@ class Evaluation:
         result["threshold_p90"] = None if at is None else float(self.pairs.score[at])
         return result | self.counts | {"rule": self.rule} | self.attrs
 
-
     def at_precision(self, promised, copies_ratio):
         """The threshold that the calibration gives for a precision, and what holds there; a dict for the output.
 

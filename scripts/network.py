@@ -79,17 +79,21 @@ class Descriptor(torch.nn.Module):
         return self
 
     def maps(self, images):
-        """Images [B, 3, s, s] -> what the backbone gives, fp32: feature maps [B, C, h, w], or features [B, C]."""
+        """Images [B, 3, s, s] -> what is pooled, fp32: feature maps [B, C, h, w] of the stages or the last one; or the
+        backbone's own features [B, C]."""
         with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             features = self.backbone(images)
         if self.pool == "backbone":
             return features.float()
-        maps = [features[i].float() for i in range(len(features))]
+        maps = [x.float() for x in (features if self.stages else features[-1:])]
         return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_last else maps
+
+    def exponent(self):
+        return self.gem_p if self.training else self.gem_eval_p
 
     def statistics(self, images):
         """Pool stages: images [B, 3, s, s] -> statistics of each feature map, [B, 4 C] each."""
-        return [statistics(x, self.gem_p if self.training else self.gem_eval_p) for x in self.maps(images)]
+        return [statistics(x, self.exponent()) for x in self.maps(images)]
 
     def standardised(self, parts):
         """Statistics of each feature map -> pooled features [B, channels]: each map's part has unit length."""
@@ -111,7 +115,7 @@ class Descriptor(torch.nn.Module):
         if self.pool == "backbone":
             return self.maps(images)
         if self.pool == "gem":
-            return gem(self.maps(images)[-1], self.gem_p if self.training else self.gem_eval_p)
+            return gem(self.maps(images)[-1], self.exponent())
         return self.standardised(self.statistics(images))
 
     def embed(self, images):

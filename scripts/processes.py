@@ -46,13 +46,9 @@ def spawned(local, work, args, nproc):
 def run_process(work, args, url, nproc):
     """Join the process group at `url` (none: single process), set the device, do the work, leave the group."""
     args.nproc = nproc
-    device = args.device_used = pick_device(args)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-        if nproc > 1:
-            torch.set_num_threads(max(1, os.cpu_count() // nproc))  # else they wait for each other's cores
+    device = take_device(args)
+    if device.type != "cuda" and nproc > 1:
+        torch.set_num_threads(max(1, os.cpu_count() // nproc))  # else they wait for each other's cores
     if url:
         backend = args.dist_backend if device.type == "cuda" else "gloo"
         try:
@@ -72,6 +68,16 @@ def run_process(work, args, url, nproc):
     finally:
         if url:
             dist.destroy_process_group()
+
+
+def take_device(args):
+    """Pick this process's device, as args.device_used, and get it ready."""
+    device = args.device_used = pick_device(args)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    return device
 
 
 def keep_freed_memory():
