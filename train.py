@@ -84,8 +84,8 @@ MODERATE = "crop:0.5=1 hflip=0.5"
 HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle jpeg=0.5 gray blur perspective "
         "hflip=0.5 vflip text emoji erase")
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
-FROM_CHECKPOINT = ("arch", "pool", "stages", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "input_size", "resize",
-                   "exif_transpose", "decode")
+FROM_CHECKPOINT = ("arch", "pool", "stages", "grid", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "eval_crops",
+                   "eval_flips", "input_size", "resize", "exif_transpose", "decode")
 HEAD_PHOTOS, CALIBRATION_PHOTOS = 2000, 2000  # training photos that --head-init and --calibrate look at
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,10 +107,11 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
     ],
     "network (extract mode takes these from the checkpoint unless given)": [
         ("-a --arch NAME", str, "resnet50", "timm model, old names too"),
-        ("--pool", ["gem", "stages", "backbone"], "gem", "gem: GeM over the last feature map; stages: GeM of the "
-         "positive and negative part, mean and deviation of the maps of --stages; backbone: the network's own final "
+        ("--pool", ["gem", "grid", "backbone"], "gem", "gem: GeM over the last feature map; grid: means over the cells "
+         "of a grid over the maps of --stages, those that flips exchange averaged; backbone: the network's own final "
          "norm and pooling, as for Swin in the notes"),
-        ("--stages N,N", str, "2,3", "pool stages: feature maps, 0 the finest; layers after the last one are left out"),
+        ("--stages N,N", str, "3", "pool grid: feature maps, 0 the finest; layers after the last one are left out"),
+        ("--grid N", int, 5, "pool grid: N x N cells"),
         ("--gem-p P", float, 3.0, "GeM exponent in training"),
         ("--gem-eval-p P", float, 4.0, "GeM exponent in extraction"),
         ("--head", list(HEADS), "linear-bn", "from pooled features to descriptor; none: the pooled features"),
@@ -120,6 +121,9 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
          "their sum"),
         ("--input-size PX", int, 224, "side of the network's square input"),
         ("--eval-input-size PX", int, None, "the same for extraction (default: --input-size)"),
+        ("--eval-crops SIDE,SIDE", str, "1", "extraction averages the features of centre crops, sides as shares of the "
+         "input's, all resized to the smallest"),
+        ("--eval-flips", bool, False, "extraction averages the features of each crop with those of its three flips"),
         ("--resize", list(RESIZES), "crop", "whole photo to square; crop: shorter side to PX + 32, centre crop "
          "(notes v3..v51); square: stretch (v52 on)"),
         ("--weight FILE", str, None, "checkpoint to extract with (default: the newest of --exp) or to start training "
@@ -255,7 +259,7 @@ def parse_args(argv=None):
         action.default = argparse.SUPPRESS
     args.given = list(vars(parser.parse_args(argv)))
     for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq",
-                          "accumulate"), 1),
+                          "accumulate", "grid"), 1),
                          (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives", "warmup", "freeze",
                            "whiten", "calibrate"), 0)):
         for name in names:
@@ -300,8 +304,8 @@ def check_training_flags(args):
             fail(f"--negatives {args.negatives}: --loss {args.loss} compares no photos")
     if (args.head_init != "random" or args.whiten) and args.head != "linear-bn":
         fail(f"--head {args.head}: --head-init and --whiten are for linear-bn")
-    if args.pairs and (args.head_init != "random" or args.whiten or args.calibrate or args.pool == "stages"):
-        fail("--pairs: --head-init, --whiten, --calibrate and --pool stages want single photos")
+    if args.pairs and (args.head_init != "random" or args.whiten or args.calibrate or args.pool == "grid"):
+        fail("--pairs: --head-init, --whiten, --calibrate and --pool grid want single photos")
     if args.memory_enqueue != "all" and not args.memory_size:
         fail(f"--memory-enqueue {args.memory_enqueue} needs a --memory-size")
     if args.grow_epochs and args.pairs:
@@ -471,28 +475,27 @@ class Trainer:
         return [torch.cat(parts) for parts in zip(*rows)]
 
     def init_head(self):
-        """Standardise the pooled statistics (--pool stages) and start the head (--head-init)."""
+        """Standardise the features (--pool grid) and start the head (--head-init)."""
         args = self.args
-        if args.pool == "stages" or args.head_init != "random":
+        if args.pool == "grid" or args.head_init != "random":
             self.fit_head(args.photos[:args.sample_size][:HEAD_PHOTOS], [args.view0, args.view1], args.input_size,
-                          HEAD_INITS[args.head_init])
+                          HEAD_INITS[args.head_init], self.net.features)
 
-    def fit_head(self, paths, pipelines, size, projection):
-        """Fit what the backbone's output goes through to these photos in two views of `size` px."""
-        net = self.net
-        describe = (lambda images: torch.cat(net.statistics(images), 1)) if self.args.pool == "stages" else net.pooled
-        views = self.describe_views(describe, paths, pipelines, size)
-        if self.args.pool == "stages":
-            views = net.standardise(*views)
+    def fit_head(self, paths, pipelines, size, projection, features):
+        """Fit what the backbone's features go through to these photos in two views of `size` px."""
+        views = self.describe_views(lambda images: torch.cat(features(images), 1), paths, pipelines, size)
+        if self.args.pool == "grid":
+            views = self.net.standardise(*views)
         if projection:
-            set_head(net, *views, projection)
+            set_head(self.net, *views, projection)
 
     def finish(self):
         """Fit the head anew to the trained backbone and measure the calibration, on photos as extraction sees them."""
         args, net, size = self.args, self.net, self.args.eval_input_size or self.args.input_size
         trained = args.photos[:len(self.views)]
         if args.whiten:
-            self.fit_head(trained[:args.whiten], ["clean=1", args.view1], size, HEAD_INITS["whitening"])
+            self.fit_head(trained[:args.whiten], ["clean=1", args.view1], size, HEAD_INITS["whitening"],
+                          net.eval_features)
         if args.calibrate:
             originals, copies = self.describe_views(net, args.held_back, ["clean=1", args.view1], size)
             others, = self.describe_views(net, trained[:CALIBRATION_PHOTOS], ["clean=1"], size)

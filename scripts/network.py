@@ -18,9 +18,12 @@ def gem(x, p, eps=1e-6):
     return x.clamp(min=eps).pow(p).mean((-2, -1)).pow(1 / p)
 
 
-def statistics(x, p, eps=1e-5):
-    """[B, C, H, W] -> [B, 4 C]: GeM of the positive and of the negative part, mean, standard deviation."""
-    return torch.cat([gem(x, p), gem(-x, p), x.mean((-2, -1)), (x.var((-2, -1), correction=0) + eps).sqrt()], 1)
+def folded_grid(x, n):
+    """[B, C, h, w] -> [B, C m^2], m = ceil(n / 2): means over the cells of an n x n grid, each averaged with the cells
+    that a horizontal, a vertical or both flips put in its place."""
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(size, device=x.device), n).T for size in x.shape[-2:])
+    fold = lambda cells: (cells + cells.flip(0))[:(n + 1) // 2] / 2
+    return (fold(rows) @ x @ fold(columns).T).flatten(1)
 
 
 def linear_bn(channels, dim, affine=True):
@@ -47,6 +50,7 @@ class Descriptor(torch.nn.Module):
     def __init__(self, args, head, pretrained):
         super().__init__()
         self.pool, self.gem_p, self.gem_eval_p, self.amp_dtype = args.pool, args.gem_p, args.gem_eval_p, None
+        self.grid, self.eval_flips, self.eval_crops = args.grid, args.eval_flips, parse_crops(args.eval_crops)
         self.stages = parse_stages(args)
         self.frozen_norms = args.batch_norm == "frozen"
         self.backbone = build_backbone(args, pretrained, self.stages)
@@ -57,7 +61,7 @@ class Descriptor(torch.nn.Module):
         elif args.pool == "gem":
             channels = self.backbone.feature_info.channels()[-1]
         else:
-            widths = [4 * width for width in self.backbone.feature_info.channels()]
+            widths = [width * ((args.grid + 1) // 2) ** 2 for width in self.backbone.feature_info.channels()]
             self.standard = torch.nn.ModuleList(torch.nn.BatchNorm1d(width, affine=False) for width in widths)
             channels = sum(widths)
         modules = head(channels, args)
@@ -73,7 +77,7 @@ class Descriptor(torch.nn.Module):
     def train(self, mode=True):
         super().train(mode)
         if self.frozen_norms:  # running statistics of the pretraining, and no update of them
-            for module in itertools.chain(self.backbone.modules(), self.standard if self.pool == "stages" else ()):
+            for module in itertools.chain(self.backbone.modules(), self.standard if self.pool == "grid" else ()):
                 if hasattr(module, "running_mean"):
                     module.eval()
         return self
@@ -88,21 +92,29 @@ class Descriptor(torch.nn.Module):
         maps = [x.float() for x in (features if self.stages else features[-1:])]
         return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_last else maps
 
-    def exponent(self):
-        return self.gem_p if self.training else self.gem_eval_p
+    def features(self, images):
+        """Images [B, 3, s, s] -> [features [B, c] of each feature map], fp32."""
+        if self.pool == "backbone":
+            return [self.maps(images)]
+        if self.pool == "gem":
+            return [gem(self.maps(images)[-1], self.gem_p if self.training else self.gem_eval_p)]
+        return [folded_grid(x, self.grid) for x in self.maps(images)]
 
-    def statistics(self, images):
-        """Pool stages: images [B, 3, s, s] -> statistics of each feature map, [B, 4 C] each."""
-        return [statistics(x, self.exponent()) for x in self.maps(images)]
+    def eval_features(self, images):
+        """The same, means over the images' crops (--eval-crops), each with its flips (--eval-flips)."""
+        views = centre_crops(images, self.eval_crops)
+        if self.eval_flips:
+            views = [view.flip(sides) for view in views for sides in ([], [-1], [-2], [-1, -2])]
+        return [sum(parts) / len(views) for parts in zip(*map(self.features, views))]
 
     def standardised(self, parts):
-        """Statistics of each feature map -> pooled features [B, channels]: each map's part has unit length."""
+        """Features of each feature map -> pooled features [B, channels]: each map's part has unit length."""
         return torch.cat([F.normalize(norm(part)) for norm, part in zip(self.standard, parts)], 1)
 
     @torch.no_grad()
     def standardise(self, *views):
-        """Let each statistic have mean 0 and variance 1 over photos: views, each [n, channels] of `statistics` side by
-        side -> the same standardised, each map's part of unit length."""
+        """Let each feature have mean 0 and variance 1 over photos: views, each [n, channels] of `features` side by side
+        -> the same standardised, each map's part of unit length."""
         parts = torch.cat(views).split([norm.num_features for norm in self.standard], 1)
         for norm, part in zip(self.standard, parts):
             norm.running_mean.copy_(part.mean(0))
@@ -112,11 +124,8 @@ class Descriptor(torch.nn.Module):
 
     def pooled(self, images):
         """Images [B, 3, s, s] -> pooled features [B, channels], fp32."""
-        if self.pool == "backbone":
-            return self.maps(images)
-        if self.pool == "gem":
-            return gem(self.maps(images)[-1], self.exponent())
-        return self.standardised(self.statistics(images))
+        parts = self.features(images) if self.training else self.eval_features(images)
+        return self.standardised(parts) if self.pool == "grid" else parts[0]
 
     def embed(self, images):
         """Images [B, 3, s, s] -> descriptors [B, dim] before they get unit length."""
@@ -142,9 +151,30 @@ class SimSiam(Descriptor):
         return (z, p) if self.training else F.normalize({"proj": z, "pred": p, "proj+pred": z + p}[self.extract_from])
 
 
+def parse_crops(text):
+    """--eval-crops "1,0.5" -> (1.0, 0.5): sides of the crops, of the image's side. InputError: not from 0.1 to 1."""
+    try:
+        crops = tuple(float(side) for side in text.split(","))
+        if all(0.1 <= side <= 1 for side in crops):
+            return crops
+    except ValueError:
+        pass
+    raise InputError(f"--eval-crops {text}: give sides from 0.1 to 1 of the image's side, such as 1,0.5")
+
+
+def centre_crops(images, sides):
+    """Images [B, 3, s, s] -> [centre crops [B, 3, t, t]], all resized to t, the side of the smallest."""
+    size = images.shape[-1]
+    borders = [round(size * (1 - side) / 2) for side in sides]
+    smallest = size - 2 * max(borders)
+    crops = [images[..., border:size - border, border:size - border] for border in borders]
+    return [crop if crop.shape[-1] == smallest else F.interpolate(crop, (smallest, smallest), mode="bilinear",
+                                                                  antialias=True) for crop in crops]
+
+
 def parse_stages(args):
     """--stages "2,3" -> (2, 3), or None: the last feature map."""
-    if args.pool != "stages":
+    if args.pool != "grid":
         return None
     try:
         return tuple(sorted({int(stage) for stage in args.stages.split(",")}))

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 import train
 from helpers import draw_photos, run
-from network import statistics
+from network import centre_crops, folded_grid
 from whitening import learned_whitening, pca, set_head
 
 
 def settings(**changes):
-    args = train.build_parser().parse_args(["-a", "test_efficientnet", "--pool", "stages", "--stages", "1,2", "--dim",
+    args = train.build_parser().parse_args(["-a", "test_efficientnet", "--pool", "grid", "--stages", "1,2", "--dim",
                                             "8", "--input-size", "32"])
     return SimpleNamespace(**vars(args) | changes)
 
@@ -30,26 +30,62 @@ def images(n=6):
     return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def test_statistics_of_a_feature_map():
-    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
-    found = statistics(x, 3.0).double()
-    for i in range(2):
-        for c in range(3):
-            values = x[i, c].double().flatten()
-            wanted = [(sign * values).clamp(min=1e-6).pow(3).mean() ** (1 / 3) for sign in (1, -1)]
-            wanted += [values.mean(), values.std(correction=0)]
-            assert found[i, c::3].tolist() == pytest.approx([float(w) for w in wanted], abs=1e-4)
+@pytest.mark.parametrize("h, w, n", [(5, 4, 1), (8, 8, 3), (10, 7, 5), (6, 6, 4)])
+def test_cells_of_a_folded_grid_are_means_over_the_cells_that_flips_exchange(h, w, n):
+    x = torch.randn(2, 3, h, w, generator=torch.Generator().manual_seed(0))
+    bounds = lambda size: [(i * size // n, -(-(i + 1) * size // n)) for i in range(n)]
+    cell = lambda i, j: x[:, :, slice(*bounds(h)[i]), slice(*bounds(w)[j])].mean((-2, -1))
+    m = (n + 1) // 2
+    wanted = torch.stack([sum(cell(p, q) for p in (i, n - 1 - i) for q in (j, n - 1 - j)) / 4
+                          for i in range(m) for j in range(m)], -1)
+    found = folded_grid(x, n)
+    assert torch.allclose(found, wanted.flatten(1), atol=1e-5)
+    for sides in ([-1], [-2], [-1, -2]):
+        assert torch.allclose(folded_grid(x.flip(sides), n), found, atol=1e-5)
 
 
-def test_pooled_stages_are_standardised_and_each_of_unit_length():
+def test_pooled_cells_are_standardised_and_each_map_has_unit_length():
     net = network().eval()
-    rows = torch.cat(net.statistics(images(40)), 1)
+    rows = torch.cat(net.features(images(40)), 1)
     a, b = net.standardise(rows[:20], rows[20:])
     widths = [norm.num_features for norm in net.standard]
     assert len(widths) == 2 and torch.allclose(net.pooled(images(40)), torch.cat([a, b]), atol=1e-5)
     for norm, part, raw in zip(net.standard, torch.cat([a, b]).split(widths, 1), rows.split(widths, 1)):
         assert torch.allclose(part.norm(dim=1), torch.ones(40), atol=1e-5)
         assert torch.allclose(norm(raw).mean(0), torch.zeros(len(raw[0])), atol=1e-4)
+
+
+def test_with_flips_a_photo_and_its_flips_have_one_descriptor():
+    x = images(20)
+    for flips in (False, True):
+        net = network(eval_flips=flips).eval()
+        rows = torch.cat(net.eval_features(x), 1)
+        net.standardise(rows)
+        same = [torch.allclose(net(x.flip(sides)), net(x), atol=1e-4) for sides in ([-1], [-2], [-1, -2])]
+        assert same == [flips] * 3
+    assert not torch.allclose(net.train()(x.flip(-1)), net(x), atol=1e-3)
+
+
+def test_crops_are_centred_and_seen_at_the_size_of_the_smallest():
+    x = torch.arange(40.).expand(1, 3, 40, 40)
+    whole, half, part = centre_crops(x, (1, 0.5, 0.75))
+    assert whole.shape == half.shape == part.shape == (1, 3, 20, 20)
+    assert torch.equal(half, x[..., 10:30, 10:30])
+    assert torch.allclose(whole[0, 0, 5, 1:-1], torch.arange(2.5, 38, 2), atol=1e-4)
+    assert part.mean() == pytest.approx(19.5, abs=0.01) and 5 < part.min() < 6 and 33 < part.max() < 34
+    assert torch.equal(centre_crops(x, (1,))[0], x)
+
+
+@pytest.mark.parametrize("pool", ["grid", "gem", "backbone"])
+def test_extraction_averages_the_features_of_crops_and_flips(pool):
+    net, x = network(pool=pool, eval_crops="1,0.5", eval_flips=True).eval(), images()
+    whole = F.interpolate(x, (16, 16), mode="bilinear", antialias=True)
+    views = [view.flip(sides) for view in (whole, x[..., 8:24, 8:24])
+             for sides in ([], [-1], [-2], [-1, -2])]
+    for i, found in enumerate(net.eval_features(x)):
+        assert torch.allclose(found, torch.stack([net.features(view)[i] for view in views]).mean(0), atol=1e-5)
+    net.train()
+    assert net(x).shape == (6, 8)
 
 
 def test_layers_after_the_last_stage_are_left_out():
@@ -107,11 +143,12 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     photos = draw_photos(tmp_path / "input" / "training_images", 60)
     draw_photos(tmp_path / "input" / "query_images", 5, name="Q{}.jpg")
     draw_photos(tmp_path / "input" / "reference_images", 5, name="R{}.jpg")
-    words = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--pool", "stages", "--stages", "1,2",
+    words = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--pool", "grid", "--stages", "1,2",
              "--head-init", "whitening", "--dim", 16, "--input-size", 32, "--eval-input-size", 48, "--resize", "square",
              "--loss", "ntxent", "--memory-size", 64, "--batch-size", 8, "--epochs", 1, "--optimizer", "adamw", "--lr",
              1e-3, "--warmup", 3, "--backbone-lr", 0.5, "--freeze", 1, "--batch-norm", "frozen", "--whiten", 40,
-             "--calibrate", 20, "--seed", 3, "-j", 1, photos]
+             "--calibrate", 20, "--eval-flips", "--eval-crops", "1,0.5", "--grid", 3, "--seed", 3, "-j",
+             1, photos]
     weights, last = {}, Path("train", "checkpoint_0000.pth.tar")
     for name, more in (("one", []), ("two", ["--multiprocessing-distributed", "--nproc", 2, "--dist-url",
                                              "tcp://localhost:10077"])):
@@ -142,9 +179,11 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--pool", "stages", "--stages", "2,x"], "--stages 2,x"), (["--pool", "stages", "--stages", "9"], "--pool stages"),
+    (["--pool", "grid", "--stages", "2,x"], "--stages 2,x"), (["--pool", "grid", "--stages", "9"], "--pool grid"),
     (["--head", "deep", "--whiten", 10], "--head deep"), (["--calibrate", 30], "--calibrate 30"),
-    (["--freeze", 9], "--freeze 9"), (["--head", "linear", "--head-init", "pca"], "--head linear")])
+    (["--freeze", 9], "--freeze 9"),
+    (["--eval-crops", "1,2"], "--eval-crops 1,2"), (["--grid", 0], "--grid"),
+    (["--head", "linear", "--head-init", "pca"], "--head linear")])
 def test_what_does_not_fit_is_told_in_one_line(flags, message, tmp_path, capsys):
     photos = draw_photos(tmp_path / "photos", 40)
     words = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "-j", 0, "--device",
