@@ -306,6 +306,8 @@ def check_training_flags(args):
         fail(f"--head {args.head}: --head-init and --whiten are for linear-bn")
     if args.pairs and (args.head_init != "random" or args.whiten or args.calibrate or args.pool == "grid"):
         fail("--pairs: --head-init, --whiten, --calibrate and --pool grid want single photos")
+    if 0 < args.calibrate < 10:
+        fail(f"--calibrate {args.calibrate}: 10 photos are the least that tell anything; 0: no calibration")
     if args.memory_enqueue != "all" and not args.memory_size:
         fail(f"--memory-enqueue {args.memory_enqueue} needs a --memory-size")
     if args.grow_epochs and args.pairs:

@@ -2,30 +2,47 @@
 
 Measured on edited copies of photos that were not trained on, and carried by checkpoints and descriptor files as their
 attribute `calibration`, JSON: `scores` (rising, minus the squared L2 distance), `recall` (share of copies with a score
-of at least that), `false_rate` (non-copies with a score of at least that, per query and archive photo),
-`copies_ratio` (share of queries that have an original in the archive).
+of at least that), `false_rate` (non-copies with a score of at least that, per query and archive photo; the upper end of
+a 95 % confidence interval), `copies_ratio` (share of queries that have an original in the archive).
 """
 import json
 
 import numpy as np
+from scipy.stats import chi2
+
 from descriptors import InputError
 
-POINTS = 100  # of a stored curve, at scores of copies; and as many at the best scores of non-copies
+POINTS = 100  # of a stored curve, at scores of copies
+TAIL = 30  # best scores of non-copies from which those above are extrapolated
 COPIES_RATIO = 0.2  # unless told: most queries have no original
+
+
+def false_rates(false, pairs, at):
+    """Rates, per pair, of non-copies with scores of at least `at`, upper ends of 95 % confidence intervals.
+
+    Args: false: the best scores of non-copies, falling; pairs: number of all non-copies; at: scores [n].
+
+    Up to the score of rank TAIL they are counts (Garwood's interval of a Poisson count); above it an exponential tail
+    is fitted (peaks over threshold, Pickands 1975), so that some photos can speak for large archives.
+    """
+    most = lambda count: chi2.ppf(0.95, 2 * count + 2) / 2 / pairs
+    level, above = false[TAIL], false[:TAIL] - false[TAIL]
+    scale = 2 * above.sum() / chi2.ppf(0.05, 2 * TAIL)
+    count = np.searchsorted(-false, -at, side="right")
+    return np.where(at > level, most(TAIL + 1) * np.exp(-(at - level) / scale), most(count))
 
 
 def measure(copies, originals, others):
     """Calibration of edited copies [n, d] of `originals` [n, d] against `others` [m, d], photos that no copy shows any
-    of: the photos that views paste in are not among them."""
-    score = lambda cosine: 2 * cosine - 2
+    of: the photos that views paste in are not among them; n m > TAIL."""
+    score = lambda cosine: 2 * cosine.astype(float) - 2
     found = np.sort(score(np.einsum("ij,ij->i", copies, originals)))
     false = score(copies @ others.T).ravel()
-    n, most = len(false), min(len(false), 100 * len(copies))
-    false = np.sort(np.partition(false, n - most)[n - most:])
-    at = np.unique(np.concatenate([np.quantile(found, np.linspace(0, 1, POINTS)), false[-POINTS:]]))
-    above = lambda values: len(values) - np.searchsorted(values, at)
-    return {"scores": at.tolist(), "recall": (above(found) / len(found)).tolist(),
-            "false_rate": (above(false) / n).tolist(), "copies_ratio": COPIES_RATIO}
+    pairs, most = len(false), min(len(false), 100 * len(copies))
+    false = np.sort(np.partition(false, pairs - most)[pairs - most:])[::-1]
+    at = np.unique(np.concatenate([np.quantile(found, np.linspace(0, 1, POINTS)), np.linspace(false[TAIL], 0, POINTS)]))
+    return {"scores": at.tolist(), "recall": ((len(found) - np.searchsorted(found, at)) / len(found)).tolist(),
+            "false_rate": false_rates(false, pairs, at).tolist(), "copies_ratio": COPIES_RATIO}
 
 
 class Calibration:
