@@ -131,7 +131,7 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--backbone-weights FILE", str, None, "timm weights (.pth, .safetensors) to start from instead of a "
          "download; in extract mode: their raw features"),
         ("--no-pretrained", bool, False, "start from random weights"),
-        ("--head-init", ["random", "pca", "whitening"], "random", "start of the head linear-bn, from 2,000 training "
+        ("--head-init", ["random", "whitening"], "random", "start of the head linear-bn, from 2,000 training "
          "photos in two views; whitening: the projection that shrinks what differs between views of a photo"),
     ],
     "training data and views": [
@@ -176,7 +176,6 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--lr --learning-rate LR", float, 0.05, "used as given, not scaled by the batch size"),
         ("--lr-schedule", list(SCHEDULES), "cosine", "cosine and linear change per epoch, cosine-iter per step"),
         ("--warmup N", int, 0, "the rate rises over the first N steps"),
-        ("--backbone-lr X", float, 1.0, "factor of the backbone's rate"),
         ("--freeze N", int, 0, "the backbone's parameters up to feature map N - 1 are not trained"),
         ("--momentum M", float, 0.9, "SGD"),
         ("--wd --weight-decay W", float, 1e-4, "on matrices and kernels; not on 1-D parameters, biases and gains"),
@@ -348,8 +347,7 @@ from photos import PHOTO_ENDINGS, list_photos, write_skipped  # noqa: E402
 from processes import gather_objects, launch, loader_options, pick_precision  # noqa: E402
 from views import (EpochBatches, Pairs, Views, WholePhotos, collate_photos, collate_views,  # noqa: E402
                    parse_ops, write_views_png)
-
-from whitening import HEAD_INITS, set_head  # noqa: E402
+from whitening import set_head  # noqa: E402
 
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, pml, np)}
 
@@ -367,17 +365,15 @@ def pairs(args, loss):
 
 def param_groups(module, args):
     """Weight decay for matrices and kernels only: none for 1-D parameters, biases and NFNet gains (--decay-all: for
-    all). With --fix-pred-lr the predictor's parameters are groups of their own, marked as `fixed`; `factor` is of the
-    group's rate."""
+    all). With --fix-pred-lr the predictor's parameters are groups of their own, marked as `fixed`."""
     groups = {}
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        factor = args.backbone_lr if name.startswith("net.backbone.") else 1.0
         spared = not args.decay_all and (p.ndim <= 1 or name.endswith(".bias") or "gain" in name)
         fixed = args.fix_pred_lr and ".predictor." in name
-        groups.setdefault((fixed, not spared, factor), []).append(p)
-    return [{"params": groups[key], "weight_decay": args.wd * key[1], "fixed": key[0], "factor": key[2]}
+        groups.setdefault((fixed, not spared), []).append(p)
+    return [{"params": groups[key], "weight_decay": args.wd * key[1], "fixed": key[0]}
             for key in sorted(groups)]
 
 
@@ -481,23 +477,22 @@ class Trainer:
         args = self.args
         if args.pool == "grid" or args.head_init != "random":
             self.fit_head(args.photos[:args.sample_size][:HEAD_PHOTOS], [args.view0, args.view1], args.input_size,
-                          HEAD_INITS[args.head_init], self.net.features)
+                          self.net.features, args.head_init == "whitening")
 
-    def fit_head(self, paths, pipelines, size, projection, features):
-        """Fit what the backbone's features go through to these photos in two views of `size` px."""
+    def fit_head(self, paths, pipelines, size, features, whitening=True):
+        """Fit standardisation (--pool grid) and head (`whitening`) to these photos in two views of `size` px."""
         views = self.describe_views(lambda images: torch.cat(features(images), 1), paths, pipelines, size)
         if self.args.pool == "grid":
             views = self.net.standardise(*views)
-        if projection:
-            set_head(self.net, *views, projection)
+        if whitening:
+            set_head(self.net, *views)
 
     def finish(self):
         """Fit the head anew to the trained backbone and measure the calibration, on photos as extraction sees them."""
         args, net, size = self.args, self.net, self.args.eval_input_size or self.args.input_size
         trained = args.photos[:len(self.views)]
         if args.whiten:
-            self.fit_head(trained[:args.whiten], ["clean=1", args.view1], size, HEAD_INITS["whitening"],
-                          net.eval_features)
+            self.fit_head(trained[:args.whiten], ["clean=1", args.view1], size, net.eval_features)
         if args.calibrate:
             originals, copies = self.describe_views(net, args.held_back, ["clean=1", args.view1], size)
             others, = self.describe_views(net, trained[:CALIBRATION_PHOTOS], ["clean=1"], size)
@@ -622,7 +617,7 @@ class Trainer:
     def train_step(self, images, labels):
         """One optimizer step; returns the loss as a tensor that is not waited for."""
         for group in self.optimizer.param_groups:
-            group["lr"] = (self.args.lr if group["fixed"] else self.learning_rate()) * group["factor"]
+            group["lr"] = self.args.lr if group["fixed"] else self.learning_rate()
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         loss = self.objective(images, labels.to(self.device, non_blocking=True))
         self.optimizer.zero_grad()

@@ -21,7 +21,7 @@ def gem(x, p, eps=1e-6):
 def folded_grid(x, n):
     """[B, C, h, w] -> [B, C m^2], m = ceil(n / 2): means over the cells of an n x n grid, each averaged with the cells
     that a horizontal, a vertical or both flips put in its place."""
-    rows, columns = (F.adaptive_avg_pool1d(torch.eye(size, device=x.device), n).T for size in x.shape[-2:])
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(size, device=x.device), n).T for size in map(int, x.shape[-2:]))
     fold = lambda cells: (cells + cells.flip(0))[:(n + 1) // 2] / 2
     return (fold(rows) @ x @ fold(columns).T).flatten(1)
 
@@ -164,7 +164,7 @@ def parse_crops(text):
 
 def centre_crops(images, sides):
     """Images [B, 3, s, s] -> [centre crops [B, 3, t, t]], all resized to t, the side of the smallest."""
-    size = images.shape[-1]
+    size = int(images.shape[-1])  # a tensor while TorchScript traces
     borders = [round(size * (1 - side) / 2) for side in sides]
     smallest = size - 2 * max(borders)
     crops = [images[..., border:size - border, border:size - border] for border in borders]

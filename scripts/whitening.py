@@ -1,4 +1,4 @@
-"""Linear maps learned from descriptors of training photos, and the head that holds them."""
+"""A whitening learned from pairs of views, and the head that holds it."""
 import torch
 
 
@@ -26,22 +26,10 @@ def learned_whitening(a, b, dim, shrinkage=0.1):
     return mean, whitened @ directions.flip(1)[:, :dim]
 
 
-def pca(a, b, dim):
-    """Mean [c] and projection [c, dim] onto the directions of largest variance of both views [n, c]."""
-    rows = torch.cat([a, b]).double()
-    mean = rows.mean(0)
-    _, directions = torch.linalg.eigh(covariance(rows - mean, rows - mean))
-    return mean, directions.flip(1)[:, :dim]
-
-
-HEAD_INITS = {  # name -> (pooled features [n, c] of a view, of another view, dim) -> mean [c], projection [c, dim]
-    "random": None, "pca": pca, "whitening": learned_whitening}
-
-
 @torch.no_grad()
-def set_head(net, a, b, projection):
-    """Make a linear-bn head a `HEAD_INITS` projection of pooled features [n, c]; batch norm keeps its scale."""
-    mean, matrix = projection(a, b, net.dim)
+def set_head(net, a, b):
+    """Make a linear-bn head the learned whitening of pooled features a, b [n, c]; batch norm keeps its scale."""
+    mean, matrix = learned_whitening(a, b, net.dim)
     rows = (torch.cat([a, b]).double() - mean) @ matrix
     scale = rows.std(0).mean()  # a common factor: the descriptor has unit length anyway
     net.fc.weight.copy_(matrix.T / scale)

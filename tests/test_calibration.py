@@ -66,7 +66,7 @@ def test_what_is_no_calibration_is_refused(change):
 
 
 def test_the_promise_holds_on_data_of_the_same_kind(tmp_path):
-    """Another 1,000 photos, 250 copies among 1,000 queries: the precision at the threshold for 0.9 is at least about that."""
+    """Another 1,000 photos, 250 copies among 1,000 queries: at least about the precision promised."""
     rng = np.random.default_rng(1)
     copies, archive = copies_and_archive(rng, 500, 1500, 0.16)
     calibration = measure(copies, archive[:500], archive[500:]) | {"copies_ratio": 0.25}

@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 import train
+from export import write_onnx, write_torchscript
 from helpers import draw_photos, run
 from network import centre_crops, folded_grid
-from whitening import learned_whitening, pca, set_head
+from whitening import learned_whitening, set_head
 
 
 def settings(**changes):
@@ -88,6 +89,18 @@ def test_extraction_averages_the_features_of_crops_and_flips(pool):
     assert net(x).shape == (6, 8)
 
 
+def test_crops_and_flips_are_part_of_the_exported_graph(tmp_path):
+    net, x = network(eval_crops="1,0.5", eval_flips=True).eval(), images()
+    wanted = net(x).detach().numpy()
+    write_torchscript(net, {"input_size": 32}, tmp_path / "net.pt")
+    assert np.allclose(torch.jit.load(tmp_path / "net.pt")(x).detach().numpy(), wanted, atol=1e-5)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    write_onnx(net, {"input_size": 32}, tmp_path / "net.onnx")
+    rows, = onnxruntime.InferenceSession(str(tmp_path / "net.onnx")).run(None, {"images": x.numpy()})
+    assert np.allclose(rows, wanted, atol=1e-4)
+
+
 def test_layers_after_the_last_stage_are_left_out():
     count = lambda stages: sum(p.numel() for p in network(stages=stages).backbone.parameters())
     assert count("0,1") < count("1,2") < count("1,4")
@@ -100,7 +113,8 @@ def test_learned_whitening_shrinks_what_differs_between_views():
     a, b = (torch.from_numpy(np.hstack([signal + noise[i], nuisance[i]]) @ mix) for i in range(2))
     same = lambda x, y: float(F.cosine_similarity(x, y).mean())
     mean, projection = learned_whitening(a, b, 6, shrinkage=0.001)
-    plain_mean, plain = pca(a, b, 6)
+    plain_mean = torch.cat([a, b]).mean(0)
+    plain = torch.pca_lowrank(torch.cat([a, b]), 6)[2]
     assert same((a - mean) @ projection, (b - mean) @ projection) > 0.95
     assert same((a - plain_mean) @ plain, (b - plain_mean) @ plain) < 0.7
     full = learned_whitening(a, b, 9, shrinkage=0)[1]
@@ -108,13 +122,12 @@ def test_learned_whitening_shrinks_what_differs_between_views():
     assert torch.allclose(within, torch.eye(9, dtype=within.dtype), atol=1e-6)
 
 
-@pytest.mark.parametrize("projection", [learned_whitening, pca])
-def test_the_head_is_the_projection(projection):
+def test_the_head_is_the_whitening():
     net, generator = network().eval(), torch.Generator().manual_seed(2)
     a = torch.randn(200, net.fc.in_features, generator=generator)
     b = a + 0.1 * torch.randn(a.shape, generator=generator)
-    set_head(net, a, b, projection)
-    mean, matrix = projection(a, b, 8)
+    set_head(net, a, b)
+    mean, matrix = learned_whitening(a, b, 8)
     wanted = F.normalize((a.double() - mean) @ matrix)
     assert torch.allclose(F.normalize(net.bn(net.fc(a))).double(), wanted, atol=1e-4)
     net.train()
@@ -146,7 +159,7 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     words = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--pool", "grid", "--stages", "1,2",
              "--head-init", "whitening", "--dim", 16, "--input-size", 32, "--eval-input-size", 48, "--resize", "square",
              "--loss", "ntxent", "--memory-size", 64, "--batch-size", 8, "--epochs", 1, "--optimizer", "adamw", "--lr",
-             1e-3, "--warmup", 3, "--backbone-lr", 0.5, "--freeze", 1, "--batch-norm", "frozen", "--whiten", 40,
+             1e-3, "--warmup", 3, "--freeze", 1, "--batch-norm", "frozen", "--whiten", 40,
              "--calibrate", 20, "--eval-flips", "--eval-crops", "1,0.5", "--grid", 3, "--seed", 3, "-j",
              1, photos]
     weights, last = {}, Path("train", "checkpoint_0000.pth.tar")
@@ -183,7 +196,7 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     (["--head", "deep", "--whiten", 10], "--head deep"), (["--calibrate", 30], "--calibrate 30"),
     (["--freeze", 9], "--freeze 9"),
     (["--eval-crops", "1,2"], "--eval-crops 1,2"), (["--grid", 0], "--grid"),
-    (["--head", "linear", "--head-init", "pca"], "--head linear")])
+    (["--head", "linear", "--head-init", "whitening"], "--head linear")])
 def test_what_does_not_fit_is_told_in_one_line(flags, message, tmp_path, capsys):
     photos = draw_photos(tmp_path / "photos", 40)
     words = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "-j", 0, "--device",
