@@ -37,6 +37,7 @@ import time
 import warnings
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on CPUs, idle threads leave their cores to the loading processes
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "scripts"))
 from cli import Parser, fail  # noqa: E402
