@@ -345,7 +345,7 @@ from losses import ArcFaceLoss, NTXentLoss, Objective, PairCriterion, SimSiamLos
 from network import (Descriptor, SimSiam, check_arch, linear_bn, predictor, projector,  # noqa: E402
                      read_backbone_weights)
 from photos import PHOTO_ENDINGS, list_photos, write_skipped  # noqa: E402
-from processes import gather_objects, launch, loader_options, pick_precision  # noqa: E402
+from processes import gather_objects, launch, make_loader, pick_precision  # noqa: E402
 from views import (EpochBatches, Pairs, Views, WholePhotos, collate_photos, collate_views,  # noqa: E402
                    parse_ops, write_views_png)
 from whitening import set_head  # noqa: E402
@@ -464,11 +464,10 @@ class Trainer:
         views = Views(argparse.Namespace(**vars(args) | settings), args.dir, paths, RESIZES[args.resize], net.mean,
                       net.std)
         batches = [[(0, i) for i in range(start, min(start + 64, len(paths)))] for start in range(0, len(paths), 64)]
-        loader = torch.utils.data.DataLoader(views, batch_sampler=batches, collate_fn=collate_views,
-                                             **loader_options(args))
         rows = []
         with torch.inference_mode():
-            for images, *_ in tqdm(loader, "photos", unit="batch", leave=False):
+            for images, *_ in tqdm(make_loader(args, views, batches, collate_views), "photos", unit="batch",
+                                     leave=False):
                 images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
                 rows.append(describe(images).float().cpu().chunk(len(pipelines)))
         return [torch.cat(parts) for parts in zip(*rows)]
@@ -508,8 +507,7 @@ class Trainer:
                                     args.epoch_steps)
         if not self.batches.steps():
             fail(f"{len(self.views)} photos do not fill one batch of {sample[1] * args.processes}; lower --batch-size")
-        self.loader = torch.utils.data.DataLoader(self.views, batch_sampler=self.batches, collate_fn=collate_views,
-                                                  persistent_workers=args.workers > 0, **loader_options(args))
+        self.loader = make_loader(args, self.views, self.batches, collate_views, keep=True)
         self.criterion = LOSSES[args.loss](args, len(self.views)).to(self.device)
         self.objective = Objective(self.net, self.criterion, args.ncrops, args.batch_norm == "shuffled",
                                    args.accumulate)
@@ -859,9 +857,8 @@ def blocks_of(args, folder, name, paths):
 def describe_photos(args, net, describe, blocks, paths):
     """Write this process's unfinished blocks; `describe`: images [B, 3, s, s] of `paths` -> rows [B, dim]."""
     batches = [batch for block in blocks.todo for batch in block]
-    loader = iter(torch.utils.data.DataLoader(
-        WholePhotos(args, paths, RESIZES[args.resize], args.preprocess["mean"], args.preprocess["std"]),
-        batch_sampler=batches, collate_fn=collate_photos, **loader_options(args)))
+    photos = WholePhotos(args, paths, RESIZES[args.resize], args.preprocess["mean"], args.preprocess["std"])
+    loader = iter(make_loader(args, photos, batches, collate_photos))
     with tqdm(total=sum(map(len, batches)), desc=blocks.name, unit="photo", disable=args.process > 0) as bar:
         for block in blocks.todo:
             rows, indices, bad = [torch.empty(0, net.dim)], [], []

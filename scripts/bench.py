@@ -238,8 +238,7 @@ def bench_extract(bench):
     ready = torch.randn(64, 3, 224, 224).to(device, memory_format=torch.channels_last)
 
     def decode():
-        for _ in torch.utils.data.DataLoader(data, batch_sampler=batches, collate_fn=train.collate_photos,
-                                             **train.loader_options(args)):
+        for _ in train.make_loader(args, data, batches, train.collate_photos):
             pass
 
     @torch.inference_mode()

@@ -83,10 +83,15 @@ def take_device(args):
 def keep_freed_memory():
     """Let glibc keep the memory of tensors that are gone for the next ones. It would give each back to the system, and
     fresh pages cost more than the computing on some virtual machines (a training step of 12 s against 2.6 s)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        for parameter, value in ((-1, 2**31 - 1), (-2, 2**26), (-4, 0)):  # TRIM_THRESHOLD, TOP_PAD, MMAP_MAX
-            mallopt(parameter, value)
+    for parameter, value in ((-1, 2**31 - 1), (-2, 2**26), (-4, 0)):  # TRIM_THRESHOLD, TOP_PAD, MMAP_MAX
+        libc("mallopt", parameter, value)
+
+
+def libc(name, *numbers):
+    """Call a function of glibc, where there is one."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function:
+        function(*numbers)
 
 
 def pick_device(args):
@@ -110,11 +115,16 @@ def pick_precision(args, device):
     return torch.bfloat16 if native and args.mode == "train" else None
 
 
-def loader_options(args):
-    """DataLoader settings; forked workers start at once, where a process that was spawned itself would spawn them."""
+def make_loader(args, data, batches, collate, keep=False):
+    """DataLoader of batches [indices]; `keep`: its processes live on for the next pass. They are forked, which is at
+    once, where a process that was spawned itself would spawn them."""
     workers = math.ceil(args.workers / args.nproc)
-    return dict(num_workers=workers, pin_memory=args.device_used.type == "cuda",
-                multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
+    forked = workers and sys.platform == "linux"
+    if forked and args.device_used.type == "cpu":
+        libc("malloc_trim", 0)  # after a fork, each page that was freed and kept would be copied when it is used again
+    return torch.utils.data.DataLoader(
+        data, batch_sampler=batches, collate_fn=collate, num_workers=workers, persistent_workers=keep and workers > 0,
+        pin_memory=args.device_used.type == "cuda", multiprocessing_context="fork" if forked else None)
 
 
 def gather_objects(x):
