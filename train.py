@@ -466,8 +466,8 @@ class Trainer:
         batches = [[(0, i) for i in range(start, min(start + 64, len(paths)))] for start in range(0, len(paths), 64)]
         rows = []
         with torch.inference_mode():
-            for images, *_ in tqdm(make_loader(args, views, batches, collate_views), "photos", unit="batch",
-                                     leave=False):
+            loader = make_loader(args, views, batches, collate_views)
+            for images, *_ in tqdm(loader, "photos", unit="batch", leave=False):
                 images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
                 rows.append(describe(images).float().cpu().chunk(len(pipelines)))
         return [torch.cat(parts) for parts in zip(*rows)]

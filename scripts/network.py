@@ -194,6 +194,8 @@ def build_backbone(args, pretrained, stages):
         config = timm.create_model(args.arch).pretrained_cfg
     if config.get("fixed_input_size"):
         kwargs["img_size"] = args.input_size
+        if min(parse_crops(args.eval_crops)) < 1:
+            raise InputError(f"--eval-crops {args.eval_crops}: {args.arch} takes images of one size only")
     if isinstance(pretrained, dict):
         kwargs["pretrained_cfg_overlay"] = dict(state_dict=pretrained)
     try:

@@ -195,7 +195,8 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     (["--pool", "grid", "--stages", "2,x"], "--stages 2,x"), (["--pool", "grid", "--stages", "9"], "--pool grid"),
     (["--head", "deep", "--whiten", 10], "--head deep"), (["--calibrate", 30], "--calibrate 30"),
     (["--freeze", 9], "--freeze 9"),
-    (["--eval-crops", "1,2"], "--eval-crops 1,2"), (["--grid", 0], "--grid"),
+    (["--eval-crops", "1,2"], "--eval-crops 1,2"),
+    (["-a", "test_vit", "--eval-crops", "0.5"], "images of one size"), (["--grid", 0], "--grid"),
     (["--head", "linear", "--head-init", "whitening"], "--head linear")])
 def test_what_does_not_fit_is_told_in_one_line(flags, message, tmp_path, capsys):
     photos = draw_photos(tmp_path / "photos", 40)
