@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from calibration import Calibration
+from cli import share
 from descriptors import Descriptors, InputError, count_gpus, first_three, replacing
 from tqdm import tqdm
 
@@ -342,7 +343,7 @@ class Evaluation:
     """
 
     def __init__(self, path, ground_truth, args):
-        self.path, self.attrs, self.calibration = path, {"topk": args.topk} if args.topk else {}, None
+        self.path, self.attrs = path, {"topk": args.topk} if args.topk else {}
         self.queries, self.positives = ground_truth
         read = self.read_csv if is_csv(path, args) else self.read_h5
         pairs = read(path, args)
@@ -370,7 +371,6 @@ class Evaluation:
         """Candidates by search in a descriptor file."""
         with open_descriptors(path, args.allow_contaminated) as file:
             self.attrs |= shown_attrs(file)
-            self.calibration = file.attrs.get("calibration")
             references, query_ids = file["reference"], file["query"].ids
             known = np.isin(query_ids, self.queries)
             if not known.any():
@@ -412,20 +412,28 @@ class Evaluation:
         result["threshold_p90"] = None if at is None else float(self.pairs.score[at])
         return result | self.counts | {"rule": self.rule} | self.attrs
 
-    def at_precision(self, promised, copies_ratio):
-        """The threshold that the calibration gives for a precision, and what holds there; a dict for the output.
-
-        Raises InputError where the file carries no calibration, or one that does not reach so far.
-        """
-        if self.calibration is None:
-            raise InputError(f"--threshold-precision {promised:g}: {self.path} carries no calibration; train.py "
-                             "--calibrate measures one, and post-processing voids it")
-        calibration = Calibration(self.calibration, self.path, self.counts["n_references"], copies_ratio)
-        threshold = calibration.threshold(promised, "--threshold-precision")
+    def from_score(self, threshold):
+        """What holds from a score on; a dict for the output."""
         found = self.pairs.is_true[self.pairs.score >= threshold]
-        return {"threshold": threshold, "promised": promised, "copies_ratio": calibration.copies_ratio,
-                "precision": float(found.mean()) if len(found) else None, "recall": found.sum() / len(self.positives),
+        return {"precision": float(found.mean()) if len(found) else None, "recall": found.sum() / len(self.positives),
                 "pairs": len(found)}
+
+
+def promised_threshold(args):
+    """The threshold that the submission's calibration gives for --threshold-precision; a dict for the output.
+
+    Raises InputError where the file carries no calibration, or one that does not reach so far.
+    """
+    text, promised = None, args.threshold_precision
+    if not is_csv(args.submission, args):
+        with open_descriptors(args.submission, args.allow_contaminated) as file:
+            text, references = file.attrs.get("calibration"), len(file["reference"])
+    if text is None:
+        raise InputError(f"--threshold-precision {promised:g}: {args.submission} carries no calibration; train.py "
+                         "--calibrate measures one, and post-processing voids it")
+    calibration = Calibration(text, args.submission, references, args.copies_ratio)
+    return {"threshold": calibration.threshold(promised, "--threshold-precision"), "promised": promised,
+            "copies_ratio": calibration.copies_ratio}
 
 
 def is_csv(path, args):
@@ -513,13 +521,6 @@ def positive(text):
     return number
 
 
-def share(text):
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("submission", help="descriptors (.h5) or pairs (.csv: query_id, reference_id, score)")
@@ -589,11 +590,12 @@ def warn_of_missing(evaluations):
 def evaluate(args):
     check_args(args)
     ground_truth = read_ground_truth(args.ground_truth)
+    promise = promised_threshold(args) if args.threshold_precision else None
     evaluations = [Evaluation(path, ground_truth, args) for path in (args.submission, args.compare) if path]
     ours = evaluations[0]
     result = ours.metrics()
-    if args.threshold_precision:
-        result["at_precision"] = ours.at_precision(args.threshold_precision, args.copies_ratio)
+    if promise:
+        result["at_precision"] = promise | ours.from_score(promise["threshold"])
     if args.bootstrap or args.compare:
         result |= intervals(evaluations, args.bootstrap or 1000)
     warn_of_missing(evaluations)

@@ -34,6 +34,7 @@ from urllib.parse import quote
 
 import numpy as np
 from calibration import Calibration
+from cli import Parser, share
 from descriptors import COMPARABLE, BlockRows, Descriptors, InputError, count_gpus, replacing
 from photos import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
 from PIL import Image, ImageOps
@@ -197,7 +198,7 @@ class Extraction:
 
     def key(self):
         """Hash of all that descriptors depend on; flags that only say where and how fast to compute are left out."""
-        neutral = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+        neutral = Parser(allow_abbrev=False, add_help=False)
         neutral.add_argument("--multiprocessing-distributed", "--strict", action="store_true")
         neutral.add_argument("-j", "--workers", "-b", "--batch-size", "--device", "--gpu", "--nproc", "--dist-url")
         flags = neutral.parse_known_args(self.flags)[1]
@@ -503,10 +504,6 @@ def check_args(args):
         raise InputError(f"-o {args.output} is not a folder")
     if args.threshold is not None and args.precision is not None:
         raise InputError("--threshold and --precision: give one")
-    if args.precision is not None and not 0 < args.precision <= 1:
-        raise InputError(f"--precision {args.precision:g} is not between 0 and 1")
-    if args.copies_ratio is not None and not 0 < args.copies_ratio <= 1:
-        raise InputError(f"--copies-ratio {args.copies_ratio:g} is not between 0 and 1")
     if args.topk < 1 or not 0 < args.pairs <= MOST_PAIRS:
         raise InputError(f"--topk is at least 1, --pairs from 1 to {MOST_PAIRS:,}")
     ours = {"--mode", "--exp", "--target-set", "--weight", "--backbone-weights", "--dryrun", "--eval-subset"}
@@ -566,7 +563,7 @@ def find_copies(args):
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     at = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="Flags after -- go to train.py.", allow_abbrev=False)
     parser.add_argument("queries", metavar="QUERIES", help="folder of photos, photo, or descriptor file")
     parser.add_argument("archive", metavar="ARCHIVE", nargs="?", help="the same; left out: QUERIES within itself, or "
@@ -583,9 +580,9 @@ def parse_args(argv=None):
     g.add_argument("--topk", type=int, default=10, metavar="K", help="answers per query (default: %(default)s)")
     g.add_argument("--threshold", type=float, metavar="SCORE", help="pairs.csv holds pairs from this score on, the "
                    "page starts with it (default: all)")
-    g.add_argument("--precision", type=float, metavar="P", help="the threshold that reaches this precision, by the "
+    g.add_argument("--precision", type=share, metavar="P", help="the threshold that reaches this precision, by the "
                    "checkpoint's calibration for an archive of this size")
-    g.add_argument("--copies-ratio", type=float, metavar="R", help="share of the queries that have a copy, for the "
+    g.add_argument("--copies-ratio", type=share, metavar="R", help="share of the queries that have a copy, for the "
                    "precision (default: the calibration's)")
     g.add_argument("--pairs", type=int, default=20_000, metavar="N", help="the best N pairs are on the page (default: "
                    "%(default)s)")
