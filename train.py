@@ -374,8 +374,7 @@ def param_groups(module, args):
         spared = not args.decay_all and (p.ndim <= 1 or name.endswith(".bias") or "gain" in name)
         fixed = args.fix_pred_lr and ".predictor." in name
         groups.setdefault((fixed, not spared), []).append(p)
-    return [{"params": groups[key], "weight_decay": args.wd * key[1], "fixed": key[0]}
-            for key in sorted(groups)]
+    return [{"params": groups[key], "weight_decay": args.wd * key[1], "fixed": key[0]} for key in sorted(groups)]
 
 
 def freeze_stages(backbone, n):

@@ -198,7 +198,7 @@ class Extraction:
 
     def key(self):
         """Hash of all that descriptors depend on; flags that only say where and how fast to compute are left out."""
-        neutral = Parser(allow_abbrev=False, add_help=False)
+        neutral = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
         neutral.add_argument("--multiprocessing-distributed", "--strict", action="store_true")
         neutral.add_argument("-j", "--workers", "-b", "--batch-size", "--device", "--gpu", "--nproc", "--dist-url")
         flags = neutral.parse_known_args(self.flags)[1]
@@ -564,7 +564,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     at = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="Flags after -- go to train.py.", allow_abbrev=False)
+                    epilog="Flags after -- go to train.py.", allow_abbrev=False)
     parser.add_argument("queries", metavar="QUERIES", help="folder of photos, photo, or descriptor file")
     parser.add_argument("archive", metavar="ARCHIVE", nargs="?", help="the same; left out: QUERIES within itself, or "
                         "query against reference where a descriptor file holds both")
