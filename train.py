@@ -189,8 +189,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
          "whole, batch norm the parts"),
         ("--grad-checkpointing", bool, False, "keep few activations and compute the others twice: less memory, slower"),
         ("--compile", bool, False, "torch.compile the backbone: the first step takes minutes, the others less"),
-        ("--amp", ["auto", "off", "bf16", "fp16"], "auto", "precision of the backbone; auto: bf16 where the device "
-         "computes in it, else fp16 on GPUs and fp32 on CPUs; extraction on a CPU is fp32, head and loss always are"),
+        ("--amp", ["auto", "off", "bf16", "fp16"], "auto", "precision of the backbone; auto: bf16 on GPUs that "
+         "compute in it, fp16 on others, fp32 on CPUs, where bf16 can be slower; head and loss are always in fp32"),
     ],
     "at the end of training": [
         ("--whiten N", int, 0, "fit the head anew to the trained backbone: the whitening of --head-init, of N training "

@@ -328,6 +328,7 @@ def test_v19_computes_in_half_precision_where_there_is_one():
             patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
             assert train.pick_precision(args_of("v18"), cuda) is None
             assert train.pick_precision(args_of("v19"), cuda) == expected
+    assert train.pick_precision(args_of("v19"), torch.device("cpu")) is None
 
 
 def test_v20_and_v21_keep_batch_statistics_to_the_process():
