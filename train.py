@@ -23,6 +23,7 @@ Extract descriptors of queries, references and training photos with the newest c
 A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line win. Results go to exp/NAME.
 """
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -86,7 +87,7 @@ HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle 
         "hflip=0.5 vflip text emoji erase")
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
 FROM_CHECKPOINT = ("arch", "pool", "stages", "grid", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "eval_crops",
-                   "eval_flips", "input_size", "resize", "exif_transpose", "decode")
+                   "input_size", "resize", "exif_transpose", "decode")
 HEAD_PHOTOS, CALIBRATION_PHOTOS = 2000, 2000  # training photos that --head-init and --calibrate look at
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +125,6 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--eval-input-size PX", int, None, "the same for extraction (default: --input-size)"),
         ("--eval-crops SIDE,SIDE", str, "1", "extraction averages the features of centre crops, sides as shares of the "
          "input's, all resized to the smallest"),
-        ("--eval-flips", bool, False, "extraction averages the features of each crop with those of its three flips"),
         ("--resize", list(RESIZES), "crop", "whole photo to square; crop: shorter side to PX + 32, centre crop "
          "(notes v3..v51); square: stretch (v52 on)"),
         ("--weight FILE", str, None, "checkpoint to extract with (default: the newest of --exp) or to start training "
@@ -196,7 +196,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--whiten N", int, 0, "fit the head anew to the trained backbone: the whitening of --head-init, of N training "
          "photos and edited copies (--view1) of them"),
         ("--calibrate N", int, 0, "keep N photos back, and measure the precision at each score on them and edited "
-         "copies of them; 0: no calibration"),
+         "copies of them; extract (default: the checkpoint's): on N of the references, if there are at least 2 N; 0: no "
+         "calibration"),
     ],
     "checkpoints and log": [
         ("--resume FILE", str, "", "continue from a checkpoint of this script; auto: from the newest of --exp, if any; "
@@ -265,6 +266,8 @@ def parse_args(argv=None):
         for name in names:
             if getattr(args, name) < least:
                 fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if 0 < args.calibrate < 10:
+        fail(f"--calibrate {args.calibrate}: 10 photos are the least that tell anything; 0: no calibration")
     args.dir = Path(args.dir or ("input/training_images" if args.mode == "train" and not args.pairs else "input"))
     for flag in ("weight", "backbone_weights", "resume", "pairs"):
         file = getattr(args, flag)
@@ -306,8 +309,6 @@ def check_training_flags(args):
         fail(f"--head {args.head}: --head-init and --whiten are for linear-bn")
     if args.pairs and (args.head_init != "random" or args.whiten or args.calibrate or args.pool == "grid"):
         fail("--pairs: --head-init, --whiten, --calibrate and --pool grid want single photos")
-    if 0 < args.calibrate < 10:
-        fail(f"--calibrate {args.calibrate}: 10 photos are the least that tell anything; 0: no calibration")
     if args.memory_enqueue != "all" and not args.memory_size:
         fail(f"--memory-enqueue {args.memory_enqueue} needs a --memory-size")
     if args.grow_epochs and args.pairs:
@@ -405,6 +406,21 @@ def sample_of_epoch(args, epoch):
     return min(counts[-1], len(args.photos)), max(1, args.batch_size // args.nproc >> halvings)
 
 
+def describe_views(args, net, describe, root, paths, pipelines, size):
+    """Describe photos `paths` of `root` in len(pipelines) views of `size` px: -> for each view, describe(images
+    [B, 3, s, s]) [n, d] on the CPU. An unreadable photo is replaced as in training."""
+    settings = {"view0": pipelines[0], "view1": pipelines[-1], "ncrops": len(pipelines), "negatives": 0,
+                "negative_photos": [], "input_size": size, "seed": args.seed or 0}
+    views = Views(argparse.Namespace(**vars(args) | settings), root, paths, RESIZES[args.resize], net.mean, net.std)
+    batches = [[(0, i) for i in range(start, min(start + 64, len(paths)))] for start in range(0, len(paths), 64)]
+    rows = []
+    with torch.inference_mode():
+        for images, *_ in tqdm(make_loader(args, views, batches, collate_views), "photos", unit="batch", leave=False):
+            images = images.to(args.device_used, non_blocking=True, memory_format=torch.channels_last)
+            rows.append(describe(images).float().cpu().chunk(len(pipelines)))
+    return [torch.cat(parts) for parts in zip(*rows)]
+
+
 class Trainer:
     """One process's part of a training run: builds everything, resumes, runs the epochs, writes the checkpoints."""
 
@@ -454,23 +470,6 @@ class Trainer:
         if synchronised(args, self.device):
             self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
-    def describe_views(self, describe, paths, pipelines, size):
-        """Describe photos in len(pipelines) views of `size` px: -> for each view, describe(images [B, 3, s, s]) [n, d]
-        of all `paths` on the CPU. An unreadable photo is replaced as in training."""
-        args, net = self.args, self.net.eval()
-        settings = {"view0": pipelines[0], "view1": pipelines[-1], "ncrops": len(pipelines), "negatives": 0,
-                    "input_size": size}
-        views = Views(argparse.Namespace(**vars(args) | settings), args.dir, paths, RESIZES[args.resize], net.mean,
-                      net.std)
-        batches = [[(0, i) for i in range(start, min(start + 64, len(paths)))] for start in range(0, len(paths), 64)]
-        rows = []
-        with torch.inference_mode():
-            loader = make_loader(args, views, batches, collate_views)
-            for images, *_ in tqdm(loader, "photos", unit="batch", leave=False):
-                images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                rows.append(describe(images).float().cpu().chunk(len(pipelines)))
-        return [torch.cat(parts) for parts in zip(*rows)]
-
     def init_head(self):
         """Standardise the features (--pool grid) and start the head (--head-init)."""
         args = self.args
@@ -480,7 +479,8 @@ class Trainer:
 
     def fit_head(self, paths, pipelines, size, features, whitening=True):
         """Fit standardisation (--pool grid) and head (`whitening`) to these photos in two views of `size` px."""
-        views = self.describe_views(lambda images: torch.cat(features(images), 1), paths, pipelines, size)
+        views = describe_views(self.args, self.net.eval(), lambda images: torch.cat(features(images), 1),
+                               self.args.dir, paths, pipelines, size)
         if self.args.pool == "grid":
             views = self.net.standardise(*views)
         if whitening:
@@ -493,9 +493,10 @@ class Trainer:
         if args.whiten:
             self.fit_head(trained[:args.whiten], ["clean=1", args.view1], size, net.eval_features)
         if args.calibrate:
-            originals, copies = self.describe_views(net, args.held_back, ["clean=1", args.view1], size)
-            others, = self.describe_views(net, trained[:CALIBRATION_PHOTOS], ["clean=1"], size)
-            self.calibration = measure(copies.numpy(), originals.numpy(), others.numpy())
+            describe = functools.partial(describe_views, args, net.eval(), net, args.dir, size=size)
+            originals, copies = describe(args.held_back, ["clean=1", args.view1])
+            others, = describe(trained[:CALIBRATION_PHOTOS], ["clean=1"])
+            self.calibration = measure(copies.numpy(), originals.numpy(), [others.numpy()], "training")
 
     def build_stage(self, sample):
         """Photos, criterion and optimizer for `sample` (photos, photos per step of a process)."""
@@ -786,7 +787,7 @@ def take_checkpoint(args, file):
         args.state = checkpoint["state_dict"]
     if stored.get("eval_input_size"):
         stored["input_size"] = stored["eval_input_size"]
-    for name in FROM_CHECKPOINT:
+    for name in (*FROM_CHECKPOINT, "view1", "op_prob", "calibrate"):
         if name not in args.given and stored.get(name) is not None:
             setattr(args, name, stored[name])
     if any(getattr(args, name) != stored.get(name) for name in FROM_CHECKPOINT):
@@ -823,6 +824,8 @@ def prepare_extraction(args):
     find_checkpoint(args)
     args.groups = {LETTERS[letter]: list_group(args, LETTERS[letter]) for letter in LETTERS
                    if letter in args.target_set}
+    if args.calibrate:
+        parse_ops(args.view1, args.op_prob, "--view1")
     name = f"fb-isc-submission{'-subset' * args.eval_subset}"
     args.h5 = args.out / (name + (f".shard-{args.shard.replace('/', '-of-')}" if args.shard else "") + ".h5")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -844,7 +847,10 @@ def extract(args):
         describe_photos(args, net, net, blocks_of(args, folder, name, group["paths"]), group["paths"])
     gather_objects(None)  # once every process has written its blocks
     if args.process == 0:
-        write_results(args, *collect_groups(args, folder))
+        groups, skipped = collect_groups(args, folder)
+        if "reference" in groups:
+            calibrate(args, net, *groups["reference"])
+        write_results(args, groups, skipped)
         shutil.rmtree(folder)
 
 
@@ -886,6 +892,18 @@ def collect_groups(args, folder):
             fail(f"none of the {len(group['paths'])} photos in {args.dir / FOLDERS[name]} can be read, see "
                  f"{args.out / 'skipped.csv'}")
     return groups, skipped
+
+
+def calibrate(args, net, rows, ids):
+    """Measure the calibration on the archive, references `ids` [n] with descriptors `rows` [n, dim]: edited copies of
+    --calibrate of them against the others. The checkpoint's stays where they are too few or only a part."""
+    if not args.calibrate or len(rows) < 2 * args.calibrate or args.shard:
+        return
+    paths = dict(zip(args.groups["reference"]["ids"], args.groups["reference"]["paths"]))
+    chosen, others = np.split(np.random.default_rng(0).permutation(len(rows)), [args.calibrate])
+    copies, = describe_views(args, net, net, "", [paths[ids[i]] for i in chosen], [args.view1], args.input_size)
+    blocks = (rows[part] for part in np.array_split(np.sort(others), -(-len(others) // 2**16)))
+    args.calibration = measure(copies.numpy(), rows[chosen], blocks, "references")
 
 
 def settings_of(args):

@@ -1,48 +1,58 @@
 """Scores to precision: which share of the pairs above a threshold are copies.
 
-Measured on edited copies of photos that were not trained on, and carried by checkpoints and descriptor files as their
-attribute `calibration`, JSON: `scores` (rising, minus the squared L2 distance), `recall` (share of copies with a score
-of at least that), `false_rate` (non-copies with a score of at least that, per query and archive photo; the upper end of
-a 95 % confidence interval), `copies_ratio` (share of queries that have an original in the archive).
+Measured on edited copies of some photos of an archive, or of photos that were not trained on, and carried by
+descriptor files or checkpoints as their attribute `calibration`, JSON: `scores` (rising, minus the squared L2 distance),
+`recall` (share of copies with a score of at least that), `false_rate` (non-copies with a score of at least that, per
+query and archive photo), `copies_ratio` (share of queries that have an original in the archive), `photos` (`training` or
+`references`).
 """
 import json
 
 import numpy as np
-from scipy.stats import chi2
 
 from descriptors import InputError
 
 POINTS = 100  # of a stored curve, at scores of copies
 TAIL = 30  # best scores of non-copies from which those above are extrapolated
+DUPLICATE = 0.9  # quantile of the copies' scores from which two originals count as one
 COPIES_RATIO = 0.2  # unless told: most queries have no original
 
 
 def false_rates(false, pairs, at):
-    """Rates, per pair, of non-copies with scores of at least `at`, upper ends of 95 % confidence intervals.
+    """Rates, per pair, of non-copies with scores of at least `at`.
 
     Args: false: the best scores of non-copies, falling; pairs: number of all non-copies; at: scores [n].
 
-    Up to the score of rank TAIL they are counts (Garwood's interval of a Poisson count); above it an exponential tail
-    is fitted (peaks over threshold, Pickands 1975), so that some photos can speak for large archives.
+    Up to the score of rank TAIL they are counts; above it an exponential tail is fitted (peaks over threshold, Pickands
+    1975), so that some photos can speak for large archives.
     """
-    most = lambda count: chi2.ppf(0.95, 2 * count + 2) / 2 / pairs
     level, above = false[TAIL], false[:TAIL] - false[TAIL]
-    scale = 2 * above.sum() / chi2.ppf(0.05, 2 * TAIL)
-    count = np.searchsorted(-false, -at, side="right")
-    return np.where(at > level, most(TAIL + 1) * np.exp(-(at - level) / scale), most(count))
+    count = np.where(at > level, TAIL * np.exp(-(at - level) / above.mean()),
+                     np.searchsorted(-false, -at, side="right"))
+    return count / pairs
 
 
-def measure(copies, originals, others):
-    """Calibration of edited copies [n, d] of `originals` [n, d] against `others` [m, d], photos that no copy shows any
-    of: the photos that views paste in are not among them; n m > TAIL."""
+def measure(copies, originals, others, photos):
+    """Calibration of edited copies [n, d] of `originals` [n, d] against `others`, blocks [m, d] of photos that no copy
+    shows any of: the photos that views paste in are not among them. `photos` names where all of these come from.
+
+    Others that are as near to an original as the nearest tenth of the copies to theirs are its duplicates, and do not
+    count as false. None where that leaves at most TAIL pairs.
+    """
     score = lambda cosine: 2 * cosine.astype(float) - 2
-    found = np.sort(score(np.einsum("ij,ij->i", copies, originals)))
-    false = score(copies @ others.T).ravel()
-    pairs, most = len(false), min(len(false), 100 * len(copies))
-    false = np.sort(np.partition(false, pairs - most)[pairs - most:])[::-1]
+    cosines = np.einsum("ij,ij->i", copies, originals)
+    duplicate, found = np.quantile(cosines, DUPLICATE), np.sort(score(cosines))
+    best, most, pairs = np.empty(0, np.float32), 100 * len(copies), 0
+    for block in others:
+        best = np.concatenate([best, (copies @ block.T)[originals @ block.T < duplicate]])
+        best = np.partition(best, len(best) - most)[-most:] if len(best) > most else best
+        pairs += len(copies) * len(block)
+    if len(best) <= TAIL:
+        return None
+    false = np.sort(score(best))[::-1]
     at = np.unique(np.concatenate([np.quantile(found, np.linspace(0, 1, POINTS)), np.linspace(false[TAIL], 0, POINTS)]))
     return {"scores": at.tolist(), "recall": ((len(found) - np.searchsorted(found, at)) / len(found)).tolist(),
-            "false_rate": false_rates(false, pairs, at).tolist(), "copies_ratio": COPIES_RATIO}
+            "false_rate": false_rates(false, pairs, at).tolist(), "copies_ratio": COPIES_RATIO, "photos": photos}
 
 
 class Calibration:

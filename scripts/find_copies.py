@@ -89,6 +89,7 @@ class Cache:
             CREATE TABLE IF NOT EXISTS photos (root BLOB, path BLOB, size INTEGER, mtime INTEGER, sha256 TEXT, row BLOB,
                                                reason TEXT, PRIMARY KEY (root, path));
             CREATE TABLE IF NOT EXISTS attrs (name TEXT PRIMARY KEY, value TEXT);
+            CREATE TABLE IF NOT EXISTS calibrations (root BLOB PRIMARY KEY, value TEXT);
             COMMIT;""")
 
     def stamps(self, root):
@@ -99,9 +100,15 @@ class Cache:
     def count(self):
         return self.db.execute("SELECT count(*) FROM photos").fetchone()[0]
 
-    def attrs(self):
-        """Attributes of train.py's descriptor files; empty before the first."""
-        return {name: json.loads(value) for name, value in self.db.execute("SELECT name, value FROM attrs")}
+    def attrs(self, root):
+        """Attributes of train.py's descriptor files, the calibration measured on this root's photos if there is one;
+        empty before the first."""
+        rows = self.db.execute("SELECT name, value FROM attrs UNION ALL SELECT 'calibration', value FROM calibrations "
+                               "WHERE root = ?", (os.fsencode(root),))
+        return {name: json.loads(value) for name, value in rows}
+
+    def calibrated(self, root):
+        return bool(self.db.execute("SELECT 1 FROM calibrations WHERE root = ?", (os.fsencode(root),)).fetchone())
 
     def store(self, root, photos, attrs):
         """Write [(path, Stamp, row or None, reason or None)] in one transaction."""
@@ -109,6 +116,9 @@ class Cache:
             self.db.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?, ?, ?)", [
                 (os.fsencode(root), os.fsencode(path), stamp.size, stamp.mtime, stamp.sha256,
                  None if row is None else row.tobytes(), reason) for path, stamp, row, reason in photos])
+            if json.loads(attrs.get("calibration", "{}")).get("photos") == "references":
+                self.db.execute("INSERT OR REPLACE INTO calibrations VALUES (?, ?)",
+                                (os.fsencode(root), json.dumps(attrs.pop("calibration"))))
             self.db.executemany("INSERT OR REPLACE INTO attrs VALUES (?, ?)",
                                 [(name, json.dumps(value)) for name, value in attrs.items()])
 
@@ -185,7 +195,7 @@ def update(cache, root, stamps, odd, extraction):
         size = min(most, max(least, cache.count()))
         chunk, new = new[:size], new[size:]
         print(f"describing {len(chunk):,} of {len(chunk) + len(new):,} new photos in {shown(root)}", file=sys.stderr)
-        described, attrs = extraction.describe(chunk)
+        described, attrs = extraction.describe(chunk, not cache.calibrated(root))
         cache.store(root, [(path, stamps[path], *described[i]) for i, path in enumerate(chunk)], attrs)
 
 
@@ -204,8 +214,9 @@ class Extraction:
         flags = neutral.parse_known_args(self.flags)[1]
         return hashlib.sha256(json.dumps([self.weights[0], self.sha256, flags]).encode()).hexdigest()[:16]
 
-    def describe(self, files):
-        """Photos -> [(row float32 [d], None) or (None, reason)] of each, and the descriptor file's attributes.
+    def describe(self, files, calibrate):
+        """Photos -> [(row float32 [d], None) or (None, reason)] of each, and the descriptor file's attributes, with a
+        calibration measured on these photos if `calibrate` and they are enough.
 
         train.py takes ids from file names: here they are numbers, the names of links, so that any name will do.
         """
@@ -216,7 +227,8 @@ class Extraction:
             for i, file in enumerate(files):
                 os.symlink(file, photos / f"{i:08d}.jpg")
             code = subprocess.run([sys.executable, ROOT / "train.py", "--mode", "extract", "--target-set", "r",
-                                   "--exp", staging, "-b", "128", *self.weights, *self.flags, staging],
+                                   "--exp", staging, "-b", "128", *self.weights, *self.flags,
+                                   *([] if calibrate else ["--calibrate", "0"]), staging],
                                   stdout=subprocess.DEVNULL).returncode
             described = [None] * len(files)
             for path, reason in read_skipped(out / "skipped.csv"):
@@ -295,7 +307,7 @@ def read_folder(source, cache, extraction, args):
                          f"{Path(args.output) / 'skipped.csv'}")
     names = [shown(os.path.relpath(path, root) if path != root else os.path.basename(path)) for path in paths]
     ids = [shown(os.path.join(source, os.path.relpath(path, root)) if path != root else source) for path in paths]
-    return Collection(source, ids, names, paths, ArrayRows(rows, ids), cache.attrs(), skipped)
+    return Collection(source, ids, names, paths, ArrayRows(rows, ids), cache.attrs(root), skipped)
 
 
 def read_file(file, preference, photos):

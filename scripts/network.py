@@ -50,7 +50,7 @@ class Descriptor(torch.nn.Module):
     def __init__(self, args, head, pretrained):
         super().__init__()
         self.pool, self.gem_p, self.gem_eval_p, self.amp_dtype = args.pool, args.gem_p, args.gem_eval_p, None
-        self.grid, self.eval_flips, self.eval_crops = args.grid, args.eval_flips, parse_crops(args.eval_crops)
+        self.grid, self.eval_crops = args.grid, parse_crops(args.eval_crops)
         self.stages = parse_stages(args)
         self.frozen_norms = args.batch_norm == "frozen"
         self.backbone = build_backbone(args, pretrained, self.stages)
@@ -101,11 +101,9 @@ class Descriptor(torch.nn.Module):
         return [folded_grid(x, self.grid) for x in self.maps(images)]
 
     def eval_features(self, images):
-        """The same, means over the images' crops (--eval-crops), each with its flips (--eval-flips)."""
-        views = centre_crops(images, self.eval_crops)
-        if self.eval_flips:
-            views = [view.flip(sides) for view in views for sides in ([], [-1], [-2], [-1, -2])]
-        return [sum(parts) / len(views) for parts in zip(*map(self.features, views))]
+        """The same, means over the images' crops (--eval-crops)."""
+        crops = centre_crops(images, self.eval_crops)
+        return [sum(parts) / len(crops) for parts in zip(*map(self.features, crops))]
 
     def standardised(self, parts):
         """Features of each feature map -> pooled features [B, channels]: each map's part has unit length."""

@@ -56,17 +56,6 @@ def test_pooled_cells_are_standardised_and_each_map_has_unit_length():
         assert torch.allclose(norm(raw).mean(0), torch.zeros(len(raw[0])), atol=1e-4)
 
 
-def test_with_flips_a_photo_and_its_flips_have_one_descriptor():
-    x = images(20)
-    for flips in (False, True):
-        net = network(eval_flips=flips).eval()
-        rows = torch.cat(net.eval_features(x), 1)
-        net.standardise(rows)
-        same = [torch.allclose(net(x.flip(sides)), net(x), atol=1e-4) for sides in ([-1], [-2], [-1, -2])]
-        assert same == [flips] * 3
-    assert not torch.allclose(net.train()(x.flip(-1)), net(x), atol=1e-3)
-
-
 def test_crops_are_centred_and_seen_at_the_size_of_the_smallest():
     x = torch.arange(40.).expand(1, 3, 40, 40)
     whole, half, part = centre_crops(x, (1, 0.5, 0.75))
@@ -78,19 +67,18 @@ def test_crops_are_centred_and_seen_at_the_size_of_the_smallest():
 
 
 @pytest.mark.parametrize("pool", ["grid", "gem", "backbone"])
-def test_extraction_averages_the_features_of_crops_and_flips(pool):
-    net, x = network(pool=pool, eval_crops="1,0.5", eval_flips=True).eval(), images()
+def test_extraction_averages_the_features_of_crops(pool):
+    net, x = network(pool=pool, eval_crops="1,0.5").eval(), images()
     whole = F.interpolate(x, (16, 16), mode="bilinear", antialias=True)
-    views = [view.flip(sides) for view in (whole, x[..., 8:24, 8:24])
-             for sides in ([], [-1], [-2], [-1, -2])]
+    views = whole, x[..., 8:24, 8:24]
     for i, found in enumerate(net.eval_features(x)):
         assert torch.allclose(found, torch.stack([net.features(view)[i] for view in views]).mean(0), atol=1e-5)
     net.train()
     assert net(x).shape == (6, 8)
 
 
-def test_crops_and_flips_are_part_of_the_exported_graph(tmp_path):
-    net, x = network(eval_crops="1,0.5", eval_flips=True).eval(), images()
+def test_crops_are_part_of_the_exported_graph(tmp_path):
+    net, x = network(eval_crops="1,0.5").eval(), images()
     wanted = net(x).detach().numpy()
     write_torchscript(net, {"input_size": 32}, tmp_path / "net.pt")
     assert np.allclose(torch.jit.load(tmp_path / "net.pt")(x).detach().numpy(), wanted, atol=1e-5)
@@ -155,40 +143,44 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     """The laptop's recipe at a small scale, in two processes and in one: what the checkpoint carries is in the file."""
     photos = draw_photos(tmp_path / "input" / "training_images", 60)
     draw_photos(tmp_path / "input" / "query_images", 5, name="Q{}.jpg")
-    draw_photos(tmp_path / "input" / "reference_images", 5, name="R{}.jpg")
+    draw_photos(tmp_path / "input" / "reference_images", 40, name="R{}.jpg")
     words = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--pool", "grid", "--stages", "1,2",
              "--head-init", "whitening", "--dim", 16, "--input-size", 32, "--eval-input-size", 48, "--resize", "square",
              "--loss", "ntxent", "--memory-size", 64, "--batch-size", 8, "--epochs", 1, "--optimizer", "adamw", "--lr",
              1e-3, "--warmup", 3, "--freeze", 1, "--batch-norm", "frozen", "--whiten", 40,
-             "--calibrate", 20, "--eval-flips", "--eval-crops", "1,0.5", "--grid", 3, "--seed", 3, "-j",
-             1, photos]
+             "--calibrate", 20, "--eval-crops", "1,0.5", "--grid", 3, "--seed", 3, "-j", 1, photos]
     weights, last = {}, Path("train", "checkpoint_0000.pth.tar")
     for name, more in (("one", []), ("two", ["--multiprocessing-distributed", "--nproc", 2, "--dist-url",
                                              "tcp://localhost:10077"])):
         run(*words, *more, "--exp", tmp_path / name)
         state = torch.load(tmp_path / name / last, weights_only=True)
         weights[name] = state["state_dict"]
-        assert state["whitened"] and sorted(state["calibration"]) == ["copies_ratio", "false_rate", "recall", "scores"]
+        assert state["whitened"] and sorted(state["calibration"]) == [
+            "copies_ratio", "false_rate", "photos", "recall", "scores"]
         out = run(*words, *more, "--exp", tmp_path / name, "--epochs", 2, "--resume", tmp_path / name / last).stdout
         assert "40 used" in out and "had ended with --whiten" in out
     assert weights["one"].keys() == weights["two"].keys()
     extracted = {}
-    for size in ([], ["--input-size", 64]):
+    for more in ([], ["--input-size", 64], ["--calibrate", 21], ["--calibrate", 21, "--input-size", 64]):
         run("train.py", "--mode", "extract", "--weight", tmp_path / "one" / last, "--exp",
-            tmp_path / "one", "--target-set", "qr", *size, tmp_path / "input")
+            tmp_path / "one", "--target-set", "qr", *more, tmp_path / "input")
         with h5py.File(tmp_path / "one" / "extract" / "fb-isc-submission.h5") as file:
-            extracted[len(size)] = dict(file.attrs)
+            extracted[" ".join(map(str, more))] = dict(file.attrs)
             rows = file["query"][:]
             assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
-        if not size:
+        if not more:
             queries = sorted((tmp_path / "input" / "query_images").iterdir())
             assert np.allclose(train.load_descriptor(tmp_path / "one" / last)(queries), rows, atol=1e-5)
             run("train.py", "--mode", "export", "--weight", tmp_path / "one" / last, "--format", "safetensors", "-o",
                 tmp_path / "net.safetensors")
             assert np.allclose(train.load_descriptor(tmp_path / "net.safetensors")(queries), rows, atol=1e-5)
-    assert extracted[0]["input_size"] == 48 and extracted[2]["input_size"] == 64
-    assert json.loads(extracted[0]["calibration"])["copies_ratio"] == 0.2
-    assert "calibration" not in extracted[2]  # measured at another size
+    assert extracted[""]["input_size"] == 48 and extracted["--input-size 64"]["input_size"] == 64
+    calibrations = {more: json.loads(attrs.get("calibration", "{}")) for more, attrs in extracted.items()}
+    assert {more: found.get("photos") for more, found in calibrations.items()} == {
+        "": "references", "--input-size 64": "references",
+        "--calibrate 21": "training",  # of 40 references too many
+        "--calibrate 21 --input-size 64": None}  # and the checkpoint's was measured at another size
+    assert calibrations[""] != calibrations["--input-size 64"] and calibrations["--calibrate 21"]["copies_ratio"] == 0.2
 
 
 @pytest.mark.parametrize("flags, message", [
