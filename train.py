@@ -88,7 +88,7 @@ HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle 
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
 FROM_CHECKPOINT = ("arch", "pool", "stages", "grid", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "eval_crops",
                    "input_size", "resize", "exif_transpose", "decode")
-HEAD_PHOTOS, CALIBRATION_PHOTOS = 2000, 2000  # training photos that --head-init and --calibrate look at
+STANDARD_PHOTOS, CALIBRATION_PHOTOS = 2000, 2000  # training photos that --pool grid and --calibrate look at
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -132,8 +132,6 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--backbone-weights FILE", str, None, "timm weights (.pth, .safetensors) to start from instead of a "
          "download; in extract mode: their raw features"),
         ("--no-pretrained", bool, False, "start from random weights"),
-        ("--head-init", ["random", "whitening"], "random", "start of the head linear-bn, from 2,000 training "
-         "photos in two views; whitening: the projection that shrinks what differs between views of a photo"),
     ],
     "training data and views": [
         ("--sample-size N", int, 100_000, "use the first N photos in order of their paths"),
@@ -193,11 +191,11 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
          "compute in it, fp16 on others, fp32 on CPUs, where bf16 can be slower; head and loss are always in fp32"),
     ],
     "at the end of training": [
-        ("--whiten N", int, 0, "fit the head anew to the trained backbone: the whitening of --head-init, of N training "
-         "photos and edited copies (--view1) of them"),
+        ("--whiten N", int, 0, "fit the head linear-bn anew to the trained backbone: the projection that shrinks what "
+         "differs between N training photos and edited copies (--view1) of them"),
         ("--calibrate N", int, 0, "keep N photos back, and measure the precision at each score on them and edited "
-         "copies of them; extract (default: the checkpoint's): on N of the references, if there are at least 2 N; 0: no "
-         "calibration"),
+         "copies of them; extract (default: the checkpoint's): on N of the references, if there are at least 2 N; "
+         "0: no calibration"),
     ],
     "checkpoints and log": [
         ("--resume FILE", str, "", "continue from a checkpoint of this script; auto: from the newest of --exp, if any; "
@@ -305,10 +303,10 @@ def check_training_flags(args):
         args.memory_size = 0
         if args.negatives:
             fail(f"--negatives {args.negatives}: --loss {args.loss} compares no photos")
-    if (args.head_init != "random" or args.whiten) and args.head != "linear-bn":
-        fail(f"--head {args.head}: --head-init and --whiten are for linear-bn")
-    if args.pairs and (args.head_init != "random" or args.whiten or args.calibrate or args.pool == "grid"):
-        fail("--pairs: --head-init, --whiten, --calibrate and --pool grid want single photos")
+    if args.whiten and args.head != "linear-bn":
+        fail(f"--head {args.head}: --whiten is for linear-bn")
+    if args.pairs and (args.whiten or args.calibrate or args.pool == "grid"):
+        fail("--pairs: --whiten, --calibrate and --pool grid want single photos")
     if args.memory_enqueue != "all" and not args.memory_size:
         fail(f"--memory-enqueue {args.memory_enqueue} needs a --memory-size")
     if args.grow_epochs and args.pairs:
@@ -457,10 +455,11 @@ class Trainer:
         args.preprocess = {"mean": self.net.mean, "std": self.net.std, "input_size": args.input_size,
                            "resize": args.resize, "exif_transpose": args.exif_transpose}
         self.net = self.net.to(self.device, memory_format=torch.channels_last)
-        if (args.head_init != "random" or args.whiten) and args.dim > self.net.fc.in_features:
-            fail(f"--dim {args.dim}: --head-init and --whiten choose from {self.net.fc.in_features} pooled features")
-        if args.process == 0 and not (args.weight or args.resume_file):  # DDP gives it to the others
-            self.init_head()
+        if args.whiten and args.dim > self.net.fc.in_features:
+            fail(f"--dim {args.dim}: --whiten chooses from {self.net.fc.in_features} pooled features")
+        if args.pool == "grid" and args.process == 0 and not (args.weight or args.resume_file):  # DDP: to the others
+            self.pool_views(args.photos[:args.sample_size][:STANDARD_PHOTOS], [args.view0, args.view1],
+                            args.input_size, self.net.features)
         if args.freeze:
             freeze_stages(self.net.backbone, args.freeze)
         if args.grad_checkpointing:
@@ -470,28 +469,19 @@ class Trainer:
         if synchronised(args, self.device):
             self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
-    def init_head(self):
-        """Standardise the features (--pool grid) and start the head (--head-init)."""
-        args = self.args
-        if args.pool == "grid" or args.head_init != "random":
-            self.fit_head(args.photos[:args.sample_size][:HEAD_PHOTOS], [args.view0, args.view1], args.input_size,
-                          self.net.features, args.head_init == "whitening")
-
-    def fit_head(self, paths, pipelines, size, features, whitening=True):
-        """Fit standardisation (--pool grid) and head (`whitening`) to these photos in two views of `size` px."""
+    def pool_views(self, paths, pipelines, size, features):
+        """Pooled features [n, channels] of these photos in each view of `size` px; with --pool grid their mean and
+        variance become the network's."""
         views = describe_views(self.args, self.net.eval(), lambda images: torch.cat(features(images), 1),
                                self.args.dir, paths, pipelines, size)
-        if self.args.pool == "grid":
-            views = self.net.standardise(*views)
-        if whitening:
-            set_head(self.net, *views)
+        return self.net.standardise(*views) if self.args.pool == "grid" else views
 
     def finish(self):
         """Fit the head anew to the trained backbone and measure the calibration, on photos as extraction sees them."""
         args, net, size = self.args, self.net, self.args.eval_input_size or self.args.input_size
         trained = args.photos[:len(self.views)]
         if args.whiten:
-            self.fit_head(trained[:args.whiten], ["clean=1", args.view1], size, net.eval_features)
+            set_head(net, *self.pool_views(trained[:args.whiten], ["clean=1", args.view1], size, net.eval_features))
         if args.calibrate:
             describe = functools.partial(describe_views, args, net.eval(), net, args.dir, size=size)
             originals, copies = describe(args.held_back, ["clean=1", args.view1])

@@ -1,10 +1,10 @@
 """Scores to precision: which share of the pairs above a threshold are copies.
 
 Measured on edited copies of some photos of an archive, or of photos that were not trained on, and carried by
-descriptor files or checkpoints as their attribute `calibration`, JSON: `scores` (rising, minus the squared L2 distance),
-`recall` (share of copies with a score of at least that), `false_rate` (non-copies with a score of at least that, per
-query and archive photo), `copies_ratio` (share of queries that have an original in the archive), `photos` (`training` or
-`references`).
+descriptor files or checkpoints as their attribute `calibration`, JSON: `scores` (rising, minus the squared L2
+distance), `recall` (share of copies with a score of at least that), `false_rate` (non-copies with a score of at least
+that, per query and archive photo), `copies_ratio` (share of queries that have an original in the archive), `photos`
+(`training` or `references`).
 """
 import json
 

@@ -145,7 +145,7 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     draw_photos(tmp_path / "input" / "query_images", 5, name="Q{}.jpg")
     draw_photos(tmp_path / "input" / "reference_images", 40, name="R{}.jpg")
     words = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--pool", "grid", "--stages", "1,2",
-             "--head-init", "whitening", "--dim", 16, "--input-size", 32, "--eval-input-size", 48, "--resize", "square",
+             "--dim", 16, "--input-size", 32, "--eval-input-size", 48, "--resize", "square",
              "--loss", "ntxent", "--memory-size", 64, "--batch-size", 8, "--epochs", 1, "--optimizer", "adamw", "--lr",
              1e-3, "--warmup", 3, "--freeze", 1, "--batch-norm", "frozen", "--whiten", 40,
              "--calibrate", 20, "--eval-crops", "1,0.5", "--grid", 3, "--seed", 3, "-j", 1, photos]
@@ -188,8 +188,7 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     (["--head", "deep", "--whiten", 10], "--head deep"), (["--calibrate", 30], "--calibrate 30"),
     (["--freeze", 9], "--freeze 9"),
     (["--eval-crops", "1,2"], "--eval-crops 1,2"),
-    (["-a", "test_vit", "--eval-crops", "0.5"], "images of one size"), (["--grid", 0], "--grid"),
-    (["--head", "linear", "--head-init", "whitening"], "--head linear")])
+    (["-a", "test_vit", "--eval-crops", "0.5"], "images of one size"), (["--grid", 0], "--grid")])
 def test_what_does_not_fit_is_told_in_one_line(flags, message, tmp_path, capsys):
     photos = draw_photos(tmp_path / "photos", 40)
     words = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "-j", 0, "--device",
