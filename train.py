@@ -892,7 +892,7 @@ def calibrate(args, net, rows, ids):
     paths = dict(zip(args.groups["reference"]["ids"], args.groups["reference"]["paths"]))
     chosen, others = np.split(np.random.default_rng(0).permutation(len(rows)), [args.calibrate])
     copies, = describe_views(args, net, net, "", [paths[ids[i]] for i in chosen], [args.view1], args.input_size)
-    blocks = (rows[part] for part in np.array_split(np.sort(others), -(-len(others) // 2**16)))
+    blocks = (rows[part] for part in np.array_split(np.sort(others), -(-args.calibrate * len(others) // 2**24)))
     args.calibration = measure(copies.numpy(), rows[chosen], blocks, "references")
 
 

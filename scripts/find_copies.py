@@ -342,7 +342,7 @@ def read_calibration(args, queries, archive):
     if args.precision is not None:
         raise InputError(f"--precision: the descriptors of {shown(archive.source)} carry no calibration; "
                          "--threshold takes a score")
-    print("no calibration in the checkpoint: scores only", file=sys.stderr)
+    print("no calibration (train.py --calibrate): scores only", file=sys.stderr)
     return None
 
 

@@ -100,7 +100,7 @@ class FakeExtraction:
     def __init__(self):
         self.asked = []
 
-    def describe(self, files):
+    def describe(self, files, calibrate):
         self.asked.append([Path(file).name for file in files])
         return [(np.array([len(Path(file).read_bytes()), 1], np.float32), None) for file in files], {}
 
@@ -150,9 +150,9 @@ sys.path[:0] = ["scripts", "tests"]
 import find_copies as fc, test_find_copies as t
 fc.CHUNKS = 3, 100
 class Dies(t.FakeExtraction):
-    def describe(self, files):
+    def describe(self, files, calibrate):
         if len(self.asked) == 2: os.kill(os.getpid(), signal.SIGKILL)
-        return super().describe(files)
+        return super().describe(files, calibrate)
 t.bring_up(fc.Cache(sys.argv[1]), sys.argv[2], extraction=Dies())
 """
 
@@ -164,6 +164,24 @@ def test_a_killed_run_loses_one_chunk(tmp_path):
     cache = fc.Cache(tmp_path / "c.sqlite")
     assert cache.count() == 6  # chunks of 3, then as many as there are already
     assert bring_up(cache, folder) == ([f"{i:04d}.jpg" for i in range(6, 20)], [f"{i:04d}.jpg" for i in range(20)])
+
+
+def test_the_archive_is_calibrated_once_on_its_own_photos(tmp_path, weights):
+    archive, queries = draw_photos(tmp_path / "archive", 40), draw_photos(tmp_path / "queries", 5, seed=5)
+    command = [SCRIPT, queries, archive, "-o", tmp_path / "report", "--backbone-weights", weights, *FLAGS, 1,
+               "--calibrate", 20]
+    found = []
+    for more in (0, 1):
+        draw_photos(archive / "new", more, seed=6)
+        run(*command)
+        file, = (tmp_path / "report" / "cache").glob("*.sqlite")
+        cache = fc.Cache(file)
+        assert "calibration" not in cache.attrs(str(queries)) and not cache.calibrated(str(queries))
+        found.append(json.loads(cache.attrs(str(archive))["calibration"]))
+        cache.db.close()
+        assert found[0] == found[-1] and found[0]["photos"] == "references"
+        pairs = table(tmp_path / "report" / "pairs.csv")
+        assert len(pairs) >= 5 and all(0 <= float(pair["precision"]) <= 1 for pair in pairs)
 
 
 def test_a_cache_in_use_is_an_error(tmp_path, weights):
