@@ -174,7 +174,6 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--optimizer", list(OPTIMIZERS), "sgd", "optimizer"),
         ("--lr --learning-rate LR", float, 0.05, "used as given, not scaled by the batch size"),
         ("--lr-schedule", list(SCHEDULES), "cosine", "cosine and linear change per epoch, cosine-iter per step"),
-        ("--warmup N", int, 0, "the rate rises over the first N steps"),
         ("--freeze N", int, 0, "the backbone's parameters up to feature map N - 1 are not trained"),
         ("--momentum M", float, 0.9, "SGD"),
         ("--wd --weight-decay W", float, 1e-4, "on matrices and kernels; not on 1-D parameters, biases and gains"),
@@ -259,7 +258,7 @@ def parse_args(argv=None):
     args.given = list(vars(parser.parse_args(argv)))
     for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq",
                           "accumulate", "grid"), 1),
-                         (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives", "warmup", "freeze",
+                         (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives", "freeze",
                            "whiten", "calibrate"), 0)):
         for name in names:
             if getattr(args, name) < least:
@@ -564,8 +563,7 @@ class Trainer:
     def learning_rate(self):
         args = self.args
         now = self.epoch + self.done / self.batches.steps()
-        rising = min(1, (self.step + 1) / args.warmup) if args.warmup else 1
-        return args.lr * rising * SCHEDULES[args.lr_schedule](self.epoch, now, args.epochs)
+        return args.lr * SCHEDULES[args.lr_schedule](self.epoch, now, args.epochs)
 
     def train_epoch(self):
         """The rest of epoch `self.epoch`, after the `self.done` steps that it had; ends with its checkpoint."""

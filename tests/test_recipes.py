@@ -54,7 +54,7 @@ PARENTS = {  # recipe -> its parent and the flags that its note changes (besides
     "v101": ("v98", "weight pairs view0 view1 neg-margin memory-size epochs batch-size seed"),
     "v102": ("v101", "negatives"), "v103": ("v102", "negatives"), "v104": ("v103", "negatives"),
     "v105": ("v104", "lr"), "v106": ("v105", "lr"), "v107": ("v106", "lr"),
-    "best": ("laptop", "arch input-size eval-input-size memory-size epochs batch-size warmup whiten calibrate freeze"),
+    "best": ("laptop", "arch input-size eval-input-size memory-size epochs batch-size whiten calibrate freeze"),
 }
 
 
