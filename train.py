@@ -89,6 +89,7 @@ LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter 
 FROM_CHECKPOINT = ("arch", "pool", "stages", "grid", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "eval_crops",
                    "input_size", "resize", "exif_transpose", "decode")
 STANDARD_PHOTOS, CALIBRATION_PHOTOS = 2000, 2000  # training photos that --pool grid and --calibrate look at
+LEAST_CALIBRATED = 10
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -193,8 +194,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--whiten N", int, 0, "fit the head linear-bn anew to the trained backbone: the projection that shrinks what "
          "differs between N training photos and edited copies (--view1) of them"),
         ("--calibrate N", int, 0, "keep N photos back, and measure the precision at each score on them and edited "
-         "copies of them; extract (default: the checkpoint's): on N of the references, if there are at least 2 N; "
-         "0: no calibration"),
+         "copies of them; extract (default: the checkpoint's): on N of the references, at most half; 0: no "
+         "calibration"),
     ],
     "checkpoints and log": [
         ("--resume FILE", str, "", "continue from a checkpoint of this script; auto: from the newest of --exp, if any; "
@@ -263,8 +264,9 @@ def parse_args(argv=None):
         for name in names:
             if getattr(args, name) < least:
                 fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    if 0 < args.calibrate < 10:
-        fail(f"--calibrate {args.calibrate}: 10 photos are the least that tell anything; 0: no calibration")
+    if 0 < args.calibrate < LEAST_CALIBRATED:
+        fail(f"--calibrate {args.calibrate}: {LEAST_CALIBRATED} photos are the least that tell anything; 0: no "
+             "calibration")
     args.dir = Path(args.dir or ("input/training_images" if args.mode == "train" and not args.pairs else "input"))
     for flag in ("weight", "backbone_weights", "resume", "pairs"):
         file = getattr(args, flag)
@@ -884,13 +886,14 @@ def collect_groups(args, folder):
 
 def calibrate(args, net, rows, ids):
     """Measure the calibration on the archive, references `ids` [n] with descriptors `rows` [n, dim]: edited copies of
-    --calibrate of them against the others. The checkpoint's stays where they are too few or only a part."""
-    if not args.calibrate or len(rows) < 2 * args.calibrate or args.shard:
+    --calibrate of them, at most half, against the others. The checkpoint's stays for a shard and for less than 20."""
+    n = min(args.calibrate, len(rows) // 2)
+    if n < LEAST_CALIBRATED or args.shard:
         return
     paths = dict(zip(args.groups["reference"]["ids"], args.groups["reference"]["paths"]))
-    chosen, others = np.split(np.random.default_rng(0).permutation(len(rows)), [args.calibrate])
+    chosen, others = np.split(np.random.default_rng(0).permutation(len(rows)), [n])
     copies, = describe_views(args, net, net, "", [paths[ids[i]] for i in chosen], [args.view1], args.input_size)
-    blocks = (rows[part] for part in np.array_split(np.sort(others), -(-args.calibrate * len(others) // 2**24)))
+    blocks = (rows[part] for part in np.array_split(np.sort(others), -(-n * len(others) // 2**24)))
     args.calibration = measure(copies.numpy(), rows[chosen], blocks, "references")
 
 
@@ -905,20 +908,22 @@ def settings_of(args):
 def write_results(args, groups, skipped):
     """Write the descriptor file and skipped.csv; groups of an earlier run with the same settings stay in the file, a
     file of other settings is kept under a name with a hash of these. Score it where there is truth."""
-    settings = settings_of(args)
+    settings, calibration = settings_of(args), args.calibration
     keep = ()
     if args.h5.is_file():
         with Descriptors(args.h5) as old:
             before = {name: str(old.attrs.get(name)) for name in settings}
-            keep = [name for name in old.groups if name not in groups]
+            keep, measured = [name for name in old.groups if name not in groups], old.attrs.get("calibration")
         if before != {name: str(value) for name, value in settings.items()}:
             keep = ()
             tag = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:8]
             backup = args.h5.with_name(f"{args.h5.stem}.{tag}.h5")
             os.replace(args.h5, backup)
             print(f"=> kept the earlier file of other settings as {backup}")
+    if "reference" in keep:  # it was measured on them
+        calibration = measured
     others = {"checkpoint": str(args.checkpoint or args.backbone_weights), "versions": VERSIONS}
-    others |= {"calibration": args.calibration} if args.calibration else {}
+    others |= {"calibration": calibration} if calibration else {}
     write_descriptors(args.h5, groups, settings | others, keep=keep)
     write_skipped(args.out / "skipped.csv", skipped)
     print(f"=> wrote {args.h5}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()) +

@@ -107,9 +107,6 @@ class Cache:
                                "WHERE root = ?", (os.fsencode(root),))
         return {name: json.loads(value) for name, value in rows}
 
-    def calibrated(self, root):
-        return bool(self.db.execute("SELECT 1 FROM calibrations WHERE root = ?", (os.fsencode(root),)).fetchone())
-
     def store(self, root, photos, attrs):
         """Write [(path, Stamp, row or None, reason or None)] in one transaction."""
         with self.db:
@@ -191,11 +188,13 @@ def update(cache, root, stamps, odd, extraction):
     cache.forget(root, [path for path in known if path not in stamps and not path.startswith(unreadable)])
     new = [path for path in stamps if path not in same]
     least, most = CHUNKS
+    done = len(same)
     while new:
         size = min(most, max(least, cache.count()))
         chunk, new = new[:size], new[size:]
         print(f"describing {len(chunk):,} of {len(chunk) + len(new):,} new photos in {shown(root)}", file=sys.stderr)
-        described, attrs = extraction.describe(chunk, not cache.calibrated(root))
+        described, attrs = extraction.describe(chunk, calibrate=len(chunk) > done)  # at each doubling
+        done += len(chunk)
         cache.store(root, [(path, stamps[path], *described[i]) for i, path in enumerate(chunk)], attrs)
 
 
@@ -216,7 +215,7 @@ class Extraction:
 
     def describe(self, files, calibrate):
         """Photos -> [(row float32 [d], None) or (None, reason)] of each, and the descriptor file's attributes, with a
-        calibration measured on these photos if `calibrate` and they are enough.
+        calibration measured on these photos if `calibrate`.
 
         train.py takes ids from file names: here they are numbers, the names of links, so that any name will do.
         """

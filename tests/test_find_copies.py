@@ -166,20 +166,20 @@ def test_a_killed_run_loses_one_chunk(tmp_path):
     assert bring_up(cache, folder) == ([f"{i:04d}.jpg" for i in range(6, 20)], [f"{i:04d}.jpg" for i in range(20)])
 
 
-def test_the_archive_is_calibrated_once_on_its_own_photos(tmp_path, weights):
-    archive, queries = draw_photos(tmp_path / "archive", 40), draw_photos(tmp_path / "queries", 5, seed=5)
+def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, weights):
+    archive, queries = draw_photos(tmp_path / "archive", 24), draw_photos(tmp_path / "queries", 5, seed=5)
     command = [SCRIPT, queries, archive, "-o", tmp_path / "report", "--backbone-weights", weights, *FLAGS, 1,
                "--calibrate", 20]
     found = []
-    for more in (0, 1):
-        draw_photos(archive / "new", more, seed=6)
+    for more in (0, 1, 30):
+        draw_photos(archive / f"new {more}", more, seed=more)
         run(*command)
         file, = (tmp_path / "report" / "cache").glob("*.sqlite")
         cache = fc.Cache(file)
-        assert "calibration" not in cache.attrs(str(queries)) and not cache.calibrated(str(queries))
+        assert "calibration" not in cache.attrs(str(queries))
         found.append(json.loads(cache.attrs(str(archive))["calibration"]))
         cache.db.close()
-        assert found[0] == found[-1] and found[0]["photos"] == "references"
+        assert (found[0] == found[-1]) == (more < 30) and found[-1]["photos"] == "references"
         pairs = table(tmp_path / "report" / "pairs.csv")
         assert len(pairs) >= 5 and all(0 <= float(pair["precision"]) <= 1 for pair in pairs)
 

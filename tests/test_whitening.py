@@ -161,7 +161,10 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
         assert "40 used" in out and "had ended with --whiten" in out
     assert weights["one"].keys() == weights["two"].keys()
     extracted = {}
-    for more in ([], ["--input-size", 64], ["--calibrate", 21], ["--calibrate", 21, "--input-size", 64]):
+    for more in ([], ["--target-set", "t"], ["--input-size", 64], ["--target-set", "q", "--resize", "crop"],
+                 ["--target-set", "q"]):
+        if more == ["--target-set", "q"]:
+            (tmp_path / "one" / "extract" / "fb-isc-submission.h5").unlink()
         run("train.py", "--mode", "extract", "--weight", tmp_path / "one" / last, "--exp",
             tmp_path / "one", "--target-set", "qr", *more, tmp_path / "input")
         with h5py.File(tmp_path / "one" / "extract" / "fb-isc-submission.h5") as file:
@@ -177,10 +180,10 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     assert extracted[""]["input_size"] == 48 and extracted["--input-size 64"]["input_size"] == 64
     calibrations = {more: json.loads(attrs.get("calibration", "{}")) for more, attrs in extracted.items()}
     assert {more: found.get("photos") for more, found in calibrations.items()} == {
-        "": "references", "--input-size 64": "references",
-        "--calibrate 21": "training",  # of 40 references too many
-        "--calibrate 21 --input-size 64": None}  # and the checkpoint's was measured at another size
-    assert calibrations[""] != calibrations["--input-size 64"] and calibrations["--calibrate 21"]["copies_ratio"] == 0.2
+        "": "references", "--target-set t": "references", "--input-size 64": "references",
+        "--target-set q": "training",
+        "--target-set q --resize crop": None}  # the checkpoint's was measured on squares
+    assert calibrations[""] != calibrations["--input-size 64"] and calibrations[""]["copies_ratio"] == 0.2
 
 
 @pytest.mark.parametrize("flags, message", [
