@@ -194,8 +194,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--whiten N", int, 0, "fit the head linear-bn anew to the trained backbone: the projection that shrinks what "
          "differs between N training photos and edited copies (--view1) of them"),
         ("--calibrate N", int, 0, "keep N photos back, and measure the precision at each score on them and edited "
-         "copies of them; extract (default: the checkpoint's): on N of the references, at most half; 0: no "
-         "calibration"),
+         "copies of them; extract (default: the checkpoint's): on N of the references, at most half; 0: none is "
+         "measured"),
     ],
     "checkpoints and log": [
         ("--resume FILE", str, "", "continue from a checkpoint of this script; auto: from the newest of --exp, if any; "

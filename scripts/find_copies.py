@@ -113,11 +113,12 @@ class Cache:
             self.db.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?, ?, ?)", [
                 (os.fsencode(root), os.fsencode(path), stamp.size, stamp.mtime, stamp.sha256,
                  None if row is None else row.tobytes(), reason) for path, stamp, row, reason in photos])
-            if json.loads(attrs.get("calibration", "{}")).get("photos") == "references":
-                self.db.execute("INSERT OR REPLACE INTO calibrations VALUES (?, ?)",
-                                (os.fsencode(root), json.dumps(attrs.pop("calibration"))))
-            self.db.executemany("INSERT OR REPLACE INTO attrs VALUES (?, ?)",
-                                [(name, json.dumps(value)) for name, value in attrs.items()])
+            for name, value in attrs.items():
+                if name == "calibration" and json.loads(value).get("photos") == "references":
+                    self.db.execute("INSERT OR REPLACE INTO calibrations VALUES (?, ?)",
+                                    (os.fsencode(root), json.dumps(value)))
+                else:
+                    self.db.execute("INSERT OR REPLACE INTO attrs VALUES (?, ?)", (name, json.dumps(value)))
 
     def touch(self, root, stamps):
         """Write new stamps, path -> Stamp, of photos whose content is still the same."""
