@@ -47,10 +47,9 @@ from cli import Parser, fail  # noqa: E402
 # What an experiment chooses from: one entry per choice. Entries are called late, after the heavy imports below.
 
 LOSSES = {  # name -> criterion for `n` photos: (outputs of the network, labels) -> scalar; see scripts/losses.py
-    "contrastive": lambda a, n: pairs(a, pml.losses.ContrastiveLoss(pos_margin=a.pos_margin, neg_margin=a.neg_margin)),
+    "contrastive": lambda a, n: pairs(a, ContrastiveLoss(a.pos_margin, a.neg_margin)),
     "triplet": lambda a, n: pairs(a, pml.losses.TripletMarginLoss(margin=a.margin)),
-    "snr": lambda a, n: pairs(a, pml.losses.ContrastiveLoss(pos_margin=a.pos_margin, neg_margin=a.neg_margin,
-                                                           distance=SNRDistance())),
+    "snr": lambda a, n: pairs(a, ContrastiveLoss(a.pos_margin, a.neg_margin, distance=SNRDistance())),
     "ntxent": lambda a, n: pairs(a, NTXentLoss(a.temperature)),
     "ntxent-margin": lambda a, n: pairs(a, NTXentLoss(a.temperature, a.margin)),
     "arcface": lambda a, n: ArcFaceLoss(n, a.dim, a.margin, a.scale),
@@ -341,7 +340,8 @@ from descriptors import Descriptors, InputError, replacing, write_descriptors  #
 from export import ENDINGS, FORMATS, INPUT  # noqa: E402
 from inputs import FOLDERS, list_group, list_negatives, list_pairs  # noqa: E402
 from log import Log  # noqa: E402
-from losses import ArcFaceLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss, SNRDistance  # noqa: E402
+from losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,  # noqa: E402
+                    SNRDistance)
 from network import (Descriptor, SimSiam, check_arch, linear_bn, predictor, projector,  # noqa: E402
                      read_backbone_weights)
 from photos import PHOTO_ENDINGS, list_photos, write_skipped  # noqa: E402
@@ -709,7 +709,7 @@ def plain_args(args):
 
 
 def memory_estimate(args, dim):
-    """GiB of memory and loss, which lists all pairs of batch and memory: about 32 bytes a pair (measured); or of the
+    """GiB of memory and loss, which has matrices of batch x memory: about 32 bytes a pair (measured); or of the
     classes with gradient and momentum, and the logits."""
     rows = args.batch_size // args.nproc * args.processes * (args.ncrops + args.negatives)
     if args.loss == "arcface":

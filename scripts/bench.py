@@ -16,6 +16,7 @@ import argparse
 import functools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -187,27 +188,55 @@ def trainer(bench):
 def bench_train(bench):
     """Images per second of a training step with a full memory, and of the bare network with the same optimizer."""
     import torch
+    import views
     run = trainer(bench)
     args, device = run.args, run.device
-    images = torch.randn(args.batch_size * args.ncrops, 3, args.input_size, args.input_size)
+    pixels = np.random.default_rng(0).integers(256, size=(args.batch_size * args.ncrops, *[args.input_size] * 2, 3),
+                                               dtype=np.uint8)
+    images = views.Images.of([(view, None) for view in pixels], run.net.mean, run.net.std)
+    images = images.pin_memory() if device.type == "cuda" else images
     labels = torch.arange(args.batch_size).repeat(args.ncrops)
     for start in range(0, args.memory_size, len(images)):  # fill the memory
         run.criterion(torch.randn(len(images), run.net.dim, device=device), labels.to(device) + start)
     run.objective.train()
-    ready = images.to(device, memory_format=torch.channels_last)
-
-    def bare():
-        run.optimizer.zero_grad()
-        run.net(ready).square().mean().backward()
-        run.optimizer.step()
-        done(device)
 
     def step():
         run.train_step(images, labels)
         done(device)
 
-    floor, ours = len(images) / in_turns(bench.repeats, bare, step)
+    floor, ours = len(images) / in_turns(bench.repeats, bare_step(run), step)
     yield f"training step, {args.arch}, {args.input_size} px, memory {args.memory_size:,}", ours, "images/s", floor
+
+
+def bare_step(run):
+    """Forward, backward and optimizer of the network alone, on a batch that is on the device."""
+    import torch
+    args, device = run.args, run.device
+    ready = torch.randn(args.batch_size * args.ncrops, 3, args.input_size, args.input_size, device=device)
+    ready = ready.to(memory_format=torch.channels_last)
+
+    def step():
+        run.optimizer.zero_grad()
+        run.net(ready).square().mean().backward()
+        run.optimizer.step()
+        done(device)
+    return step
+
+
+def bench_loop(bench):
+    """Images per second of training with everything, from files to the optimizer's step, beside the bare network."""
+    run = trainer(bench)
+    args, steps = run.args, run.batches.steps()
+    run.objective.train()
+
+    def loop():
+        for images, labels, *_ in run.loader:
+            run.train_step(images, labels)
+        done(run.device)
+
+    bare = bare_step(run)
+    floor, ours = args.batch_size * args.ncrops / (in_turns(bench.repeats, bare, loop) / [1, steps])
+    yield f"{steps} steps from files, {args.arch}, {args.input_size} px, -j {args.workers}", ours, "images/s", floor
 
 
 def done(device):
@@ -303,22 +332,29 @@ def bench_search(bench):
     yield "exact top 10 of 50,000 references", ours, "queries/s", floor
 
 
-SECTIONS = {"views": bench_views, "decode": bench_decode, "train": bench_train, "extract": bench_extract,
-            "start": bench_start, "search": bench_search}
+SECTIONS = {"views": bench_views, "decode": bench_decode, "train": bench_train, "loop": bench_loop,
+            "extract": bench_extract, "start": bench_start, "search": bench_search}
 
 
 def copy_photos(bench):
-    """`--count` photos of `--photos` with their longer side at `--side`, as JPEGs of quality 90."""
+    """`--count` photos of `--photos`, again from the first where there are fewer."""
     paths = list_photos(bench.photos)[0][:bench.count]
     if not paths:
         raise InputError(f"no photos in {bench.photos}")
     bench.folder.mkdir()
-    for path in paths:
-        img = open_photo(os.path.join(bench.photos, path))
-        scale = bench.side / max(img.size)
-        img = img.resize([max(1, round(side * scale)) for side in img.size], Image.LANCZOS)
-        img.save(bench.folder / f"{Path(path).stem}.jpg", quality=90)
+    with multiprocessing.Pool() as pool:
+        pool.starmap(copy_photo, [(os.path.join(bench.photos, path), bench.folder / f"{i:06d}.jpg", bench.side)
+                                  for i, path in enumerate(paths)])
+    for i in range(len(paths), bench.count):
+        os.link(bench.folder / f"{i % len(paths):06d}.jpg", bench.folder / f"{i:06d}.jpg")
     bench.names = sorted(file.name for file in bench.folder.iterdir())
+
+
+def copy_photo(path, to, side):
+    """A JPEG of quality 90 with the longer side at `side` px."""
+    img = open_photo(path)
+    scale = side / max(img.size)
+    img.resize([max(1, round(side * scale)) for side in img.size], Image.LANCZOS).save(to, quality=90)
 
 
 def show(rows, old):

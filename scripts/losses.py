@@ -1,8 +1,8 @@
 """What training minimises: losses between descriptors, the memory of earlier batches, image classes, SimSiam.
 
 A criterion is a module (outputs of the network, labels) -> scalar. pytorch-metric-learning's losses are used as they
-are; those that would list every triple of anchor, positive and negative are given here over the matrix of anchors and
-references alone, with the same values.
+are, but for those that are functions of the matrix of anchors and references: given here with the same values, they need
+its size in memory and no list of its pairs.
 """
 import contextlib
 
@@ -11,6 +11,7 @@ import pytorch_metric_learning.distances
 import pytorch_metric_learning.losses
 import torch
 import torch.distributed as dist
+from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_pairs
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -36,24 +37,59 @@ class SNRDistance(pml.distances.SNRDistance):
         return ((var_a[:, None] + var_r - 2 * a @ r.T) / var_a[:, None]).clamp(min=0)
 
 
-class NTXentLoss(pml.losses.NTXentLoss):
+def pair_masks(labels, ref_labels, own=None):
+    """Positive and negative pairs of anchors and references as masks [B, M]; reference own[i] is anchor i itself."""
+    positive = labels[:, None] == ref_labels
+    negative = ~positive
+    if own is not None:
+        positive[torch.arange(len(labels), device=labels.device), own] = False
+    return positive, negative
+
+
+class MatrixLoss:
+    """Makes a pair loss of the library a function of the matrix of anchors and references and the masks of its positive
+    and negative pairs: `of_matrix`. The library lists all pairs instead, for which a GPU has to be waited for."""
+
+    def forward(self, embeddings, labels, pairs=None, ref_emb=None, ref_labels=None):
+        """Anchors [B, d] with labels [B], references [M, d] (none: the anchors), pairs (none: all) as `pair_masks` or
+        as a miner's lists -> scalar."""
+        if ref_emb is None:
+            ref_emb, ref_labels = embeddings, labels
+        if pairs is None:
+            own = torch.arange(len(labels), device=labels.device) if ref_emb is embeddings else None
+            pairs = pair_masks(labels, ref_labels, own)
+        elif len(pairs) > 2:
+            a, p, b, n = convert_to_pairs(pairs, labels, ref_labels)
+            pairs = torch.zeros(2, len(embeddings), len(ref_emb), dtype=bool, device=labels.device)
+            pairs[0, a, p] = pairs[1, b, n] = True
+        return self.of_matrix(self.distance(embeddings, ref_emb), *pairs)
+
+
+class ContrastiveLoss(MatrixLoss, pml.losses.ContrastiveLoss):
+    """max(d - pos_margin, 0) of positive and max(neg_margin - d, 0) of negative pairs at distance d; of each kind the
+    mean over the terms above 0 (Hadsell et al., CVPR 2006; notes v10)."""
+
+    def of_matrix(self, distances, positive, negative):
+        terms = [F.relu(distances - self.pos_margin) * positive, F.relu(self.neg_margin - distances) * negative]
+        return sum(x.sum() / (x > 0).sum().clamp(min=1) for x in terms)
+
+
+class NTXentLoss(MatrixLoss, pml.losses.NTXentLoss):
     """Mean over positive pairs (a, p) of log(1 + sum over negatives n of a of e^((s_an - s_ap + margin) / t)).
 
     s is the cosine and t the temperature (arXiv 1807.03748; notes v14). `margin` is taken off the positives' cosine
-    (notes v60). Needs matrices of batch x references, where the library makes positives x negatives.
+    (notes v60). The library makes a matrix of positives x negatives.
     """
 
     def __init__(self, temperature, margin=0.0):
         super().__init__(temperature)
-        self.margin, self.loss_method = margin, self.mat_based_loss
+        self.margin = margin
 
-    def _compute_loss(self, mat, pos_mask, neg_mask):
-        if not (pos_mask.any() and neg_mask.any()):
-            return self.zero_losses()
-        anchors, positives = pos_mask.nonzero(as_tuple=True)
-        negatives = (mat / self.temperature).masked_fill(neg_mask == 0, torch.finfo(mat.dtype).min).logsumexp(1)
-        losses = F.softplus(negatives[anchors] - (mat[anchors, positives] - self.margin) / self.temperature)
-        return {"loss": {"losses": losses, "indices": (anchors, positives), "reduction_type": "pos_pair"}}
+    def of_matrix(self, cosines, positive, negative):
+        logits = cosines / self.temperature
+        negatives = logits.masked_fill(~negative, torch.finfo(logits.dtype).min).logsumexp(1, keepdim=True)
+        terms = F.softplus(negatives - logits + self.margin / self.temperature) * positive
+        return terms.sum() / positive.sum().clamp(min=1)
 
 
 class ArcFaceLoss(pml.losses.ArcFaceLoss):
@@ -83,6 +119,11 @@ class SimSiamLoss(torch.nn.Module):
 
 class Memory(pml.losses.CrossBatchMemory):
     """The library's ring buffer of descriptors (arXiv 1912.06798), whose state_dict leaves out where it stands."""
+
+    def create_indices_tuple(self, embeddings, labels, memory, memory_labels, given, own_are_there):
+        if self.miner or not isinstance(self.loss, MatrixLoss):
+            return super().create_indices_tuple(embeddings, labels, memory, memory_labels, given, own_are_there)
+        return pair_masks(labels, memory_labels, self.curr_batch_idx if own_are_there else None)
 
     def get_extra_state(self):
         return {"next": self.queue_idx, "filled": self.has_been_filled}

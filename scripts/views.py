@@ -411,7 +411,8 @@ class Images:
     the noise of erased parts.
 
     Attributes: pixels: uint8 [n, s, s, 3]; boxes: [(row, top, left, height, width)] of erased parts; noise: their
-    values one after the other, float32 [sum of 3 * height * width]: one tensor, as each takes a file descriptor.
+    normalised values one after the other, float32 [sum of 3 * height * width]: one tensor, as each takes a file
+    descriptor.
     """
 
     def __init__(self, pixels, boxes, noise, mean, std):
@@ -421,9 +422,10 @@ class Images:
     def of(cls, views, mean, std):
         """Of views [(pixels [s, s, 3], erased part or None)]."""
         parts = [(i, *erased) for i, (_, erased) in enumerate(views) if erased]
+        noise = [TF.normalize(torch.from_numpy(noise), mean, std).flatten() for *_, noise in parts]
         return cls(torch.from_numpy(np.stack([pixels for pixels, _ in views])),
                    [(i, top, left, *noise.shape[1:]) for i, top, left, noise in parts],
-                   torch.cat([torch.empty(0)] + [torch.from_numpy(noise).flatten() for *_, noise in parts]), mean, std)
+                   torch.cat([torch.empty(0), *noise]), mean, std)
 
     def __len__(self):
         return len(self.pixels)
@@ -441,7 +443,7 @@ class Images:
         noise = self.noise.to(device, non_blocking=non_blocking)
         for row, top, left, height, width in self.boxes:
             part, noise = noise[:3 * height * width].view(3, height, width), noise[3 * height * width:]
-            images[row, :, top:top + height, left:left + width] = (part - mean[:, None, None]) / std[:, None, None]
+            images[row, :, top:top + height, left:left + width] = part
         return images
 
 

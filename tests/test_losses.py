@@ -160,8 +160,8 @@ def test_bipartite_pairs_cross_the_views_only():  # notes v11
 
 
 @pytest.mark.parametrize("ours, library", [
-    (losses.NTXentLoss(0.1), NTXentLoss(0.1)),
-    (ContrastiveLoss(0.0, 0.7, distance=losses.SNRDistance()),
+    (losses.NTXentLoss(0.1), NTXentLoss(0.1)), (losses.ContrastiveLoss(0.1, 0.7), ContrastiveLoss(0.1, 0.7)),
+    (losses.ContrastiveLoss(0.0, 0.7, distance=losses.SNRDistance()),
      SignalToNoiseRatioContrastiveLoss(pos_margin=0.0, neg_margin=0.7))])
 def test_loss_over_matrices_equals_the_library(ours, library):
     generator = torch.Generator().manual_seed(2)
@@ -178,8 +178,8 @@ def test_loss_over_a_memory_of_the_notes_fits_in_4_gib():
     code = """
 import resource, sys
 sys.path[:0] = ["scripts"]
-import losses, pytorch_metric_learning as pml, torch
-for loss in (losses.NTXentLoss(0.1), pml.losses.ContrastiveLoss(0, 0.7, distance=losses.SNRDistance())):
+import losses, torch
+for loss in (losses.NTXentLoss(0.1), losses.ContrastiveLoss(0, 0.7, distance=losses.SNRDistance())):
     memory = losses.Memory(loss, 256, 10000)
     memory.add_to_memory(torch.randn(10000, 256), torch.arange(10000) % 5000, 10000)
     memory(torch.randn(256, 256, requires_grad=True), torch.arange(128).repeat(2)).backward()
