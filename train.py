@@ -498,7 +498,7 @@ class Trainer:
                                     args.epoch_steps)
         if not self.batches.steps():
             fail(f"{len(self.views)} photos do not fill one batch of {sample[1] * args.processes}; lower --batch-size")
-        self.loader = make_loader(args, self.views, self.batches, collate_views, keep=True)
+        self.loaded = None  # batches to come, one epoch's after the other's
         self.criterion = LOSSES[args.loss](args, len(self.views)).to(self.device)
         self.objective = Objective(self.net, self.criterion, args.ncrops, args.batch_norm == "shuffled",
                                    args.accumulate)
@@ -570,15 +570,16 @@ class Trainer:
     def train_epoch(self):
         """The rest of epoch `self.epoch`, after the `self.done` steps that it had; ends with its checkpoint."""
         args, steps = self.args, self.batches.steps()
-        self.batches.epoch, self.batches.start = self.epoch, self.done
+        if self.loaded is None:
+            batches = self.batches.after(self.epoch, self.done, args.epochs)
+            self.loaded = iter(make_loader(args, self.views, batches, collate_views))
         self.objective.train()
         losses, waited, began = [], 0.0, time.time()
-        with tqdm(total=steps, initial=self.batches.start, desc=f"epoch {self.epoch}", unit="step",
+        with tqdm(total=steps, initial=self.done, desc=f"epoch {self.epoch}", unit="step",
                   disable=args.process > 0) as bar:
-            batches = iter(self.loader)
-            for _ in range(len(self.batches)):
+            while self.done < steps:
                 asked = time.time()
-                images, labels, unreadable, failed = next(batches)
+                images, labels, unreadable, failed = next(self.loaded)
                 waited += time.time() - asked
                 losses.append(self.train_step(images, labels))
                 self.step, self.done = self.step + 1, self.done + 1
@@ -599,8 +600,10 @@ class Trainer:
                 bar.update()
         self.report_skipped()
         self.epoch, self.done = self.epoch + 1, 0
-        if self.epoch == args.epochs and args.process == 0:
-            self.finish()
+        if self.epoch == args.epochs:
+            self.loaded = None  # its processes end
+            if args.process == 0:
+                self.finish()
         self.save(f"checkpoint_{self.epoch - 1:04d}.pth.tar")
 
     def train_step(self, images, labels):

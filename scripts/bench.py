@@ -14,6 +14,7 @@ size (decode); forward, backward and optimizer on a ready batch (train); forward
 """
 import argparse
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -224,18 +225,21 @@ def bare_step(run):
 
 
 def bench_loop(bench):
-    """Images per second of training with everything, from files to the optimizer's step, beside the bare network."""
+    """Images per second of training from files to the optimizer's step, without the wait for the first batch, beside
+    the bare network."""
+    import train
     run = trainer(bench)
     args, steps = run.args, run.batches.steps()
+    batches = iter(train.make_loader(args, run.views, run.batches.after(0, 0, bench.repeats + 2), train.collate_views))
+    next(batches)
     run.objective.train()
 
     def loop():
-        for images, labels, *_ in run.loader:
+        for images, labels, *_ in itertools.islice(batches, steps):
             run.train_step(images, labels)
         done(run.device)
 
-    bare = bare_step(run)
-    floor, ours = args.batch_size * args.ncrops / (in_turns(bench.repeats, bare, loop) / [1, steps])
+    floor, ours = args.batch_size * args.ncrops / (in_turns(bench.repeats, bare_step(run), loop) / [1, steps])
     yield f"{steps} steps from files, {args.arch}, {args.input_size} px, -j {args.workers}", ours, "images/s", floor
 
 

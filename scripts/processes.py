@@ -113,15 +113,15 @@ def pick_precision(args, device):
     return None  # CPUs: with AVX-512 and AMX too, bf16 gradients of depth-wise convolutions take four times as long
 
 
-def make_loader(args, data, batches, collate, keep=False):
-    """DataLoader of batches [indices]; `keep`: its processes live on for the next pass. They are forked, which is at
-    once, where a process that was spawned itself would spawn them."""
+def make_loader(args, data, batches, collate):
+    """DataLoader of batches [indices], which takes no number from the global generator. Its processes are forked, which
+    is at once, where a process that was spawned itself would spawn them."""
     workers = math.ceil(args.workers / args.nproc)
     forked = workers and sys.platform == "linux"
     if forked and args.device_used.type == "cpu":
         libc("malloc_trim", 0)  # after a fork, each page that was freed and kept would be copied when it is used again
     return torch.utils.data.DataLoader(
-        data, batch_sampler=batches, collate_fn=collate, num_workers=workers, persistent_workers=keep and workers > 0,
+        data, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator(),
         pin_memory=args.device_used.type == "cuda", multiprocessing_context="fork" if forked else None)
 
 

@@ -578,28 +578,27 @@ def collate_views(items):
     return images, torch.tensor(labels).T.flatten(), sum(unreadable, []), sum(failed, [])
 
 
-class EpochBatches(torch.utils.data.Sampler):
+class EpochBatches:
     """This process's batches of (epoch, photo index); the order depends on (seed, epoch) only, the tail is dropped.
 
-    An epoch ends after `limit` steps, if that is not 0. Set `epoch` and `start` (steps already done) before each pass.
+    An epoch ends after `limit` steps, if that is not 0.
     """
 
     def __init__(self, count, batch, seed, rank, world, limit=0):
         self.count, self.batch, self.seed, self.rank, self.world, self.limit = count, batch, seed, rank, world, limit
-        self.epoch = self.start = 0
 
     def steps(self):
         whole = self.count // (self.batch * self.world)
         return min(whole, self.limit) if self.limit else whole
 
-    def __len__(self):
-        return self.steps() - self.start
-
-    def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        for step in range(self.start, self.steps()):
-            first = (step * self.world + self.rank) * self.batch
-            yield [(self.epoch, int(i)) for i in order[first:first + self.batch]]
+    def after(self, epoch, done, epochs):
+        """The batches after `done` steps of `epoch`, up to the end of epoch `epochs` - 1."""
+        for epoch in range(epoch, epochs):
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+            for step in range(done, self.steps()):
+                first = (step * self.world + self.rank) * self.batch
+                yield [(epoch, int(i)) for i in order[first:first + self.batch]]
+            done = 0
 
 
 def write_views_png(views, file):

@@ -128,8 +128,8 @@ def test_odd_photos_give_finite_descriptors(tmp_path, extract):
 def test_three_processes_write_the_same_file(tmp_path, extract):
     data = data_folder(tmp_path, queries=1003, references=7, training=2)
     (data / "query_images" / "broken.jpg").write_bytes(b"")
-    extract(data, "--target-set", "qrt")
-    extract(data, "--target-set", "qrt", "--multiprocessing-distributed", "--nproc", 3, "--dist-url",
+    extract(data, "--target-set", "qrt", "--device", "cpu")
+    extract(data, "--target-set", "qrt", "--device", "cpu", "--multiprocessing-distributed", "--nproc", 3, "--dist-url",
             f"tcp://localhost:{20001 + os.getpid() % 20000}", suffix="-3")
     (one, _), (three, _) = (read(extract.out(suffix) / "fb-isc-submission.h5") for suffix in ("", "-3"))
     assert len(set(three["query_ids"])) == len(three["query"]) == 1003
@@ -266,11 +266,11 @@ def test_resumed_with_other_settings_is_refused(tmp_path, extract, weights, exp)
 
 def test_two_machines_write_the_same_file(tmp_path, extract, weights, exp):  # noqa: F811
     data = data_folder(tmp_path, queries=40, references=50)
-    extract(data, suffix="-one")
+    extract(data, "--device", "cpu", suffix="-one")
     port = 20000 + os.getpid() % 20000
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend",
-               "c10d", "--rdzv-endpoint", f"localhost:{port}", "train.py", "--mode", "extract", "-j", 0, "--batch-size",
-               15, "--exp", exp, "--weight", weights, data]
+               "c10d", "--rdzv-endpoint", f"localhost:{port}", "train.py", "--mode", "extract", "--device", "cpu", "-j",
+               0, "--batch-size", 15, "--exp", exp, "--weight", weights, data]
     agents = [subprocess.Popen(list(map(str, command)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for agent in agents:

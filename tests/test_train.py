@@ -340,15 +340,15 @@ def test_same_weights_with_any_number_of_workers(photos, exp):
 
 
 def test_spawned_processes_and_torchrun_train_alike(photos, exp):
-    port = 20000 + os.getpid() % 20000
-    run("train.py", *TINY, "--exp", f"{exp}a", "--multiprocessing-distributed", "--nproc", 2, "--dist-url",
+    port, flags = 20000 + os.getpid() % 20000, [*TINY, "--device", "cpu"]
+    run("train.py", *flags, "--exp", f"{exp}a", "--multiprocessing-distributed", "--nproc", 2, "--dist-url",
         f"tcp://localhost:{port}", photos)
-    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *TINY, "--exp", f"{exp}b",
+    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *flags, "--exp", f"{exp}b",
         photos)
     a, b = checkpoint(f"{exp}a"), checkpoint(f"{exp}b")
     assert_same_state(a, b)
     assert a["criterion"]["memories.0._extra_state"]["filled"] and a["processes"] == 2
-    done = run("train.py", *TINY, "--exp", f"{exp}a", "--epochs", 3, "--resume", "auto", photos)
+    done = run("train.py", *flags, "--exp", f"{exp}a", "--epochs", 3, "--resume", "auto", photos)
     assert "processes 2 -> 1" in done.stdout and "at epoch 2, step 12" in done.stdout
     assert checkpoint(f"{exp}a", "checkpoint_0002")["step"] == 18
 
@@ -444,3 +444,17 @@ def test_published_form_loads_and_code_is_refused(photos, exp, tmp_path):
     (tmp_path / "list.pth").write_bytes(pickle.dumps([1, 2]))
     for name in ("text.pth", "list.pth"):
         assert "checkpoint" in run("train.py", *TINY, "--exp", exp, "--weight", tmp_path / name, photos, code=2).stderr
+
+
+def test_epochs_follow_each_other_in_one_loader_that_draws_nothing(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    loaders, make_loader = [], train.make_loader
+
+    def counted(*args):
+        before = torch.get_rng_state()
+        loaders.append(iter(make_loader(*args)))
+        assert torch.equal(before, torch.get_rng_state())
+        return loaders[-1]
+    monkeypatch.setattr(train, "make_loader", counted)
+    train.main(train.parse_args([*map(str, TINY), "--device", "cpu", "--epochs", "3", "--exp", "x", str(photos)]))
+    assert len(loaders) == 1 and next(loaders[0], None) is None

@@ -148,7 +148,7 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
              "--dim", 16, "--input-size", 32, "--eval-input-size", 48, "--resize", "square",
              "--loss", "ntxent", "--memory-size", 64, "--batch-size", 8, "--epochs", 1, "--optimizer", "adamw", "--lr",
              1e-3, "--freeze", 1, "--batch-norm", "frozen", "--whiten", 40,
-             "--calibrate", 20, "--eval-crops", "1,0.5", "--grid", 3, "--seed", 3, "-j", 1, photos]
+             "--calibrate", 20, "--eval-crops", "1,0.5", "--grid", 3, "--seed", 3, "-j", 1, "--device", "cpu", photos]
     weights, last = {}, Path("train", "checkpoint_0000.pth.tar")
     for name, more in (("one", []), ("two", ["--multiprocessing-distributed", "--nproc", 2, "--dist-url",
                                              "tcp://localhost:10077"])):
