@@ -571,8 +571,7 @@ class Trainer:
         """The rest of epoch `self.epoch`, after the `self.done` steps that it had; ends with its checkpoint."""
         args, steps = self.args, self.batches.steps()
         if self.loaded is None:
-            batches = self.batches.after(self.epoch, self.done, args.epochs)
-            self.loaded = iter(make_loader(args, self.views, batches, collate_views))
+            self.loaded = self.load(self.batches.after(self.epoch, self.done, args.epochs))
         self.objective.train()
         losses, waited, began = [], 0.0, time.time()
         with tqdm(total=steps, initial=self.done, desc=f"epoch {self.epoch}", unit="step",
@@ -605,6 +604,12 @@ class Trainer:
             if args.process == 0:
                 self.finish()
         self.save(f"checkpoint_{self.epoch - 1:04d}.pth.tar")
+
+    def load(self, batches):
+        """Iterator over batches of views; one holds until the next one is taken."""
+        args = self.args
+        shape = args.ncrops + args.negatives, self.batches.batch, args.input_size, args.input_size, 3
+        return iter(make_loader(args, self.views, batches, collate_views, shape))
 
     def train_step(self, images, labels):
         """One optimizer step; returns the loss as a tensor that is not waited for."""

@@ -227,10 +227,9 @@ def bare_step(run):
 def bench_loop(bench):
     """Images per second of training from files to the optimizer's step, without the wait for the first batch, beside
     the bare network."""
-    import train
     run = trainer(bench)
     args, steps = run.args, run.batches.steps()
-    batches = iter(train.make_loader(args, run.views, run.batches.after(0, 0, bench.repeats + 2), train.collate_views))
+    batches = run.load(run.batches.after(0, 0, bench.repeats + 2))
     next(batches)
     run.objective.train()
 

@@ -1,8 +1,8 @@
 """What training minimises: losses between descriptors, the memory of earlier batches, image classes, SimSiam.
 
 A criterion is a module (outputs of the network, labels) -> scalar. pytorch-metric-learning's losses are used as they
-are, but for those that are functions of the matrix of anchors and references: these are given here with the same values,
-and need no list of its pairs.
+are, but for those that are functions of the matrix of anchors and references: these are given here, with the same
+values and no list of pairs.
 """
 import contextlib
 

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from multiprocessing.reduction import ForkingPickler
 
 import torch
 import torch.distributed as dist
@@ -113,16 +114,39 @@ def pick_precision(args, device):
     return None  # CPUs: with AVX-512 and AMX too, bf16 gradients of depth-wise convolutions take four times as long
 
 
-def make_loader(args, data, batches, collate):
-    """DataLoader of batches [indices], which takes no number from the global generator. Its processes are forked, which
-    is at once, where a process that was spawned itself would spawn them."""
+PREFETCHED = 2  # batches that each loading process has ready
+
+
+class CollateInPlace:
+    """`collate`(items, out) with memory `out`, uint8 of `shape`, that the loading processes share with this one and use
+    again. To map and unmap new memory for each batch keeps this process from its work: Python lets nothing else run
+    meanwhile."""
+
+    def __init__(self, collate, shape, workers):
+        self.collate, self.filled, shape = collate, 0, (workers, PREFETCHED + 1, *shape)
+        memory = torch.UntypedStorage._new_shared(math.prod(shape))
+        self.memory = torch.empty(0, dtype=torch.uint8).set_(memory).view(shape)
+        ForkingPickler.dumps(self.memory)  # lets torch know it again in what the processes send
+
+    def __call__(self, items):
+        self.filled += 1
+        return self.collate(items, self.memory[torch.utils.data.get_worker_info().id, self.filled % (PREFETCHED + 1)])
+
+
+def make_loader(args, data, batches, collate, shape=None):
+    """DataLoader of batches [indices], which takes no number from the global generator. With the `shape` of each
+    batch's pixels their memory is used again: then a batch holds until the next one is taken. Its processes are forked,
+    which is at once, where a process that was spawned itself would spawn them."""
     workers = math.ceil(args.workers / args.nproc)
+    if shape and workers:
+        collate = CollateInPlace(collate, shape, workers)
     forked = workers and sys.platform == "linux"
     if forked and args.device_used.type == "cpu":
         libc("malloc_trim", 0)  # after a fork, each page that was freed and kept would be copied when it is used again
     return torch.utils.data.DataLoader(
         data, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator(),
-        pin_memory=args.device_used.type == "cuda", multiprocessing_context="fork" if forked else None)
+        prefetch_factor=PREFETCHED if workers else None, pin_memory=args.device_used.type == "cuda",
+        multiprocessing_context="fork" if forked else None)
 
 
 def gather_objects(x):

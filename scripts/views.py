@@ -569,11 +569,12 @@ class Pairs(Views):
         return " or ".join(os.path.join(self.root, path) for path in self.paths[i])
 
 
-def collate_views(items):
-    """-> Images of views * batch, view after view, labels alike, unreadable photos, failed operations."""
+def collate_views(items, out=None):
+    """-> Images of views * batch, view after view, labels alike, unreadable photos, failed operations. `out`: memory
+    for the pixels, uint8 [views, batch, s, s, 3]."""
     images, labels, unreadable, failed = zip(*items)
     boxes = [(row * len(items) + i, *box) for i, item in enumerate(images) for row, *box in item.boxes]
-    images = Images(torch.stack([item.pixels for item in images], 1).flatten(0, 1), boxes,
+    images = Images(torch.stack([item.pixels for item in images], 1, out=out).flatten(0, 1), boxes,
                     torch.cat([item.noise for item in images]), images[0].mean, images[0].std)
     return images, torch.tensor(labels).T.flatten(), sum(unreadable, []), sum(failed, [])
 

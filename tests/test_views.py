@@ -1,5 +1,6 @@
 """Operations of views against AugLy's and torchvision's on the same draws; photos decoded no larger than needed."""
 import os
+import time
 from types import SimpleNamespace
 
 import augly.image as imaugs
@@ -12,6 +13,7 @@ from augly.image.utils import rotated_rect_with_max_area
 from PIL import Image, ImageFilter
 
 import photos
+import processes
 import views
 from helpers import draw_photos
 
@@ -386,3 +388,26 @@ def test_tensors_are_torchvisions_and_hold_the_noise_of_erased_parts():
     assert len(images) == 6 and len(images.boxes) == 3 and labels.tolist() == [0, 1, 2] * 2
     assert torch.allclose(found, torch.stack([expected[key] for key in sorted(expected)]), atol=1e-5)
     assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Item i -> two views of the colours i and 2 i."""
+
+    def __getitem__(self, i):
+        pixels = [(np.full((SIZE, SIZE, 3), (i, 2 * i)[j], np.uint8), None) for j in range(2)]
+        return views.Images.of(pixels, (0.5,) * 3, (0.5,) * 3), [i, i], [], []
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_in_memory_that_is_used_again_hold_until_the_next(workers):
+    args = SimpleNamespace(workers=workers, nproc=1, device_used=torch.device("cpu"))
+    batches = [list(range(i, i + 5)) for i in range(0, 100, 5)]
+    loader = processes.make_loader(args, Numbers(), batches, views.collate_views, (2, 5, SIZE, SIZE, 3))
+    places = set()
+    for batch, (images, labels, *_) in zip(batches, loader):
+        time.sleep(0.02)  # time to write over it
+        assert labels.tolist() == batch * 2
+        assert (images.pixels == (labels * torch.tensor([1, 2]).repeat_interleave(5))[:, None, None, None]).all()
+        places.add(images.pixels.data_ptr() - loader.collate_fn.memory.data_ptr())
+    size = images.pixels.numel()
+    assert places == {i * size for i in range(workers * (processes.PREFETCHED + 1))}
