@@ -4,6 +4,7 @@ import datetime
 import errno
 import math
 import os
+import shutil
 import signal
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -133,12 +134,20 @@ class CollateInPlace:
         return self.collate(items, self.memory[torch.utils.data.get_worker_info().id, self.filled % (PREFETCHED + 1)])
 
 
+def check_shared_memory(args, size):
+    """Stop if `size` bytes for each process of this machine do not fit: torch would tell of a bus error, much later."""
+    if os.path.isdir("/dev/shm") and args.nproc * size > (free := shutil.disk_usage("/dev/shm").free):
+        fail(f"-j {args.workers} with --batch-size {args.batch_size} needs {args.nproc * size / 2**30:.1f} GiB of "
+             f"shared memory, /dev/shm has {free / 2**30:.1f} GiB free; lower them, or in Docker give --shm-size")
+
+
 def make_loader(args, data, batches, collate, shape=None):
     """DataLoader of batches [indices], which takes no number from the global generator. With the `shape` of each
     batch's pixels their memory is used again: then a batch holds until the next one is taken. Its processes are forked,
     which is at once, where a process that was spawned itself would spawn them."""
     workers = math.ceil(args.workers / args.nproc)
     if shape and workers:
+        check_shared_memory(args, workers * (PREFETCHED + 1) * math.prod(shape))
         collate = CollateInPlace(collate, shape, workers)
     forked = workers and sys.platform == "linux"
     if forked and args.device_used.type == "cpu":

@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -458,3 +459,13 @@ def test_epochs_follow_each_other_in_one_loader_that_draws_nothing(photos, tmp_p
     monkeypatch.setattr(train, "make_loader", counted)
     train.main(train.parse_args([*map(str, TINY), "--device", "cpu", "--epochs", "3", "--exp", "x", str(photos)]))
     assert len(loaders) == 1 and next(loaders[0], None) is None
+
+
+def test_too_little_shared_memory_is_told_before_the_first_step(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**16, 0, 2**16))
+    words = [*map(str, TINY), "--device", "cpu", "--exp", "x", str(photos)]
+    with pytest.raises(SystemExit) as stopped:
+        train.main(train.parse_args(words))
+    assert stopped.value.code == 2 and "-j 1 with --batch-size 4 needs 0.0 GiB" in capsys.readouterr().err
+    train.main(train.parse_args([*words, "-j", "0", "--epochs", "1"]))
