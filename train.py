@@ -345,9 +345,9 @@ from losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCri
 from network import (Descriptor, SimSiam, check_arch, linear_bn, predictor, projector,  # noqa: E402
                      read_backbone_weights)
 from photos import PHOTO_ENDINGS, list_photos, write_skipped  # noqa: E402
-from processes import gather_objects, launch, make_loader, pick_precision  # noqa: E402
+from processes import check_shared_memory, gather_objects, launch, make_loader, pick_precision  # noqa: E402
 from views import (EpochBatches, Pairs, Views, WholePhotos, collate_photos, collate_views,  # noqa: E402
-                   parse_ops, write_views_png)
+                   parse_ops, shape_of_batch, write_views_png)
 from whitening import set_head  # noqa: E402
 
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, pml, np)}
@@ -600,7 +600,7 @@ class Trainer:
         self.report_skipped()
         self.epoch, self.done = self.epoch + 1, 0
         if self.epoch == args.epochs:
-            self.loaded = None  # its processes end
+            self.loaded = images = None  # its processes end and its memory goes
             if args.process == 0:
                 self.finish()
         self.save(f"checkpoint_{self.epoch - 1:04d}.pth.tar")
@@ -608,8 +608,7 @@ class Trainer:
     def load(self, batches):
         """Iterator over batches of views; one holds until the next one is taken."""
         args = self.args
-        shape = args.ncrops + args.negatives, self.batches.batch, args.input_size, args.input_size, 3
-        return iter(make_loader(args, self.views, batches, collate_views, shape))
+        return iter(make_loader(args, self.views, batches, collate_views, shape_of_batch(args, self.batches.batch)))
 
     def train_step(self, images, labels):
         """One optimizer step; returns the loss as a tensor that is not waited for."""
@@ -633,6 +632,7 @@ class Trainer:
                  f"{last or 'none'}; try a lower --lr or --amp off", code=1)
         if any(gather_objects(self.stop)):
             self.save("latest.pth.tar")
+            self.loaded = None
             print(f"\n=> stopped at step {self.step}; continue with --resume auto")
             sys.exit(130)
 
@@ -767,6 +767,7 @@ def train(args):
     if need > have:
         fail(f"--memory-size {args.memory_size} with --batch-size {args.batch_size} needs about {need:,.1f} GiB of "
              f"{have:,.1f} GiB")
+    check_shared_memory(args, shape_of_batch(args, args.batch_size // args.nproc))
     Trainer(args).run()
 
 

@@ -11,7 +11,6 @@ import pytorch_metric_learning.distances
 import pytorch_metric_learning.losses
 import torch
 import torch.distributed as dist
-from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_pairs
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -48,7 +47,8 @@ def pair_masks(labels, ref_labels, own=None):
 
 class MatrixLoss:
     """Makes a pair loss of the library a function of the matrix of anchors and references and the masks of its positive
-    and negative pairs: `of_matrix`. The library lists all pairs instead, for which a GPU has to be waited for."""
+    and negative pairs: `of_matrix`. The library lists all pairs instead, for which a GPU has to be waited for; it does
+    so here for the pairs of a miner."""
 
     def forward(self, embeddings, labels, pairs=None, ref_emb=None, ref_labels=None):
         """Anchors [B, d] with labels [B], references [M, d] (none: the anchors), pairs (none: all) as `pair_masks` or
@@ -59,9 +59,7 @@ class MatrixLoss:
             own = torch.arange(len(labels), device=labels.device) if ref_emb is embeddings else None
             pairs = pair_masks(labels, ref_labels, own)
         elif len(pairs) > 2:
-            a, p, b, n = convert_to_pairs(pairs, labels, ref_labels)
-            pairs = torch.zeros(2, len(embeddings), len(ref_emb), dtype=bool, device=labels.device)
-            pairs[0, a, p] = pairs[1, b, n] = True
+            return super().forward(embeddings, labels, pairs, ref_emb, ref_labels)
         return self.of_matrix(self.distance(embeddings, ref_emb), *pairs)
 
 
@@ -121,7 +119,7 @@ class Memory(pml.losses.CrossBatchMemory):
     """The library's ring buffer of descriptors (arXiv 1912.06798), whose state_dict leaves out where it stands."""
 
     def create_indices_tuple(self, embeddings, labels, memory, memory_labels, given, own_are_there):
-        if self.miner or not isinstance(self.loss, MatrixLoss):
+        if self.miner or given is not None or not isinstance(self.loss, MatrixLoss):
             return super().create_indices_tuple(embeddings, labels, memory, memory_labels, given, own_are_there)
         return pair_masks(labels, memory_labels, self.curr_batch_idx if own_are_there else None)
 

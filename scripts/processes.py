@@ -127,18 +127,19 @@ class CollateInPlace:
         self.collate, self.filled, shape = collate, 0, (workers, PREFETCHED + 1, *shape)
         memory = torch.UntypedStorage._new_shared(math.prod(shape))
         self.memory = torch.empty(0, dtype=torch.uint8).set_(memory).view(shape)
-        ForkingPickler.dumps(self.memory)  # lets torch know it again in what the processes send
+        ForkingPickler.loads(ForkingPickler.dumps(self.memory))  # torch then knows it in what the processes send
 
     def __call__(self, items):
         self.filled += 1
         return self.collate(items, self.memory[torch.utils.data.get_worker_info().id, self.filled % (PREFETCHED + 1)])
 
 
-def check_shared_memory(args, size):
-    """Stop if `size` bytes for each process of this machine do not fit: torch would tell of a bus error, much later."""
-    if os.path.isdir("/dev/shm") and args.nproc * size > (free := shutil.disk_usage("/dev/shm").free):
-        fail(f"-j {args.workers} with --batch-size {args.batch_size} needs {args.nproc * size / 2**30:.1f} GiB of "
-             f"shared memory, /dev/shm has {free / 2**30:.1f} GiB free; lower them, or in Docker give --shm-size")
+def check_shared_memory(args, shape):
+    """Stop if batches with pixels of `shape` in each process of this machine do not fit; a quarter is for the rest."""
+    size = 1.25 * args.nproc * math.ceil(args.workers / args.nproc) * (PREFETCHED + 1) * math.prod(shape)
+    if os.path.isdir("/dev/shm") and size > (free := shutil.disk_usage("/dev/shm").free):
+        fail(f"-j {args.workers} with --batch-size {args.batch_size} needs {size / 2**30:.1f} GiB of shared memory, "
+             f"/dev/shm has {free / 2**30:.1f} GiB free; lower them, or in Docker give --shm-size")
 
 
 def make_loader(args, data, batches, collate, shape=None):
@@ -147,7 +148,6 @@ def make_loader(args, data, batches, collate, shape=None):
     which is at once, where a process that was spawned itself would spawn them."""
     workers = math.ceil(args.workers / args.nproc)
     if shape and workers:
-        check_shared_memory(args, workers * (PREFETCHED + 1) * math.prod(shape))
         collate = CollateInPlace(collate, shape, workers)
     forked = workers and sys.platform == "linux"
     if forked and args.device_used.type == "cpu":

@@ -437,7 +437,9 @@ class Images:
         """Normalised float32 [n, 3, s, s] on the device, channels last as the pixels are."""
         mean, std = (torch.tensor(x).to(device, non_blocking=True) for x in (self.mean, self.std))
         side = self.pixels.shape[1]
-        rows = self.pixels.to(device, non_blocking=non_blocking).flatten(2).float()  # long rows: the fast way on CPUs
+        pinned = self.pixels.is_pinned()  # else a loading process may write over what is not copied yet
+        rows = self.pixels.to(device, non_blocking=non_blocking and pinned).flatten(2)
+        rows = rows.float()  # long rows: the fast way on CPUs
         rows.mul_((1 / 255 / std).repeat(side)).sub_((mean / std).repeat(side))
         images = rows.unflatten(2, (side, 3)).permute(0, 3, 1, 2)
         noise = self.noise.to(device, non_blocking=non_blocking)
@@ -577,6 +579,11 @@ def collate_views(items, out=None):
     images = Images(torch.stack([item.pixels for item in images], 1, out=out).flatten(0, 1), boxes,
                     torch.cat([item.noise for item in images]), images[0].mean, images[0].std)
     return images, torch.tensor(labels).T.flatten(), sum(unreadable, []), sum(failed, [])
+
+
+def shape_of_batch(args, photos):
+    """Of the pixels of the views of so many photos."""
+    return args.ncrops + args.negatives, photos, args.input_size, args.input_size, 3
 
 
 class EpochBatches:

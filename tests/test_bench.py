@@ -31,10 +31,11 @@ def test_figures_stand_beside_floors_and_earlier_ones(photos, tmp_path, capsys):
 
 
 def test_training_and_extraction_with_a_tiny_network(photos, capsys):
-    table = measured(capsys, "train", "extract", "--photos", photos, "--side", 80, "--repeats", 1, "-a",
-                     "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "--memory-size", 64,
-                     "-j", 0, "--device", "cpu")
+    table = measured(capsys, "train", "loop", "extract", "--photos", photos, "--count", 8, "--side", 80, "--repeats", 1,
+                     "-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4,
+                     "--memory-size", 64, "-j", 0, "--device", "cpu")
     assert "training step, test_efficientnet, 32 px, memory 64" in table and "beside a plain loop" in table
+    assert "2 steps from files, test_efficientnet, 32 px, -j 0" in table
     cosine = float(table.split("descriptors")[1].split()[0])
     assert cosine > 0.99
 

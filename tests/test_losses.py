@@ -174,6 +174,16 @@ def test_loss_over_matrices_equals_the_library(ours, library):
         assert abs(a - b) < 1e-5 and torch.allclose(da, db, atol=1e-5) and db.abs().max() > 1e-3
 
 
+def test_pairs_of_a_miner_are_the_librarys():
+    miner = train.MINERS["triplet"](settings(margin=0.3, type_of_triplets="hard"))
+    for ours, library in ((losses.ContrastiveLoss(0.1, 0.7), ContrastiveLoss(0.1, 0.7)),
+                          (losses.NTXentLoss(0.1), NTXentLoss(0.1))):
+        memories = [losses.Memory(loss, 8, 20, miner) for loss in (ours, library)]
+        for x, labels in batches_of(3, 8):
+            (a, da), (b, db) = (value_and_gradient(memory, x, labels) for memory in memories)
+            assert abs(a - b) < 1e-6 and torch.allclose(da, db, atol=1e-6) and db.abs().max() > 1e-4
+
+
 def test_loss_over_a_memory_of_the_notes_fits_in_4_gib():
     code = """
 import resource, sys
