@@ -18,7 +18,6 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import random
@@ -27,6 +26,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,9 +350,9 @@ def copy_photos(bench):
     if not paths:
         raise InputError(f"no photos in {bench.photos}")
     bench.folder.mkdir()
-    with multiprocessing.Pool() as pool:
-        pool.starmap(copy_photo, [(os.path.join(bench.photos, path), bench.folder / f"{i:06d}.jpg", bench.side)
-                                  for i, path in enumerate(paths)])
+    copy = lambda i: copy_photo(os.path.join(bench.photos, paths[i]), bench.folder / f"{i:06d}.jpg", bench.side)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(copy, range(len(paths))))
     for i in range(len(paths), bench.count):
         os.link(bench.folder / f"{i % len(paths):06d}.jpg", bench.folder / f"{i:06d}.jpg")
     bench.names = sorted(file.name for file in bench.folder.iterdir())
