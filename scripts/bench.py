@@ -229,7 +229,7 @@ def bench_loop(bench):
     """Images per second of training from files to the optimizer's step, beside the bare network."""
     import processes
     run = trainer(bench)
-    args, steps, bare, rounds = run.args, run.batches.steps(), bare_step(run), []
+    args, steps = run.args, run.batches.steps()
     ready = processes.PREFETCHED * args.workers
     batches = run.load(run.batches.after(0, 0, (bench.repeats + 1) * (1 + math.ceil(ready / steps))))
     run.objective.train()
@@ -239,11 +239,9 @@ def bench_loop(bench):
             run.train_step(images, labels)
         done(run.device)
 
-    for _ in range(bench.repeats + 1):
-        floor = timed(bare)
-        loop(ready)  # what was loaded meanwhile
-        rounds.append([floor, timed(lambda: loop(steps)) / steps])
-    floor, ours = args.batch_size * args.ncrops / np.median(rounds[1:], axis=0)
+    floor, _, ours = args.batch_size * args.ncrops / (in_turns(
+        bench.repeats, bare_step(run), lambda: loop(ready),  # what was loaded meanwhile
+        lambda: loop(steps)) / [1, 1, steps])
     yield f"{steps} steps from files, {args.arch}, {args.input_size} px, -j {args.workers}", ours, "images/s", floor
 
 

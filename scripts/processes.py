@@ -119,24 +119,30 @@ PREFETCHED = 2  # batches that each loading process has ready
 
 
 class CollateInPlace:
-    """`collate`(items, out) with memory `out`, uint8 of `shape`, that the loading processes share with this one and use
-    again. To map and unmap new memory for each batch keeps this process from its work: Python lets nothing else run
-    meanwhile."""
+    """`collate`(items, out) with memory `out`, uint8, that the loading processes share with this one and use again; its
+    `shape` is (processes, batches of each, ...). To map and unmap new memory for each batch keeps this process from its
+    work: Python lets nothing else run meanwhile."""
 
-    def __init__(self, collate, shape, workers):
-        self.collate, self.filled, shape = collate, 0, (workers, PREFETCHED + 1, *shape)
+    def __init__(self, collate, shape):
+        self.collate, self.filled = collate, 0
         memory = torch.UntypedStorage._new_shared(math.prod(shape))
         self.memory = torch.empty(0, dtype=torch.uint8).set_(memory).view(shape)
         ForkingPickler.loads(ForkingPickler.dumps(self.memory))  # torch then knows it in what the processes send
 
     def __call__(self, items):
+        mine = self.memory[torch.utils.data.get_worker_info().id]
         self.filled += 1
-        return self.collate(items, self.memory[torch.utils.data.get_worker_info().id, self.filled % (PREFETCHED + 1)])
+        return self.collate(items, mine[self.filled % len(mine)])
+
+
+def shape_of_memory(args, shape):
+    """Of the batches that this process's loading processes fill in turns, each with pixels of `shape`."""
+    return math.ceil(args.workers / args.nproc), PREFETCHED + 1, *shape
 
 
 def check_shared_memory(args, shape):
     """Stop if batches with pixels of `shape` in each process of this machine do not fit; a quarter is for the rest."""
-    size = 1.25 * args.nproc * math.ceil(args.workers / args.nproc) * (PREFETCHED + 1) * math.prod(shape)
+    size = 1.25 * args.nproc * math.prod(shape_of_memory(args, shape))
     if os.path.isdir("/dev/shm") and size > (free := shutil.disk_usage("/dev/shm").free):
         fail(f"-j {args.workers} with --batch-size {args.batch_size} needs {size / 2**30:.1f} GiB of shared memory, "
              f"/dev/shm has {free / 2**30:.1f} GiB free; lower them, or in Docker give --shm-size")
@@ -148,7 +154,7 @@ def make_loader(args, data, batches, collate, shape=None):
     which is at once, where a process that was spawned itself would spawn them."""
     workers = math.ceil(args.workers / args.nproc)
     if shape and workers:
-        collate = CollateInPlace(collate, shape, workers)
+        collate = CollateInPlace(collate, shape_of_memory(args, shape))
     forked = workers and sys.platform == "linux"
     if forked and args.device_used.type == "cpu":
         libc("malloc_trim", 0)  # after a fork, each page that was freed and kept would be copied when it is used again
