@@ -15,6 +15,7 @@ from pathlib import Path
 
 import augly.image as imaugs
 import augly.utils
+import cv2
 import numpy as np
 import torch
 import torchvision
@@ -25,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from descriptors import InputError, replacing
 from photos import UNREADABLE, Photo, through_jpeg, to_rgb
 
+cv2.setNumThreads(0)  # loading processes have a core each, and threads do not outlive a fork
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 OPS = {  # name -> operation of a view: (pixels uint8 [h, w, 3], numpy Generator, Views, parameters...) -> new pixels
     "clean": lambda img, rng, v: Part.of(img).whole(v.resize, v.size),
@@ -33,8 +35,8 @@ OPS = {  # name -> operation of a view: (pixels uint8 [h, w, 3], numpy Generator
         img, rng, v, smallest, prob, low, high, opacity),
     "jitter": lambda img, rng, v, brightness, contrast, saturation, hue: color_jitter(
         img, rng, brightness, contrast, saturation, hue),
-    "saturation": lambda img, rng, v, factor: to_pixels(adjust_saturation(to_planes(img), factor)),
-    "brightness": lambda img, rng, v, low, high: to_pixels(adjust_brightness(to_planes(img), rng.uniform(low, high))),
+    "saturation": lambda img, rng, v, factor: adjust_saturation(img, factor),
+    "brightness": lambda img, rng, v, low, high: adjust_brightness(img, rng.uniform(low, high)),
     "pixelize": lambda img, rng, v: pixelize(img, max(rng.uniform(0.1, 1), 1 / min(img.shape[:2]))),
     "shuffle": lambda img, rng, v: shuffle_pixels(img, rng, 0.1),
     "jpeg": lambda img, rng, v: through_jpeg(img, int(rng.choice([10, 20, 30, 50]))),
@@ -42,8 +44,8 @@ OPS = {  # name -> operation of a view: (pixels uint8 [h, w, 3], numpy Generator
     "blur": lambda img, rng, v: blur(img, rng.uniform(0.01, 10)),
     "gaussian": lambda img, rng, v: blur(img, rng.uniform(0.1, 2)),
     "perspective": lambda img, rng, v: random_perspective(img, rng, 0.5),
-    "hflip": lambda img, rng, v: flip(img, 1),
-    "vflip": lambda img, rng, v: flip(img, 0),
+    "hflip": lambda img, rng, v: cv2.flip(img, 1),
+    "vflip": lambda img, rng, v: cv2.flip(img, 0),
     "rotation": lambda img, rng, v: Part.of(img).turn(rng.uniform(0, 180)),
     "edge": lambda img, rng, v: enhance_edges(img, EDGE_FILTERS[rng.integers(2)]),
     "text": lambda img, rng, v, fewest=None, most=None, lines=1: overlay_text(img, rng, fewest, most, lines),
@@ -131,10 +133,10 @@ class Part:
         return self
 
     def shrink(self):
-        """How many times smaller the photo may be; turning does not interpolate, so then it is twice as large."""
+        """How many times smaller the photo may be."""
         if self.resize:
             return min(self.frame) / (self.side + 32)  # what --resize crop needs
-        return min(self.box[2:]) / self.side / (2 if self.angle else 1) if self.box else 1
+        return min(self.box[2:]) / self.side if self.box else 1
 
     def pixels(self):
         """uint8 [h, w, 3]"""
@@ -150,8 +152,9 @@ class Part:
             x, y = left - scale * self.frame[0] / 2, top - scale * self.frame[1] / 2  # from the middle of the photo
             cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
             x, y = cos * x - sin * y + pixels.shape[1] / 2, sin * x + cos * y + pixels.shape[0] / 2
-            matrix = cos, -sin, x, sin, cos, y
-            pixels = np.array(Image.fromarray(pixels).transform((width, height), Image.AFFINE, matrix, Image.NEAREST))
+            matrix = from_corner(np.array([[cos, -sin, x], [sin, cos, y], [0, 0, 1]]))[:2]
+            pixels = cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                                    borderMode=cv2.BORDER_REPLICATE)
         elif self.box:
             left, top = round(left), round(top)
             pixels = pixels[top:top + height, left:left + width]
@@ -187,12 +190,11 @@ def on_pillow(op):
     return on_pixels
 
 
-gray = on_pillow(lambda img: img.convert("L").convert("RGB"))
 enhance_edges = on_pillow(Image.Image.filter)
 
 
-def flip(pixels, axis):
-    return torch.from_numpy(pixels).flip(axis).numpy()  # 10 times as fast as a copy of numpy's view
+def gray(pixels):
+    return cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
 def pixelize(pixels, ratio):
@@ -200,15 +202,16 @@ def pixelize(pixels, ratio):
     return resize(resize(pixels, int(height * ratio), int(width * ratio), "bicubic"), height, width, "bicubic")
 
 
-@on_pillow
-def blur(img, radius):
-    """Gaussian blur. A wide one is done on the photo reduced by 2 or 4, less the variance that reducing (box) and
-    enlarging (triangle) add."""
-    factor = next(f for f in (4, 2, 1) if radius >= f and img.width % f == img.height % f == 0) if radius >= 1 else 1
-    if factor == 1:
-        return img.filter(ImageFilter.GaussianBlur(radius))
-    small = math.sqrt(radius ** 2 - (factor ** 2 - 1) / 12 - factor ** 2 / 6) / factor
-    return resize(np.array(img.reduce(factor).filter(ImageFilter.GaussianBlur(small))), img.height, img.width)
+def blur(pixels, radius):
+    """Gaussian blur of standard deviation `radius`. A wide one is done on the photo reduced by 2 or 4, less the
+    variance that reducing (box) and enlarging (triangle) add."""
+    height, width, _ = pixels.shape
+    factor = next(f for f in (4, 2, 1) if radius >= f and height % f == width % f == 0) if radius >= 1 else 1
+    if factor > 1:
+        pixels = cv2.resize(pixels, (width // factor, height // factor), interpolation=cv2.INTER_AREA)
+        radius = math.sqrt(radius ** 2 - (factor ** 2 - 1) / 12 - factor ** 2 / 6) / factor
+    pixels = cv2.GaussianBlur(pixels, (0, 0), radius, borderType=cv2.BORDER_REPLICATE)
+    return resize(pixels, height, width) if factor > 1 else pixels
 
 
 def color_jitter(pixels, rng, brightness, contrast, saturation, hue):
@@ -217,64 +220,34 @@ def color_jitter(pixels, rng, brightness, contrast, saturation, hue):
              (adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
              (adjust_saturation, rng.uniform(max(0, 1 - saturation), 1 + saturation)),
              (adjust_hue, rng.uniform(-hue, hue))]
-    planes = to_planes(pixels)
     for i in rng.permutation(4):
-        planes = steps[i][0](planes, steps[i][1])
-    return to_pixels(planes)
+        pixels = steps[i][0](pixels, steps[i][1])
+    return pixels
 
 
-def to_planes(pixels):
-    """uint8 [h, w, 3] -> float32 [3, h, w] of 0..255"""
-    return pixels.transpose(2, 0, 1).astype(np.float32, order="C")
+def blend(pixels, other, factor):
+    """other + factor * (pixels - other), clipped and cut to whole levels as Pillow does; OpenCV rounds them."""
+    return cv2.addWeighted(pixels, factor, other, 1 - factor, -0.49)
 
 
-def to_pixels(planes):
-    return np.stack([plane.astype(np.uint8) for plane in planes], -1)
+def adjust_brightness(pixels, factor):
+    return blend(pixels, np.zeros_like(pixels), factor)
 
 
-def blend(planes, other, factor):
-    """other + factor * (planes - other), clipped and cut to whole levels as Pillow does."""
-    planes *= np.float32(factor)
-    planes += other * np.float32(1 - factor)
-    return np.floor(np.clip(planes, 0, 255, out=planes), out=planes)
+def adjust_contrast(pixels, factor):
+    mean = cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0]
+    return blend(pixels, np.full_like(pixels, int(mean + 0.5)), factor)
 
 
-def luma(planes):
-    return np.floor(np.tensordot(np.float32([0.299, 0.587, 0.114]), planes, 1) + np.float32(0.5))
+def adjust_saturation(pixels, factor):
+    return blend(pixels, gray(pixels), factor)
 
 
-def adjust_brightness(planes, factor):
-    return blend(planes, np.float32(0), factor)
-
-
-def adjust_contrast(planes, factor):
-    return blend(planes, np.floor(luma(planes).mean() + np.float32(0.5)), factor)
-
-
-def adjust_saturation(planes, factor):
-    return blend(planes, luma(planes), factor)
-
-
-def adjust_hue(planes, turns):
-    """Shift the hue of the HSV colour; float32 [3, h, w] of 0..255. Pillow and torchvision round hue to 1/256 turn."""
-    r, g, b = planes
-    high, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
-    spread = high - low
-    hue = r - g + 4 * spread
-    np.copyto(hue, b - r + 2 * spread, where=high == g)
-    np.copyto(hue, g - b, where=high == r)
-    hue /= np.maximum(6 * spread, np.float32(1e-6))
-    hue += np.float32(turns)
-    hue -= np.floor(hue)
-    hue *= 6
-    for plane, start, middle in zip(planes, (high, low, low), (3, 2, 4)):  # `spread` times a share
-        np.subtract(hue, middle, out=plane)
-        np.subtract(2, np.abs(plane, out=plane), out=plane)
-        np.clip(plane, 0, 1, out=plane)
-        plane *= -spread if middle == 3 else spread
-        plane += start
-    planes += np.float32(0.5)
-    return np.floor(planes, out=planes)
+def adjust_hue(pixels, turns):
+    """Shift the hue of the HSV colour, in steps of 1/255 turn as torchvision does."""
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(int(255 * turns) % 256)  # goes around
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
 def shuffle_pixels(pixels, rng, share):
@@ -285,18 +258,21 @@ def shuffle_pixels(pixels, rng, share):
     return flat.reshape(pixels.shape)
 
 
-@on_pillow
-def random_perspective(img, rng, distortion):
+def random_perspective(pixels, rng, distortion):
     """Each corner moves inwards by up to `distortion` of half the side; uncovered pixels are black."""
-    (w, h), d = img.size, distortion / 2
+    (h, w), d = pixels.shape[:2], distortion / 2
     dx, dy = rng.integers(0, int(w * d) + 1, 4), rng.integers(0, int(h * d) + 1, 4)
-    corners = np.array([[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]])
-    x, y = (corners + np.stack([dx, dy], 1) * [[1, 1], [-1, 1], [-1, -1], [1, -1]]).T
-    u, v = corners.T
-    one, zero = np.ones(4), np.zeros(4)
-    rows = [[x, y, one, zero, zero, zero, -u * x, -u * y], [zero, zero, zero, x, y, one, -v * x, -v * y]]
-    matrix = np.linalg.solve(np.concatenate(rows, 1).T, np.concatenate([u, v]))  # where each pixel comes from
-    return img.transform(img.size, Image.PERSPECTIVE, matrix, Image.BILINEAR)
+    corners = np.float32([[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]])
+    moved = np.float32(corners + np.stack([dx, dy], 1) * [[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    matrix = from_corner(cv2.getPerspectiveTransform(moved, corners))
+    return cv2.warpPerspective(pixels, matrix, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
+
+def from_corner(matrix):
+    """A map between places counted from the corner of the first pixel, as Pillow does, for OpenCV, which counts from
+    its middle; 3 x 3, homogeneous."""
+    to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+    return np.linalg.inv(to_corner) @ matrix @ to_corner
 
 
 @on_pillow
