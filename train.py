@@ -832,7 +832,7 @@ def prepare_extraction(args):
 
 def extract(args):
     """Describe all photos, each process every n-th block of them; the first process writes the file from the blocks."""
-    net = load_net(args).to(args.device_used, memory_format=torch.channels_last)
+    net = load_net(args).folded(args.input_size).to(args.device_used, memory_format=torch.channels_last)
     net.amp_dtype = pick_precision(args, args.device_used)
     print(f"=> network   {args.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
           f"{args.gem_eval_p:g}, from {args.checkpoint or args.backbone_weights or 'random weights'}")
@@ -973,7 +973,7 @@ def load_descriptor(weight, device="cpu"):
     args = build_parser().parse_args(["--mode", "extract"])
     args.given = ()
     take_checkpoint(args, weight)
-    net = load_net(args).to(device)
+    net = load_net(args).folded(args.input_size).to(device)
     photos = WholePhotos(args, [], RESIZES[args.resize], args.preprocess["mean"], args.preprocess["std"])
 
     @torch.inference_mode()

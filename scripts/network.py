@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.models import load_state_dict as load_timm_file
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from descriptors import InputError, first_three
 
@@ -135,6 +136,11 @@ class Descriptor(torch.nn.Module):
     def forward(self, images):
         return F.normalize(self.embed(images))
 
+    def folded(self, size):
+        """This network for evaluation alone, faster; images have side `size`."""
+        fold_batch_norms(self.backbone, torch.zeros(1, 3, size, size))
+        return self
+
 
 class SimSiam(Descriptor):
     """In training -> projection and prediction, each [B, dim]; else what `extract_from` names (notes v1, v2)."""
@@ -178,6 +184,35 @@ def parse_stages(args):
         return tuple(sorted({int(stage) for stage in args.stages.split(",")}))
     except ValueError:
         raise InputError(f"--stages {args.stages}: give numbers of feature maps, such as 2,3") from None
+
+
+def fold_batch_norms(backbone, images):
+    """Put each batch norm whose input is a convolution's output into that convolution's weights and bias: the same
+    outputs in evaluation, to rounding. `images` [B, 3, s, s] show which these are.
+    """
+    pairs, last = [], (None, None)
+
+    def remember(conv, _, output):
+        nonlocal last
+        last = conv, output
+
+    def pair(norm, inputs):
+        if inputs[0] is last[1]:
+            pairs.append((last[0], norm))
+
+    hooks = [module.register_forward_hook(remember) for module in backbone.modules()
+             if isinstance(module, torch.nn.Conv2d)]
+    hooks += [module.register_forward_pre_hook(pair) for module in backbone.modules()
+              if isinstance(module, torch.nn.BatchNorm2d)]
+    with torch.inference_mode():
+        backbone(images)
+    for hook in hooks:
+        hook.remove()
+    names = {module: name for name, module in backbone.named_modules()}
+    for conv, norm in pairs:
+        rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]  # timm's norms have them inside
+        backbone.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
+        backbone.set_submodule(names[norm], torch.nn.Sequential(*rest))
 
 
 def build_backbone(args, pretrained, stages):
