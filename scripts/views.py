@@ -27,6 +27,7 @@ from descriptors import InputError, replacing
 from photos import UNREADABLE, Photo, through_jpeg, to_rgb
 
 cv2.setNumThreads(0)  # loading processes have a core each, and threads do not outlive a fork
+UNUSABLE = (*UNREADABLE, cv2.error)  # OpenCV 4 turns no photo with a side of more than 32,767 px
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 OPS = {  # name -> operation of a view: (pixels uint8 [h, w, 3], numpy Generator, Views, parameters...) -> new pixels
     "clean": lambda img, rng, v: Part.of(img).whole(v.resize, v.size),
@@ -354,8 +355,7 @@ def overlay_onto_screenshot(pixels, rng):
 def overlay_onto_photo(img, rng, views):
     """Paste the photo onto another training photo, 0.1..0.5 of its height (notes v32)."""
     below = Image.fromarray(views.random_photo(rng))
-    return imaugs.overlay_image(below, overlay=img, overlay_size=rng.uniform(0.1, 0.5),
-                                x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
+    return overlay(below, img, overlay_size=rng.uniform(0.1, 0.5), x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
 
 
 def overlay_and_crop(img, rng, views, smallest, prob, low, high, opacity):
@@ -366,9 +366,17 @@ def overlay_and_crop(img, rng, views, smallest, prob, low, high, opacity):
     photos = [Image.fromarray(pixels) for pixels in (Part.of(img).pixels(), views.random_photo(rng))]
     below, above = photos if rng.random() < 0.5 else photos[::-1]
     size = rng.uniform(low, high)
-    img = imaugs.overlay_image(below, overlay=above, opacity=rng.uniform(opacity, 1), overlay_size=size,
-                               x_pos=rng.uniform(0, 1 - size), y_pos=rng.uniform(0, 1 - size))
+    img = overlay(below, above, opacity=rng.uniform(opacity, 1), overlay_size=size,
+                  x_pos=rng.uniform(0, 1 - size), y_pos=rng.uniform(0, 1 - size))
     return Part(np.array(img)).crop(crop_box(img.size, rng, 0.7), views.size)
+
+
+def overlay(below, above, overlay_size, **place):
+    """AugLy's. Raises ValueError where it would make a huge picture of a long photo `above` first."""
+    pixels = (overlay_size * below.height) ** 2 * above.width / above.height
+    if pixels > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"an overlay of {pixels:,.0f} pixels")
+    return imaugs.overlay_image(below, overlay=above, overlay_size=overlay_size, **place)
 
 
 def erased_part(side, rng):
@@ -463,7 +471,7 @@ class Views(torch.utils.data.Dataset):
         while len(unreadable) < min(len(self.paths), 100):
             try:
                 return read(i), i, unreadable
-            except UNREADABLE as error:
+            except UNUSABLE as error:
                 unreadable.append((self.name(i), f"{type(error).__name__}: {error}"))
                 if self.strict:
                     break
@@ -513,7 +521,7 @@ class Views(torch.utils.data.Dataset):
                     erased = result
                 else:
                     img = result.pixels() if isinstance(result, Part) else result
-            except (OSError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            except (*UNUSABLE, RuntimeError, ZeroDivisionError) as error:
                 failed.append(f"{name}: {error}")
         return img if img.shape[:2] == (self.size, self.size) else resize(img, self.size, self.size), erased, failed
 

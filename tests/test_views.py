@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import augly.image as imaugs
 import augly.utils
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -283,6 +284,30 @@ def test_overlays_and_crops_as_in_the_notes(folder, monkeypatch):
     assert 0.3 <= size.min() < 0.35 and 0.65 < size.max() <= 0.7
     assert 0.4 <= opacity.min() < 0.45 and 0.95 < opacity.max() <= 1
     assert (np.maximum(x, y) <= 1 - size).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 300), (33000, 3), (3, 33000)])
+def test_operations_on_odd_photos_fail_alone(tmp_path, size):
+    """Each of them leaves a view behind, or the next photo is taken; an overlay as large as memory is not made."""
+    Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "0.png")
+    for i in range(1, 6):
+        Image.effect_noise((300, 200), 50).convert("RGB").save(tmp_path / f"{i}.png")
+    parameters = {"crop": ":0.2", "overlay-crop": ":0.2:1:0.3:0.7:0.4", "jitter": ":0.4:0.4:0.4:0.1",
+                  "saturation": ":2", "brightness": ":0.5:1.5"}
+    for name in views.OPS:
+        data = views_of(tmp_path, view0=f"perspective=0.5 {name}{parameters.get(name, '')}=1", view1="hflip")
+        for epoch in range(3):
+            images, labels, unreadable, failed = data[(epoch, 0)]
+            assert images.pixels.shape == (2, SIZE, SIZE, 3) and labels == [len(unreadable)] * 2
+            assert not unreadable or name in ("overlay-crop", "rotation")
+
+
+def test_an_error_of_opencv_is_one_operations(folder, monkeypatch):
+    def fail(pixels, rng, data):
+        raise cv2.error("too long")
+    monkeypatch.setitem(views.OPS, "gray", fail)
+    _, _, unreadable, failed = views_of(folder, view0="gray=1", view1="hflip")[(0, 0)]
+    assert not unreadable and failed == ["gray: too long"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
