@@ -200,10 +200,12 @@ def fold_batch_norms(backbone, images):
         if inputs[0] is last[1]:
             pairs.append((last[0], norm))
 
-    hooks = [module.register_forward_hook(remember) for module in backbone.modules()
-             if isinstance(module, torch.nn.Conv2d)]
-    hooks += [module.register_forward_pre_hook(pair) for module in backbone.modules()
-              if isinstance(module, torch.nn.BatchNorm2d)]
+    norms = [module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    if not norms:
+        return
+    hooks = [norm.register_forward_pre_hook(pair) for norm in norms]
+    hooks += [module.register_forward_hook(remember) for module in backbone.modules()
+              if isinstance(module, torch.nn.Conv2d)]
     with torch.inference_mode():
         backbone(images)
     for hook in hooks:
