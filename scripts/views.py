@@ -134,10 +134,10 @@ class Part:
         return self
 
     def shrink(self):
-        """How many times smaller the photo may be."""
+        """How many times smaller the photo may be; turning does not interpolate, so then it is twice as large."""
         if self.resize:
             return min(self.frame) / (self.side + 32)  # what --resize crop needs
-        return min(self.box[2:]) / self.side if self.box else 1
+        return min(self.box[2:]) / self.side / (2 if self.angle else 1) if self.box else 1
 
     def pixels(self):
         """uint8 [h, w, 3]"""
@@ -154,8 +154,8 @@ class Part:
             cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
             x, y = cos * x - sin * y + pixels.shape[1] / 2, sin * x + cos * y + pixels.shape[0] / 2
             matrix = from_corner(np.array([[cos, -sin, x], [sin, cos, y], [0, 0, 1]]))[:2]
-            pixels = cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                                    borderMode=cv2.BORDER_REPLICATE)
+            pixels = cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
+                                    borderMode=cv2.BORDER_REPLICATE)  # AugLy's rotated queries are as rough
         elif self.box:
             left, top = round(left), round(top)
             pixels = pixels[top:top + height, left:left + width]
