@@ -19,6 +19,8 @@ import views
 from helpers import draw_photos
 
 SIZE = 96
+PARAMETERS = {"crop": [0.2], "overlay-crop": [0.2, 1, 0.3, 0.7, 0.4], "jitter": [0.4] * 4, "saturation": [2],
+              "brightness": [0.5, 1.5]}  # of the operations that want some
 PIPELINES = "crop:0.5=1 hflip=0.5", "rotation=0.5 crop:0.2=1 [gray=0.5 vflip=0.5]"
 
 
@@ -140,11 +142,9 @@ def test_operations_leave_their_input_as_it_is(pixels):
     """Views share the decoded photo."""
     data = SimpleNamespace(size=SIZE, resize=lambda img, size: TF.resize(img, [size, size]),
                            random_photo=lambda rng: pixels)
-    parameters = {"crop": [0.2], "overlay-crop": [0.2, 1, 0.3, 0.7, 0.4], "jitter": [0.4] * 4, "saturation": [2],
-                  "brightness": [0.5, 1.5]}
     before = pixels.copy()
     for name, op in views.OPS.items():
-        result = op(pixels, np.random.default_rng(0), data, *parameters.get(name, []))
+        result = op(pixels, np.random.default_rng(0), data, *PARAMETERS.get(name, []))
         result = result.pixels() if isinstance(result, views.Part) else result
         assert np.array_equal(pixels, before), name
         assert name == "erase" or (result.dtype == np.uint8 and result.ndim == 3 and result.flags.writeable), name
@@ -302,10 +302,9 @@ def test_operations_on_odd_photos_fail_alone(tmp_path, size):
     Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "0.png")
     for i in range(1, 6):
         Image.effect_noise((300, 200), 50).convert("RGB").save(tmp_path / f"{i}.png")
-    parameters = {"crop": ":0.2", "overlay-crop": ":0.2:1:0.3:0.7:0.4", "jitter": ":0.4:0.4:0.4:0.1",
-                  "saturation": ":2", "brightness": ":0.5:1.5"}
     for name in views.OPS:
-        data = views_of(tmp_path, view0=f"perspective=0.5 {name}{parameters.get(name, '')}=1", view1="hflip")
+        op = ":".join(map(str, [name, *PARAMETERS.get(name, [])]))
+        data = views_of(tmp_path, view0=f"perspective=0.5 {op}=1", view1="hflip")
         for epoch in range(3):
             images, labels, unreadable, failed = data[(epoch, 0)]
             assert images.pixels.shape == (2, SIZE, SIZE, 3) and labels == [len(unreadable)] * 2
