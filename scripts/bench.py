@@ -16,6 +16,7 @@ decoding alone, whichever is longer (extract); os.walk (start); one faiss search
 import argparse
 import copy
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -34,10 +35,19 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # train.py
-from descriptors import Descriptors, InputError, replacing, write_descriptors  # noqa: E402
-from photos import Photo, list_photos, open_photo  # noqa: E402
+from copydet.common import ROOT, InputError, replacing, run_main
+from copydet.descriptors import Descriptors, write_descriptors
+from copydet.images import Photo, list_photos, open_photo
+from copydet.options import parse_args as parse_train_args
+
+
+@functools.cache
+def train_script():
+    """train.py as a module: what is measured is what it runs."""
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    module = sys.modules["train"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def plain_pair(size, q=0.2, mean=(0.5,) * 3, std=(0.5,) * 3):
@@ -91,29 +101,29 @@ def in_turns(repeats, *works):
 
 def recipe(bench, *flags):
     """Arguments of train.py for the recipe of --recipe and the flags given."""
-    import train
-    root = Path(train.__file__).parent
-    words = [*bench.flags, *flags, "--seed", "1", str(bench.folder)]
-    lines = (root / "exp" / f"{bench.recipe}.args").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "exp" / f"{bench.recipe}.args").read_text(encoding="utf-8").splitlines()
     file = bench.work / "recipe.args"
     file.write_text("\n".join(line for line in lines if not line.startswith(("--weight", "--pairs"))) + "\n")
-    args = train.parse_args([f"@{file}", *map(str, words)])
-    args.out, args.negative_photos = bench.work / "out", []
-    return args
+    return parse_train_args([f"@{file}", "--exp", bench.work / "run", *bench.flags, *flags, "--seed", "1",
+                             str(bench.folder)])
 
 
 def dataset(bench):
-    import train
-    import views
+    from copydet.views import Preprocessing, Views, parse_ops
     args = recipe(bench)
-    return views.Views(args, bench.folder, bench.names, train.RESIZES[args.resize], [0.5] * 3, [0.5] * 3)
+    pipelines = [parse_ops(text, args.op_prob) for text in (args.view0, args.view1)]
+    return Views(bench.folder, bench.names, Preprocessing(args.input_size, args.resize, [0.5] * 3, [0.5] * 3,
+                                                          args.exif_transpose, args.decode), pipelines, args.seed)
 
 
 def bench_views(bench):
     """Pairs of views per second of one core, and the share of each operation."""
+    import cv2
     import torch
-    import views
+
+    from copydet import augmentations, views
     torch.set_num_threads(1)
+    cv2.setNumThreads(0)
     data = dataset(bench)
     moderate, hard = plain_pair(data.size)
 
@@ -130,8 +140,9 @@ def bench_views(bench):
     slow, fast = len(data) / in_turns(bench.repeats, plain, ours)
     yield f"{bench.recipe} pairs of views, {data.size} px", fast, "pairs/s", slow
     spent = {}
-    watch(views.OPS, spent, list(views.OPS))
-    watch(vars(views), spent, ["resize"])
+    watch(augmentations.OPS, spent, list(augmentations.OPS))
+    for module in (augmentations, views):
+        watch(vars(module), spent, ["resize"])
     pixels, Photo.pixels = Photo.pixels, functools.cached_property(timing(Photo.pixels.func, spent, "decode"))
     Photo.pixels.__set_name__(Photo, "pixels")
     total = timed(ours)
@@ -173,30 +184,30 @@ def bench_decode(bench):
     yield "decode for 224 px", least, "photos/s", pillow
 
 
-def start(args):
-    """What train.py does before it works, in a single process."""
-    import processes
-    vars(args).update(process=0, processes=1, nproc=1, local=args.gpu or 0)
-    processes.take_device(args)
+def single_process(args):
+    """The only rank, its device ready."""
+    from copydet.distributed import Rank, pick_device, prepare_device
+    device = pick_device(args)
+    prepare_device(device)
+    return Rank(device=device)
 
 
 def trainer(bench):
-    import train
-    args = recipe(bench, "--sample-size", len(bench.names))
-    train.prepare_training(args)
-    start(args)
-    return train.Trainer(args)
+    train = train_script()
+    args, data = train.prepare_training(recipe(bench, "--sample-size", len(bench.names)))
+    return train.Trainer(args, data, single_process(args))
 
 
 def bench_train(bench):
     """Images per second of a training step with a full memory, and of the bare network with the same optimizer."""
     import torch
-    import views
+
+    from copydet.batches import Images
     run = trainer(bench)
     args, device = run.args, run.device
     pixels = np.random.default_rng(0).integers(256, size=(args.batch_size * args.ncrops, *[args.input_size] * 2, 3),
                                                dtype=np.uint8)
-    images = views.Images.of([(view, None) for view in pixels], run.net.mean, run.net.std)
+    images = Images.of([(view, None) for view in pixels], run.net.mean, run.net.std)
     images = images.pin_memory() if device.type == "cuda" else images
     labels = torch.arange(args.batch_size).repeat(args.ncrops)
     for start in range(0, args.memory_size, len(images)):  # fill the memory
@@ -228,10 +239,10 @@ def bare_step(run):
 
 def bench_loop(bench):
     """Images per second of training from files to the optimizer's step, beside the bare network."""
-    import processes
+    from copydet.batches import PREFETCHED
     run = trainer(bench)
     args, steps = run.args, run.batches.steps()
-    ready = processes.PREFETCHED * args.workers
+    ready = PREFETCHED * args.workers
     batches = run.load(run.batches.after(0, 0, (bench.repeats + 1) * (1 + math.ceil(ready / steps))))
     run.objective.train()
 
@@ -256,13 +267,18 @@ def bench_extract(bench):
     """Photos per second of extraction, beside decoding alone and forward alone, and beside a plain loop."""
     import torch
     import torchvision.transforms as T
-    import train
-    args = recipe(bench, "--mode", "extract", "--input-size", 224, "--resize", "square", "--batch-size", 64)
-    args.out.mkdir(exist_ok=True)
-    train.take_checkpoint(args, None)
-    start(args)
-    device, net = args.device_used, train.load_net(args)
-    net.amp_dtype = train.pick_precision(args, device)
+
+    from copydet.batches import collate_photos, make_loader
+    from copydet.checkpoints import load_net, take_source
+    from copydet.distributed import pick_precision
+    from copydet.extraction import describe_photos
+    from copydet.views import Preprocessing, WholePhotos
+    args, source = take_source(recipe(bench, "--mode", "extract", "--input-size", 224, "--resize", "square",
+                                      "--batch-size", 64), None)
+    rank = single_process(args)
+    device, net = rank.device, load_net(args, source)
+    preprocessing = Preprocessing.of(args, net)
+    net.amp_dtype = pick_precision(args, device)
     faster = copy.deepcopy(net).folded(224)  # as extraction does
     net, faster = (n.to(device, memory_format=torch.channels_last) for n in (net, faster))
     paths = [str(bench.folder / name) for name in bench.names]
@@ -270,12 +286,12 @@ def bench_extract(bench):
     found, plain_rows = {}, []
     blocks = SimpleNamespace(name="photos", todo=[batches], write=lambda block, rows, indices, bad: found.update(
         zip(indices.tolist(), rows)))
-    data = train.WholePhotos(args, paths, train.RESIZES["square"], args.preprocess["mean"], args.preprocess["std"])
-    transform = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize(data.mean, data.std)])
+    data = WholePhotos(paths, preprocessing)
+    transform = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize(net.mean, net.std)])
     ready = torch.randn(64, 3, 224, 224).to(device, memory_format=torch.channels_last)
 
     def decode():
-        for _ in train.make_loader(args, data, batches, train.collate_photos):
+        for _ in make_loader(data, batches, collate_photos, args.workers, rank):
             pass
 
     @torch.inference_mode()
@@ -290,7 +306,7 @@ def bench_extract(bench):
 
     @torch.inference_mode()
     def extract():
-        train.describe_photos(args, faster, faster, blocks, paths)
+        describe_photos(faster, faster.dim, blocks, paths, preprocessing, args.workers, rank)
 
     decoding, network, loop, ours = in_turns(bench.repeats, decode, forward, plain, extract)
     yield "extraction, beside the longer of the two", len(paths) / ours, "photos/s", len(paths) / max(decoding, network)
@@ -327,7 +343,8 @@ def bench_start(bench):
 def bench_search(bench):
     """Queries per second: exact top 10 of eval_metrics.py, beside one faiss search of the same arrays."""
     import faiss
-    from eval_metrics import search_topk
+
+    from copydet.search import search_topk
     rows = np.random.default_rng(0).standard_normal((51_000, 256), np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     queries, references = rows[:1000], rows[1000:]
@@ -419,19 +436,17 @@ def write_rows(bench, rows):
         Path(temporary).write_text(text + "\n", encoding="utf-8")
 
 
-def main(argv=None):
-    bench, old = parse_args(argv), []
-    try:
-        if bench.compare:
-            old = read_rows(bench.compare)
-        rows = measure(bench)
-    except InputError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return 2
+def bench_all(bench):
+    old = read_rows(bench.compare) if bench.compare else []
+    rows = measure(bench)
     show(rows, old)
     if bench.output:
         write_rows(bench, rows)
-    return 0
+
+
+def main(argv=None) -> int:
+    bench = parse_args(argv)
+    return run_main(lambda: bench_all(bench))
 
 
 if __name__ == "__main__":

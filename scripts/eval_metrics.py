@@ -23,289 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from calibration import Calibration
-from cli import share
-from descriptors import Descriptors, InputError, count_gpus, first_three, replacing
-from tqdm import tqdm
 
-PAIR = np.dtype([("query", np.int32), ("reference", np.int64), ("score", np.float64)])  # rows, -(squared L2)
-QUERIES_AT_ONCE = 1024  # of those that need a range search
-BYTES_PER_PAIR = 64  # of memory where a whole block turns out to be candidates, measured
-NEIGHBOURS = 32  # per query and block; queries with more candidates than that need a range search
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def read_table(path, columns, optional=()):
-    """CSV with or without a header -> DataFrame of str with the given columns; its index is the line in the file.
-
-    Without a header the columns are taken in order. Raises InputError: no such file, missing column.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"no such file: {path}")
-    try:
-        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, skipinitialspace=True)
-    except pd.errors.EmptyDataError:
-        raise InputError(f"{path} is empty") from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
-    table.index += 1
-    if "query_id" in table.iloc[0].tolist():
-        table = table.iloc[1:].set_axis(table.iloc[0].tolist(), axis=1)
-    else:
-        table.columns = columns[:table.shape[1]] + [f"column {i + 1}" for i in range(len(columns), table.shape[1])]
-    missing = [column for column in columns if column not in table and column not in optional]
-    if missing:
-        raise InputError(f"{path}: missing column {', '.join(missing)}")
-    return table[columns]
-
-
-def at_lines(table, wrong):
-    """The rows of `table` marked in `wrong` -> "line 3 (Q1, R7), ..."."""
-    rows = table[wrong].iloc[:, :2].itertuples()
-    return first_three([f"line {line} ({', '.join(pair)})" for line, *pair in rows])
-
-
-def read_ground_truth(path):
-    """CSV query_id,reference_id (empty: no match) -> (query ids [n], sorted; DataFrame of the positive pairs).
-
-    Raises InputError: missing column, a pair given twice, no positive pair at all.
-    """
-    table = read_table(path, ["query_id", "reference_id"])
-    positives = table[table.reference_id != ""]
-    if positives.empty:
-        raise InputError(f"{path}: the ground truth has no positive pair")
-    if (twice := positives.duplicated().values).any():
-        raise InputError(f"{path}: pair given twice: {at_lines(positives, twice)}")
-    return np.unique(table.query_id.to_numpy(str)), positives
-
-
-def read_predictions(path, queries, drop_unknown=False):
-    """CSV query_id,reference_id,score -> (DataFrame with float scores, number of rows dropped).
-
-    Args:
-        queries: query ids [n] of the ground truth.
-        drop_unknown: leave out the rows of other queries.
-
-    Raises InputError: missing column, score that is no finite number, a pair given twice, unknown query.
-    """
-    table = read_table(path, ["query_id", "reference_id", "score"])
-    scores = pd.to_numeric(table.score, errors="coerce").to_numpy(float)
-    if (wrong := ~np.isfinite(scores)).any():
-        raise InputError(f"{path}: score is not a finite number: {at_lines(table, wrong)}")
-    if (twice := table.duplicated(["query_id", "reference_id"]).values).any():
-        raise InputError(f"{path}: pair given twice: {at_lines(table, twice)}")
-    unknown = ~table.query_id.isin(queries).values
-    if unknown.any() and not drop_unknown:
-        raise InputError(f"{path}: query not in the ground truth (--drop-unknown leaves such rows out): "
-                         f"{at_lines(table, unknown)}")
-    return table.assign(score=scores)[~unknown], int(unknown.sum())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def sort_candidates(scores, is_true):
-    """Order [n] by falling score; among equal scores false pairs come first, which is the worst case."""
-    return np.lexsort((is_true, -scores))
-
-
-def precision_recall(is_true, n_positives):
-    """Precision and recall [n] after each of the sorted candidates (bool [n])."""
-    hits = np.cumsum(is_true)
-    return hits / np.arange(1, len(hits) + 1), hits / n_positives
-
-
-def micro_ap(is_true, n_positives):
-    """Sum of (recall_k - recall_{k-1}) * precision_k over the sorted candidates (bool [n])."""
-    precision, _ = precision_recall(is_true, n_positives)
-    return float(precision[is_true].sum() / n_positives)
-
-
-def recall_at_p90(is_true, n_positives):
-    """(largest recall at which precision is 0.9 or more, index of that candidate); (0.0, None) if there is none."""
-    precision, recall = precision_recall(is_true, n_positives)
-    reached = np.where(precision >= 0.9, recall, 0.0)
-    if not reached.any():
-        return 0.0, None
-    return float(reached.max()), int(reached.argmax())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Search
-
-
-def squared_distances(queries, references, i, j):
-    """|q_i - r_j|^2 [n] in float64, as a sum of squared differences, of float32 rows i, j [n]."""
-    result = np.empty(len(i))
-    for start in range(0, len(i), 1024):  # rows that fit the cache
-        part = slice(start, start + 1024)
-        difference = queries[i[part]].astype(np.float64)
-        difference -= references[j[part]]
-        result[part] = np.square(difference, out=difference).sum(axis=1)
-    return result
-
-
-def longest(rows):
-    """Largest norm of rows [n, d]."""
-    return float(np.sqrt(np.einsum("ij,ij->i", rows, rows).max()))
-
-
-def rounding_error(dim, query_norm, reference_norm):
-    """Bound of the error of |q|^2 + |r|^2 - 2 q.r in float32: (d + 8) u (|q| + |r|)^2, u = 2^-24 (Higham, 3.1)."""
-    return (dim + 8) * 2.0**-24 * (query_norm + reference_norm)**2
-
-
-def knn(queries, block, k, ngpu):
-    """Squared distances, in float32, and rows [n, k] of the k nearest of block [m, d] to each query, nearest first."""
-    import faiss
-    if not ngpu:
-        return faiss.knn(queries, block, k)
-    index = faiss.IndexFlatL2(block.shape[1])
-    index.add(block)
-    return faiss.index_cpu_to_all_gpus(index, ngpu=ngpu).search(queries, k)
-
-
-def pairs_within(queries, block, radius, error, limit, ngpu):
-    """Yield rows (i, j) of the pairs that may be among the `limit` nearest and have a squared distance up to `radius`.
-
-    A few neighbours of every query are enough for most; the others go through range search. float32 distances are off
-    by at most `error`.
-    """
-    import faiss
-    distances, neighbours = knn(queries, block, min(NEIGHBOURS, len(block)), ngpu)
-    if distances.size > limit:
-        radius = min(radius, np.partition(distances, limit, axis=None)[limit] + error)
-    full = distances[:, -1] <= radius + error if len(block) > NEIGHBOURS else np.zeros(len(queries), bool)
-    i, rank = np.nonzero((distances <= radius + error) & ~full[:, None])
-    yield i, neighbours[i, rank]
-    if not full.any():
-        return
-    index, more = faiss.IndexFlatL2(block.shape[1]), np.flatnonzero(full)
-    index.add(block)
-    for start in range(0, len(more), QUERIES_AT_ONCE):
-        part = more[start:start + QUERIES_AT_ONCE]
-        limits, _, j = index.range_search(queries[part], float(np.nextafter(np.float32(radius + error), np.inf)))
-        yield np.repeat(part, np.diff(limits.astype(np.int64))), j
-
-
-def best(pairs, limit, positives, n_references):
-    """The `limit` PAIRs of highest score; among those tied at the limit false ones first, then by row.
-
-    Args:
-        positives: sorted query row * n_references + reference row of the true pairs.
-    """
-    if len(pairs) <= limit:
-        return pairs
-    cut = np.partition(pairs["score"], len(pairs) - limit)[len(pairs) - limit]
-    sure, tied = pairs[pairs["score"] > cut], pairs[pairs["score"] == cut]
-    key = tied["query"] * np.int64(n_references) + tied["reference"]
-    order = np.lexsort((key, np.isin(key, positives)))
-    return np.concatenate([sure, tied[order[:limit - len(sure)]]])
-
-
-def progress_bar(references, shown):
-    return tqdm(total=len(references), unit=" references", unit_scale=True, disable=None if shown else True)
-
-
-def block_rows(memory):
-    """Rows of a block of references: a whole batch of queries may be tied with all of it."""
-    return max(1, memory // BYTES_PER_PAIR // QUERIES_AT_ONCE)
-
-
-def search(queries, references, limit, positives, ngpu=0, memory=2**31, progress=False):
-    """The `limit` pairs of smallest distance over all queries together, exactly.
-
-    References come in blocks. The worst of the best `limit` pairs so far bounds the radius of the next search, so the
-    b-th block adds about limit / b pairs.
-
-    Args:
-        queries: float32 [nq, d].
-        references: a `Rows`: blocks are read as they are needed.
-        limit, positives: as in `best`.
-        ngpu: GPUs to search on; 0: CPU.
-        memory: bytes; sets the size of the blocks. It does not change the result.
-
-    Returns: PAIR [min(limit, nq * nr)], sorted by query row and reference row.
-    """
-    found, n_found, radius, query_norm = [np.empty(0, PAIR)], 0, np.inf, longest(queries)
-    bar = progress_bar(references, progress)
-    for start, block in references.blocks(block_rows(memory)):
-        error = rounding_error(block.shape[1], query_norm, longest(block))
-        for i, j in pairs_within(queries, block, radius, error, limit, ngpu):
-            new = np.empty(len(i), PAIR)
-            new["query"], new["reference"], new["score"] = i, start + j, -squared_distances(queries, block, i, j)
-            found.append(new[new["score"] >= -radius])
-            n_found += len(found[-1])
-            if n_found > limit + limit // 2:
-                found, n_found = [best(np.concatenate(found), limit, positives, len(references))], limit
-                radius = -found[0]["score"].min()
-        bar.update(len(block))
-    bar.close()
-    found = best(np.concatenate(found), limit, positives, len(references))
-    return found[np.lexsort((found["reference"], found["query"]))]
-
-
-def search_topk(queries, references, k, positives, ngpu=0, memory=2**31, progress=False):
-    """The `k` references of smallest distance of each query, exactly. Arguments and result as in `search`.
-
-    float32 search finds somewhat more than k. Queries for which rounding errors could hide a better one, because of
-    many ties or near-duplicates, are searched one by one.
-    """
-    spare = k + 16
-    near, rows, norm = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), 0.0
-    bar = progress_bar(references, progress)
-    for start, block in references.blocks(max(spare, block_rows(memory))):
-        d, j = knn(queries, block, min(spare, len(block)), ngpu)
-        near, rows = np.hstack([near, d]), np.hstack([rows, j + start])
-        order = np.argsort(near, axis=1, kind="stable")[:, :spare]
-        near, rows = np.take_along_axis(near, order, 1), np.take_along_axis(rows, order, 1)
-        norm = max(norm, longest(block))
-        bar.update(len(block))
-    bar.close()
-    found = np.empty(rows.size, PAIR)
-    found["query"], found["reference"] = np.repeat(np.arange(len(queries)), rows.shape[1]), rows.ravel()
-    found["score"] = -exact_distances(queries, references, found)
-    result, error = [], rounding_error(queries.shape[1], longest(queries), norm)
-    for i, pairs in enumerate(found.reshape(rows.shape)):
-        kept = best(pairs, k, positives, len(references))
-        if rows.shape[1] < len(references) and near[i, -1] - error <= -kept["score"].min():
-            true = positives[positives // len(references) == i] - i * len(references)
-            kept = search(queries[i:i + 1], references, k, true, 0, memory)
-            kept["query"] = i
-        result.append(np.sort(kept, order=["reference"]))
-    return np.concatenate(result)
-
-
-def exact_distances(queries, references, pairs):
-    """Squared distances [n] of the PAIRs [n], in float64; references are read once, in blocks."""
-    result, order = np.empty(len(pairs)), np.argsort(pairs["reference"], kind="stable")
-    rows = pairs["reference"][order]
-    for start, block in references.blocks(16384):
-        part = order[slice(*np.searchsorted(rows, [start, start + len(block)]))]
-        result[part] = squared_distances(queries, block, pairs["query"][part], pairs["reference"][part] - start)
-    return result
-
-
-def rows_of(ids, wanted):
-    """Row in `ids` [n] of each of `wanted` [m], -1 where it is not there."""
-    order = np.argsort(ids)
-    rows = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
-    return np.where(ids[rows] == wanted, rows, -1)
-
-
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
-
-
-def warn_if_collapsed(path, queries, references):
-    """Say so where all queries, or the first references, are one vector: every pair is tied then."""
-    for name, rows in (("query", queries), ("reference", references.read(0, 1024))):
-        if len(rows) > 1 and np.ptp(rows, axis=0).max() < 1e-5:
-            warn(f"{path}: collapsed descriptors: all of `{name}` are the same vector")
+from copydet.calibration import Calibration
+from copydet.common import InputError, first_three, replacing, run_main, warn
+from copydet.descriptors import Descriptors
+from copydet.metrics import (micro_ap, precision_recall, read_ground_truth, read_predictions, read_table, recall_at_p90,
+                             sort_candidates)
+from copydet.options import fraction, positive, size_in_bytes
+from copydet.search import PAIR, count_gpus, exact_distances, rows_of, search, search_topk, warn_if_collapsed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,22 +230,6 @@ def intervals(evaluations, n):
 # Command line
 
 
-def size_in_bytes(text):
-    """"1G", "500M" or a number of bytes -> int."""
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
-    size = int(float(text[:-1] if unit > 1 else text) * unit)
-    if size < 2**20:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1M")
-    return size
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("submission", help="descriptors (.h5) or pairs (.csv: query_id, reference_id, score)")
@@ -535,9 +244,9 @@ def parse_args(argv=None):
     g.add_argument("--allow-contaminated", action="store_true", help="score descriptors of a checkpoint that was "
                    "trained on the ground truth, and mark the result")
     g = parser.add_argument_group("calibration")
-    g.add_argument("--threshold-precision", type=share, metavar="P", help="tell the threshold at which this precision "
-                   "is promised for as many references, and precision and recall there")
-    g.add_argument("--copies-ratio", type=share, metavar="R", help="share of the queries that have a copy (default: "
+    g.add_argument("--threshold-precision", type=fraction, metavar="P", help="tell the threshold at which this "
+                   "precision is promised for as many references, and precision and recall there")
+    g.add_argument("--copies-ratio", type=fraction, metavar="R", help="share of the queries that have a copy (default: "
                    "the calibration's)")
     g = parser.add_argument_group("intervals")
     g.add_argument("--bootstrap", type=positive, metavar="N", help="95 %% intervals from N resamples of the queries")
@@ -609,7 +318,7 @@ def evaluate(args):
 
 def draw(args, evaluation, result):
     """--report and --picture."""
-    import report
+    from copydet import report
     photos = report.Photos(args.photos)
     if args.report:
         edits = Path(args.ground_truth).with_name("edits.csv")
@@ -619,13 +328,9 @@ def draw(args, evaluation, result):
         report.write_picture(args.picture, evaluation, result["threshold_p90"], photos)
 
 
-def main(argv=None):
-    try:
-        evaluate(parse_args(argv))
-    except InputError as error:
-        print(f"eval_metrics.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    return run_main(lambda: evaluate(args))
 
 
 if __name__ == "__main__":

@@ -33,22 +33,22 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from calibration import Calibration
-from cli import Parser, share
-from descriptors import COMPARABLE, BlockRows, Descriptors, InputError, count_gpus, replacing
-from photos import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+import copydet
+from copydet.calibration import Calibration
+from copydet.checkpoints import newest_checkpoint
+from copydet.common import ROOT, InputError, WorkError, replacing, run_main
+from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
+from copydet.images import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
+from copydet.options import Parser, fraction
+from copydet.search import count_gpus, search_topk
+
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 CHUNKS = 2048, 65536  # least and most photos per run of train.py; in between as many as are described already
 THUMBNAIL = 256  # px
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
-
-
-class WorkError(Exception):
-    """What failed while working, in one line; exit code 1."""
 
 
 def shown(path):
@@ -355,7 +355,6 @@ PAIRS = np.dtype([("query", int), ("reference", int), ("score", float)])
 def find_pairs(queries, archive, k, ngpu):
     """The k nearest of each query, exactly: PAIRS, best first. A photo is no copy of itself; within one collection a
     pair is listed once."""
-    from eval_metrics import search_topk
     within = archive is queries
     overlap = within or set(filter(None, queries.files)) & set(archive.files)
     k_search = min(k + bool(overlap), len(archive.rows))
@@ -466,7 +465,7 @@ def write_report(folder, queries, archive, pairs, threshold, calibration, most):
                                             "precision": calibration.precision.tolist(),
                                             "copies_ratio": calibration.copies_ratio}}
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can close the script element
-    page = (Path(__file__).with_name("page.html")).read_text(encoding="utf-8").replace("{{data}}", text)
+    page = (Path(copydet.__file__).with_name("page.html")).read_text(encoding="utf-8").replace("{{data}}", text)
     write_pairs(folder / "pairs.csv", queries, archive, kept, calibration, within and threshold is not None)
     write_skipped(folder / "skipped.csv", skipped)
     with replacing(folder / "index.html") as temporary:
@@ -487,10 +486,10 @@ def pick_weights(args):
     given = [(flag, file) for flag, file in (("--weight", args.weight), ("--backbone-weights", args.backbone_weights))
              if file]
     if args.exp:
-        files = list((ROOT / "exp" / args.exp / "train").glob("*.pth.tar"))
-        if not files:
+        newest = newest_checkpoint(ROOT / "exp" / args.exp / "train")
+        if not newest:
             raise InputError(f"--exp {args.exp}: no checkpoint in {ROOT / 'exp' / args.exp / 'train'}")
-        given.append(("--weight", max(files, key=lambda file: file.stat().st_mtime)))
+        given.append(("--weight", newest))
     if len(given) != 1:
         raise InputError("a folder of photos needs one of --exp NAME, --weight FILE, --backbone-weights FILE")
     flag, file = given[0]
@@ -592,9 +591,9 @@ def parse_args(argv=None):
     g.add_argument("--topk", type=int, default=10, metavar="K", help="answers per query (default: %(default)s)")
     g.add_argument("--threshold", type=float, metavar="SCORE", help="pairs.csv holds pairs from this score on, the "
                    "page starts with it (default: all)")
-    g.add_argument("--precision", type=share, metavar="P", help="the threshold that reaches this precision, by the "
+    g.add_argument("--precision", type=fraction, metavar="P", help="the threshold that reaches this precision, by the "
                    "checkpoint's calibration for an archive of this size")
-    g.add_argument("--copies-ratio", type=share, metavar="R", help="share of the queries that have a copy, for the "
+    g.add_argument("--copies-ratio", type=fraction, metavar="R", help="share of the queries that have a copy, for the "
                    "precision (default: the calibration's)")
     g.add_argument("--pairs", type=int, default=20_000, metavar="N", help="the best N pairs are on the page (default: "
                    "%(default)s)")
@@ -606,24 +605,16 @@ def parse_args(argv=None):
     return args
 
 
-def main(argv=None):
+def main(argv=None) -> int:
     args = parse_args(argv)
-    try:
-        find_copies(args)
-    except InputError as error:
-        print(f"find_copies.py: {error}", file=sys.stderr)
-        return 2
-    except WorkError as error:
-        print(f"find_copies.py: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"find_copies.py: {error.filename or args.output}: {error.strerror or error}", file=sys.stderr)
-    except sqlite3.Error as error:
-        print(f"find_copies.py: {args.cache or args.output}: cache: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("find_copies.py: stopped; what was described is kept", file=sys.stderr)
-    else:
-        return 0
-    return 1
+
+    def work():
+        try:
+            find_copies(args)
+        except sqlite3.Error as error:
+            raise WorkError(f"{args.cache or args.output}: cache: {error}") from None
+
+    return run_main(work, "stopped; what was described is kept")
 
 
 if __name__ == "__main__":

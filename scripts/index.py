@@ -33,9 +33,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from descriptors import BLOCK, COMPARABLE, Descriptors, InputError, count_gpus, first_three, replacing
-from eval_metrics import micro_ap, positive, read_ground_truth, search_topk, sort_candidates, squared_distances
 from tqdm import tqdm
+
+from copydet.common import InputError, first_three, replacing, run_main
+from copydet.descriptors import BLOCK, COMPARABLE, Descriptors
+from copydet.metrics import micro_ap, read_ground_truth, sort_candidates
+from copydet.options import positive
+from copydet.search import count_gpus, search_topk, squared_distances
 
 MADE_BY = (*COMPARABLE, "steps")
 MILVUS_BATCH, MILVUS_QUERIES = 1000, 64  # rows, queries per request
@@ -618,22 +622,23 @@ def parse_args(argv=None):
 COMMANDS = {"build": build, "add": build, "search": search, "merge": merge_parts, "curve": curve}
 
 
-def main(argv=None):
+def check_args(args):
+    """What can be wrong before any work; --ngpu becomes the number of GPUs there are."""
+    output = getattr(args, "output", None)
+    if output and not Path(output).resolve().parent.is_dir():
+        raise InputError(f"-o {output}: no such folder: {Path(output).parent}")
+    if hasattr(args, "ngpu"):
+        args.ngpu = count_gpus(args.ngpu)
+
+
+def main(argv=None) -> int:
     args = parse_args(argv)
-    try:
-        output = getattr(args, "output", None)
-        if output and not Path(output).resolve().parent.is_dir():
-            raise InputError(f"-o {output}: no such folder: {Path(output).parent}")
-        if hasattr(args, "ngpu"):
-            args.ngpu = count_gpus(args.ngpu)
+
+    def work():
+        check_args(args)
         COMMANDS[args.command](args)
-    except InputError as error:
-        print(f"index.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"index.py: {error.filename or output or args.index}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_main(work)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from descriptors import InputError, replacing, write_descriptors
-from inputs import FOLDERS
-from photos import UNREADABLE, list_photos, open_photo, write_skipped
 
-ROOT = Path(__file__).resolve().parent.parent
+from copydet.checkpoints import newest_checkpoint
+from copydet.common import ROOT, InputError, replacing, run_main
+from copydet.descriptors import write_descriptors
+from copydet.images import FOLDERS, UNREADABLE, list_photos, open_photo, write_skipped
+from copydet.options import recipe_words
+
 TRAIN, SCRIPTS = ROOT / "train.py", ROOT / "scripts"
 COLUMNS = ("recipe", "seed", "status", "steps", "minutes", "ap", "r_p90", "isolated_ap", "isolated_r_p90", "idea",
            "error")
@@ -99,9 +101,8 @@ def read_recipe(name):
     file = Path(name) if name.endswith(".args") else ROOT / "exp" / f"{name}.args"
     if not file.is_file():
         raise InputError(f"no such recipe: {file}")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    flags = {flag.lstrip("-"): " ".join(values)
-             for flag, *values in split_flags([word for line in lines for word in shlex.split(line, comments=True)])}
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    flags = {flag.lstrip("-"): " ".join(values) for flag, *values in split_flags(recipe_words(file))}
     if not {"epochs", "batch-size"} <= set(flags):
         raise InputError(f"{file}: needs --epochs and --batch-size")
     idea = next((line.lstrip("# ").removeprefix(f"{file.stem}: ") for line in lines if line.startswith("#")), "")
@@ -206,10 +207,10 @@ def source_folders(args):
 
 def last_checkpoint(folder):
     """The checkpoint of a finished training. Raises Failed if there is none."""
-    files = sorted((folder / "train").glob("checkpoint_*.pth.tar"))
-    if not files:
+    newest = newest_checkpoint(folder / "train")
+    if not newest:
         raise Failed(f"no checkpoint in {folder / 'train'}")
-    return files[-1]
+    return newest
 
 
 def steps_in(minutes, log):
@@ -221,7 +222,7 @@ def steps_in(minutes, log):
 def read_log(folder):
     """[(steps, seconds)] of each row of a training's log.csv; pauses between rows are not in it."""
     args = json.loads((folder / "args.json").read_text())
-    views = args["batch_size"] // args["nproc"] * args["processes"] * args["ncrops"]
+    views = args["batch_size"] * max(1, args["world_size"]) * args["ncrops"]
     with open(folder / "log.csv", newline="") as lines:
         rows = [(int(row["step"]), float(row["images_per_s"])) for row in csv.DictReader(lines)]
     steps = np.diff([0, *(step for step, _ in rows)])
@@ -608,21 +609,18 @@ def choose_baselines(text, flags):
     return names
 
 
-def main(argv=None):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def climb(argv) -> int:
+    ladder = Ladder(parse_args(argv))
     try:
-        ladder = Ladder(parse_args(argv))
-        try:
-            good = ladder.run()
-        finally:
-            report(ladder)
-    except InputError as error:
-        print(f"ladder.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ladder.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
+        good = ladder.run()
+    finally:
+        report(ladder)
     return 0 if good else 1
+
+
+def main(argv=None) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return run_main(lambda: climb(argv), "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

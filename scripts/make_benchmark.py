@@ -40,10 +40,11 @@ import numpy as np
 from augly import utils as augly_utils
 from augly.image import functional as imaugs
 from augly.image.utils import get_template_and_bbox
-from descriptors import InputError
-from photos import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
 from tqdm import tqdm
+
+from copydet.common import InputError, WorkError, run_main
+from copydet.images import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
 
 SMALLEST, LARGEST = 64, 1024  # pixels: shorter side of a usable photo, longer side of a query
 DULL = 8  # standard deviation of grey levels (0..255) below which a photo shows almost nothing
@@ -570,25 +571,21 @@ def progress_map(workers):
         yield run
 
 
-def main(argv=None):
+def make_benchmark(args):
+    """Run the command line: OUT appears when it is whole."""
+    out = check_out(args)
+    partial_out = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial_out, ignore_errors=True)  # of a run that was killed
     try:
-        args = build_parser().parse_args(argv)
-        out = check_out(args)
-        partial_out = out.with_name(out.name + ".partial")
-        shutil.rmtree(partial_out, ignore_errors=True)  # of a run that was killed
         with progress_map(args.workers) as run:
             build(args, partial_out, run)
-        partial_out.rename(out)
-    except InputError as error:
-        print(f"make_benchmark.py: {error}", file=sys.stderr)
-        return 2
-    except (OSError, BrokenProcessPool) as error:
-        print(f"make_benchmark.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("make_benchmark.py: interrupted; nothing was made", file=sys.stderr)
-        return 1
-    return 0
+    except BrokenProcessPool as error:
+        raise WorkError(str(error)) from None
+    partial_out.rename(out)
+
+
+def main(argv=None) -> int:
+    return run_main(lambda: make_benchmark(build_parser().parse_args(argv)), "stopped; nothing was made")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from descriptors import Descriptors, InputError, write_descriptors
+from copydet.common import InputError, run_main
+from copydet.descriptors import Descriptors, write_descriptors
 
 OWN = ("shard", "checkpoint")  # attributes that may differ: the part, and the checkpoint's path on that machine
 
@@ -65,25 +66,25 @@ def settings(file):
                                               file.attrs.items() if name not in OWN}
 
 
-def main(argv=None):
+def merge(shards, output):
+    """Write the descriptor file `output` of the files `shards`."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(Descriptors(path)) for path in shards]
+        attrs, groups = check_shards(files), {}
+        for name in files[0].groups:
+            parts = [file[name] for file in files]
+            groups[name] = Joined(parts), np.concatenate([part.ids for part in parts])
+        write_descriptors(output, groups, attrs)
+    print(f"wrote {output}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()))
+
+
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", metavar="SHARD.h5", nargs="+", type=Path)
     parser.add_argument("-o", "--output", metavar="OUT.h5", required=True, type=Path)
     args = parser.parse_args(argv)
-    try:
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(Descriptors(path)) for path in args.shards]
-            attrs = check_shards(files)
-            groups = {}
-            for name in files[0].groups:
-                parts = [file[name] for file in files]
-                groups[name] = Joined(parts), np.concatenate([part.ids for part in parts])
-            write_descriptors(args.output, groups, attrs)
-    except InputError as error:
-        print(f"merge_shards.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {args.output}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()))
+    return run_main(lambda: merge(args.shards, args.output))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

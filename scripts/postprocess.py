@@ -35,8 +35,11 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from descriptors import BlockRows, Descriptors, InputError, count_gpus, first_three, replacing, write_descriptors
 from tqdm import tqdm
+
+from copydet.common import InputError, first_three, replacing, run_main
+from copydet.descriptors import BlockRows, Descriptors, write_descriptors
+from copydet.search import count_gpus, search_topk
 
 BLOCK = 8192  # rows between two points from which a killed run can continue
 PRESETS = {  # the notes' results; each with the state of the notes' script that gave it
@@ -362,7 +365,6 @@ def output_attrs(files, steps):
 
 def write_pairs(output, groups, constant, ngpu, n=10):
     """CSV of the n best references of each query, by squared L2; score = -(squared L2) + constant."""
-    from eval_metrics import search_topk
     query, reference = groups["query"], groups["reference"]
     found = search_topk(query.read(), reference, min(n, len(reference)), np.empty(0, np.int64), ngpu)
     found = found[np.lexsort((found["reference"], -found["score"], found["query"]))]
@@ -443,22 +445,26 @@ def parse_args(argv=None):
     return args
 
 
-def main(argv=None):
+def check_args(args):
+    """What can be wrong before any work; the steps of a preset become --steps."""
+    if args.preset and args.steps:
+        raise InputError(f"--preset {args.preset} and steps: {', '.join(args.steps)}")
+    args.steps = PRESETS[args.preset].split() if args.preset else args.steps
+    for word in args.inputs:
+        if not Path(word).is_file():
+            raise InputError(f"{word}: neither a file nor a step ({', '.join(STEPS)})")
+    if not args.inputs:
+        raise InputError("no input file given")
+
+
+def main(argv=None) -> int:
     args = parse_args(argv)
-    try:
-        if args.preset and args.steps:
-            raise InputError(f"--preset {args.preset} and steps: {', '.join(args.steps)}")
-        args.steps = PRESETS[args.preset].split() if args.preset else args.steps
-        for word in args.inputs:
-            if not Path(word).is_file():
-                raise InputError(f"{word}: neither a file nor a step ({', '.join(STEPS)})")
-        if not args.inputs:
-            raise InputError("no input file given")
+
+    def work():
+        check_args(args)
         postprocess(args)
-    except InputError as error:
-        print(f"postprocess.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_main(work)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from descriptors import Descriptors, InputError, first_three, replacing
-from eval_metrics import positive, read_ground_truth
+
+from copydet.common import InputError, first_three, replacing, run_main
+from copydet.descriptors import Descriptors
+from copydet.metrics import read_ground_truth
+from copydet.options import positive
 
 DISC21 = 1_000_000  # references R000000 to R999999
 
@@ -38,7 +41,7 @@ def select(positives, ids, size, seed, replacement=False):
     return np.union1d(positives, np.random.default_rng(seed).choice(ids, size, replace=replacement))
 
 
-def main(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ground_truth", help="CSV query_id, reference_id")
     parser.add_argument("-o", "--output", default="input/rids_subset.txt", metavar="FILE", help="default: %(default)s")
@@ -47,19 +50,23 @@ def main(argv=None):
     parser.add_argument("--size", type=positive, default=100_000, metavar="N", help="draws (default: %(default)s)")
     parser.add_argument("--replacement", action="store_true", help="draw with replacement, as in the notes")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    args = parser.parse_args(argv)
-    try:
-        if not Path(args.output).resolve().parent.is_dir():
-            raise InputError(f"-o {args.output}: no such folder: {Path(args.output).parent}")
-        positives = read_ground_truth(args.ground_truth)[1].reference_id.to_numpy(str)
-        subset = select(positives, reference_ids(args.references), args.size, args.seed, args.replacement)
-        with replacing(args.output) as temporary:
-            temporary.write_text("".join(f"{name}\n" for name in subset), encoding="utf-8")
-    except InputError as error:
-        print(f"select_ref_subset.py: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def write_subset(args):
+    """Run the command line."""
+    if not Path(args.output).resolve().parent.is_dir():
+        raise InputError(f"-o {args.output}: no such folder: {Path(args.output).parent}")
+    positives = read_ground_truth(args.ground_truth)[1].reference_id.to_numpy(str)
+    subset = select(positives, reference_ids(args.references), args.size, args.seed, args.replacement)
+    with replacing(args.output) as temporary:
+        temporary.write_text("".join(f"{name}\n" for name in subset), encoding="utf-8")
     print(f"{args.output}: {len(subset):,} references, {len(np.unique(positives)):,} of them of true pairs")
-    return 0
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    return run_main(lambda: write_subset(args))
 
 
 if __name__ == "__main__":

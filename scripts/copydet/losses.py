@@ -15,6 +15,8 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from copydet.options import Args
+
 
 def gather_rows(x):
     """[B, ...] of each process -> [processes * B, ...] in order of rank; the own block keeps its gradient."""
@@ -147,14 +149,14 @@ class PairCriterion(torch.nn.Module):
 
     per_view = False
 
-    def __init__(self, args, loss, miner):
+    def __init__(self, args: Args, loss: torch.nn.Module, miner, dim: int, world_size: int):
         super().__init__()
         self.loss, self.miner, self.memories = loss, miner, torch.nn.ModuleList()
-        self.scale = args.processes if args.world_scaled_loss else 1
+        self.scale = world_size if args.world_scaled_loss else 1
         self.views, self.bipartite = args.ncrops + args.negatives, args.miner == "bipartite"
         self.enqueue = ENQUEUE[args.memory_enqueue]
         if args.memory_size:
-            self.memories.extend(Memory(loss, args.dim, args.memory_size, miner) for _ in self.enqueue)
+            self.memories.extend(Memory(loss, dim, args.memory_size, miner) for _ in self.enqueue)
 
     def forward(self, descriptors, labels):
         """Descriptors [B, dim] and labels [B] of this process, view after view -> scalar."""

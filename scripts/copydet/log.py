@@ -1,9 +1,10 @@
 """The log of a training run."""
 import csv
+from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from descriptors import replacing
+from copydet.common import replacing
 
 
 class Log:
@@ -11,13 +12,13 @@ class Log:
 
     COLUMNS = ("epoch", "step", "loss", "lr", "images_per_s", "wait_share")
 
-    def __init__(self, args, start):
-        self.file = args.out / "log.csv"
+    def __init__(self, folder: Path, start: int):
+        self.file = folder / "log.csv"
         lines = self.file.read_text().splitlines()[1:] if start and self.file.is_file() else []
         rows = [row for row in csv.reader(lines) if len(row) == 6 and int(row[1]) <= start]
         with replacing(self.file) as temporary, open(temporary, "w", newline="") as out:
             csv.writer(out).writerows([self.COLUMNS, *rows])
-        self.board = SummaryWriter(args.out, purge_step=start + 1)
+        self.board = SummaryWriter(folder, purge_step=start + 1)
 
     def write(self, bar, *values):
         row = dict(zip(self.COLUMNS, values))

@@ -1,13 +1,18 @@
-"""Photos in folders: find them, open them as RGB, list those that cannot be used. No torch: every script may use it."""
+"""Images in folders: find them, open them as RGB, list those of a run and those that cannot be used. No torch."""
+from __future__ import annotations
+
 import csv
 import functools
 import io
 import os
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from descriptors import replacing
+from copydet.common import InputError, first_three, replacing
+from copydet.options import Args
 
 try:
     import simplejpeg
@@ -134,3 +139,77 @@ def write_skipped(file, rows):
         return
     with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         csv.writer(out).writerows([("path", "reason"), *sorted(rows)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The images of a run
+
+FOLDERS = {"query": "query_images", "reference": "reference_images", "train": "training_images"}
+
+
+@dataclass
+class Group:
+    """The images of one folder, in order of path: paths [n], ids [n] (file stems), and [(path, reason)] of what only
+    looks like an image."""
+    paths: list[str]
+    ids: list[str]
+    odd: list[tuple[str, str]] = field(default_factory=list)
+
+
+def list_group(args: Args, group: str) -> Group:
+    """The images of --target-set's folder `group`. Raises InputError: no folder, no image, two with one id."""
+    folder = args.dir / FOLDERS[group]
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}")
+    paths, odd = list_photos(folder)
+    seen = {}
+    for path in paths:
+        if (other := seen.setdefault(Path(path).stem, path)) != path:
+            raise InputError(f"{folder}: {other} and {path} have the same id '{Path(path).stem}'")
+    if args.eval_subset and group == "reference":
+        file = Path(args.subset_file or args.dir / "rids_subset.txt")
+        if not file.is_file():
+            raise InputError(f"--eval-subset: no such file: {file}; scripts/select_ref_subset.py makes it")
+        wanted = file.read_text(encoding="utf-8").split()
+        if absent := sorted(set(wanted) - set(seen)):
+            raise InputError(f"{file}: {len(absent)} ids without a photo in {folder}, first: {', '.join(absent[:3])}")
+        paths = sorted(seen[name] for name in set(wanted))
+    paths = paths[:100] if args.dryrun else paths
+    if not paths:
+        raise InputError(f"no photos in {folder}")
+    if args.shard:
+        first, step = map(int, args.shard.split("/"))
+        if not (paths := paths[first::step]):
+            raise InputError(f"--shard {args.shard}: {folder} has too few photos")
+    return Group([str(folder / path) for path in paths], [Path(path).stem for path in paths],
+                 [(str(folder / path), reason) for path, reason in odd])
+
+
+def list_pairs(args: Args) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """[(query path, reference path)] of the ground truth's positive pairs, relative to DIR; and what is no photo."""
+    groups = {group: list_group(args, group) for group in ("query", "reference")}
+    paths = {group: dict(zip(listed.ids, listed.paths)) for group, listed in groups.items()}
+    with open(args.pairs, newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("reference_id")]
+    if not rows or "query_id" not in rows[0]:
+        raise InputError(f"--pairs {args.pairs}: no pairs in columns query_id and reference_id")
+    pairs = sorted((row["query_id"], row["reference_id"]) for row in rows)
+    absent = sorted({name for pair in pairs for group, name in zip(paths, pair) if name not in paths[group]})
+    if absent:
+        raise InputError(f"--pairs {args.pairs}: {len(absent)} ids without a photo in {args.dir}: "
+                         f"{first_three(absent)}")
+    found = [tuple(os.path.relpath(paths[group][name], args.dir) for group, name in zip(paths, pair)) for pair in pairs]
+    return found, sum((listed.odd for listed in groups.values()), [])
+
+
+def list_negatives(args: Args, pairs: list[tuple[str, str]]) -> list[str]:
+    """Paths of images that match nothing: those of --negatives-dir but those of the pairs of --pairs."""
+    folder = Path(args.negatives_dir)
+    if not folder.is_dir():
+        raise InputError(f"--negatives-dir: no such folder: {folder}")
+    used = {os.path.realpath(args.dir / path) for pair in pairs for path in pair}
+    found = [path for path in (str(folder / name) for name in list_photos(folder)[0])
+             if os.path.realpath(path) not in used]
+    if len(found) < args.negatives:
+        raise InputError(f"--negatives {args.negatives}: {folder} has {len(found)} photos to draw from")
+    return found

@@ -4,40 +4,19 @@ A file holds up to three groups, `query`, `reference` and `train`: float32 [rows
 `query_ids`, `reference_ids`, `train_ids`. Also read: the competition's files (the same keys, ids of type S6, S7), the
 older form with `vectors` and `image_names` (Q..., R..., T...), and float16 rows.
 """
-import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from copydet.common import InputError, first_three, replacing
+
 GROUPS = ("query", "reference", "train")
 BLOCK = 65536  # rows read or written at a time: 64 MiB at 256 dimensions
 COMPARABLE = ("checkpoint_sha256", "input_size", "resize", "gem_eval_p")  # attributes that distances depend on
 UNIT_TOLERANCE = 1e-3  # float16 rows deviate from unit length by up to 5e-4
-
-
-class InputError(Exception):
-    """A wrong input. Its text is one line that names the file, row or flag; command lines print it and exit with 2."""
-
-
-def first_three(names):
-    """Sequence of names -> "a, b, c and 4 more"."""
-    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary name beside `path`, renamed to `path` at the end, removed if anything fails on the way."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def duplicates(ids):
@@ -51,17 +30,6 @@ def check_finite(path, name, block, ids):
     if not np.isfinite(block).all():
         bad = ids[~np.isfinite(block).all(axis=1)]
         raise InputError(f"{path}: NaN or infinity in `{name}`, ids {first_three(bad)}")
-
-
-def count_gpus(wanted):
-    """Number of GPUs to use; faiss on CPUs alone lacks what is needed to use one."""
-    if not wanted:
-        return 0
-    import faiss
-    there = faiss.get_num_gpus() if hasattr(faiss, "index_cpu_to_all_gpus") else 0
-    if wanted > there:
-        raise InputError(f"--ngpu {wanted}: faiss sees {there} GPUs")
-    return there if wanted < 0 else wanted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from descriptors import InputError, replacing
+from copydet.common import InputError, replacing
 
 INPUT = "images: float32 [n, 3, s, s], RGB, photos resized to s = input_size as `resize` says, 0..1, (x - mean) / std"
 

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from descriptors import replacing
+from copydet.common import replacing
 
 
 class Photos:

@@ -2,6 +2,8 @@
 
 Shapes: images [B, 3, s, s] -> feature map [B, C, h, w] -> pooled features [B, C] -> descriptors [B, dim].
 """
+from __future__ import annotations
+
 import difflib
 import itertools
 
@@ -11,7 +13,8 @@ from timm.models import load_state_dict as load_timm_file
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from descriptors import InputError, first_three
+from copydet.common import InputError, first_three
+from copydet.options import Args
 
 
 def gem(x, p, eps=1e-6):
@@ -41,14 +44,27 @@ def predictor(dim, hidden):
     return torch.nn.Sequential(*linear_bn(dim, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, dim))
 
 
+HEADS = {  # name -> modules between pooled features [batch, channels] and the L2 normalisation, in order
+    "linear-bn": lambda c, a: dict(zip(("fc", "bn"), linear_bn(c, a.dim))),  # notes H-A
+    "deep": lambda c, a: {"fc": torch.nn.Sequential(*linear_bn(c, a.dim), torch.nn.ReLU(), *linear_bn(a.dim, a.dim))},
+    "linear": lambda c, a: {"fc": torch.nn.Linear(c, a.dim)},  # notes H-nobn
+    "simsiam": lambda c, a: {"projector": projector(c, a.dim), "predictor": predictor(a.dim, a.pred_dim)},
+    "none": lambda c, a: {},  # pooled features as they are
+}
+
+
+def build_net(args: Args, pretrained: bool | dict) -> Descriptor:
+    """The network of a command line; `pretrained` as in `build_backbone`."""
+    return (SimSiam if args.head == "simsiam" else Descriptor)(args, pretrained)
+
+
 class Descriptor(torch.nn.Module):
     """Images [B, 3, s, s] -> descriptors [B, dim] of unit length, fp32. State keys: backbone.*, then the head's.
 
-    `head` makes the modules between pooled features and descriptor: (channels, args) -> {name: module}. Only the
-    backbone runs under autocast (`amp_dtype`); pooling, head and normalisation stay in fp32.
+    Only the backbone runs under autocast (`amp_dtype`); pooling, head and normalisation stay in fp32.
     """
 
-    def __init__(self, args, head, pretrained):
+    def __init__(self, args: Args, pretrained: bool | dict):
         super().__init__()
         self.pool, self.gem_p, self.gem_eval_p, self.amp_dtype = args.pool, args.gem_p, args.gem_eval_p, None
         self.grid, self.eval_crops = args.grid, parse_crops(args.eval_crops)
@@ -65,7 +81,7 @@ class Descriptor(torch.nn.Module):
             widths = [width * ((args.grid + 1) // 2) ** 2 for width in self.backbone.feature_info.channels()]
             self.standard = torch.nn.ModuleList(torch.nn.BatchNorm1d(width, affine=False) for width in widths)
             channels = sum(widths)
-        modules = head(channels, args)
+        modules = HEADS[args.head](channels, args)
         self.head = list(modules)
         self.dim = args.dim if modules else channels
         for name, module in modules.items():
@@ -145,8 +161,8 @@ class Descriptor(torch.nn.Module):
 class SimSiam(Descriptor):
     """In training -> projection and prediction, each [B, dim]; else what `extract_from` names (notes v1, v2)."""
 
-    def __init__(self, args, head, pretrained):
-        super().__init__(args, head, pretrained)
+    def __init__(self, args: Args, pretrained: bool | dict):
+        super().__init__(args, pretrained)
         self.extract_from = args.extract_from
 
     def forward(self, images):

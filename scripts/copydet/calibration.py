@@ -10,7 +10,7 @@ import json
 
 import numpy as np
 
-from descriptors import InputError
+from copydet.common import InputError
 
 POINTS = 100  # of a stored curve, at scores of copies
 TAIL = 30  # best scores of non-copies from which those above are extrapolated

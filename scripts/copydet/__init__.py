@@ -1,0 +1,33 @@
+"""Image copy detection: everything that train.py and the commands in scripts/ import.
+
+In the order the data flows:
+
+    common          errors in one line, files that appear when they are whole
+    options         train.py's flags, recipes
+    images          find, open and decode images; those of a run
+    augmentations   operations on the pixels of one image
+    views           the grammar of --view0 and --view1; data sets of views and of whole images
+    batches         views on their way to the device: collate, order of the images, loading processes
+    distributed     ranks, devices, precision
+    network         backbone, pooling, head
+    losses          losses, memory of earlier batches
+    whitening       what the head can be fitted to after training
+    checkpoints     reading and finding them
+    log             of a training run
+    extraction      descriptors of all images of a run
+    descriptors     the HDF5 files they are kept in
+    calibration     scores to precision
+    export          the network for other programs
+    search          exact nearest neighbours
+    metrics         ground truths, micro-AP, recall at 90 % precision
+    report          HTML page and picture of a score
+
+Importing it changes nothing but what is imported.
+"""
+
+
+def __getattr__(name: str):
+    if name == "load_descriptor":  # late, as it needs PyTorch
+        from copydet.extraction import load_descriptor
+        return load_descriptor
+    raise AttributeError(f"module 'copydet' has no attribute '{name}'")

@@ -1,0 +1,354 @@
+"""Augmentations: operations on the pixels of one image, in the table OPS by the name that --view0 and --view1 use.
+
+Every random choice comes from the generator that an operation is given, never from a global one. Distributions: notes
+v8..v86, augly 0.1.2, torchvision 0.10.
+"""
+import functools
+import math
+import os
+import pickle
+import re
+from pathlib import Path
+
+import augly.image as imaugs
+import augly.utils
+import cv2
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from augly.image.utils import get_template_and_bbox, rotated_rect_with_max_area
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from copydet.images import Photo, through_jpeg
+
+
+EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
+
+
+def size_of(img):
+    """(width, height) of pixels, a Photo or a Part"""
+    return img.shape[1::-1] if isinstance(img, np.ndarray) else img.size
+
+
+class Part:
+    """What a view shows of a photo: the photo turned, then a box of it resized to a square, or all of it; in one go and
+    only when the pixels are asked for, so that the photo need not be decoded larger than all its views need it."""
+
+    def __init__(self, photo):
+        self.photo, self.angle, self.box, self.side, self.resize = photo, 0, None, None, None
+        self.size = self.frame = size_of(photo)  # of the pixels; of what the box is cut from
+
+    @classmethod
+    def of(cls, img):
+        return img if isinstance(img, cls) else cls(img)
+
+    def turn(self, degrees):
+        """Counter-clockwise, cut to the largest upright rectangle without background, as augly does."""
+        if self.angle or self.side:
+            return Part(self.pixels()).turn(degrees)
+        self.angle = degrees
+        self.size = self.frame = tuple(max(1, int(side)) for side in rotated_rect_with_max_area(*self.size, degrees))
+        return self
+
+    def crop(self, box, side):
+        """Box (left, top, width, height) resized to a square of `side`."""
+        if self.side:
+            return Part(self.pixels()).crop(box, side)
+        self.box, self.side, self.size = box, side, (side, side)
+        return self
+
+    def whole(self, resize, side):
+        """All of it, made a square of `side` by an entry of train.py's RESIZES."""
+        if self.angle or self.side:
+            return Part(self.pixels()).whole(resize, side)
+        self.resize, self.side, self.size = resize, side, (side, side)
+        return self
+
+    def shrink(self):
+        """How many times smaller the photo may be; turning does not interpolate, so then it is twice as large."""
+        if self.resize:
+            return min(self.frame) / (self.side + 32)  # what --resize crop needs
+        return min(self.box[2:]) / self.side / (2 if self.angle else 1) if self.box else 1
+
+    def pixels(self):
+        """uint8 [h, w, 3]"""
+        if isinstance(self.photo, Photo):
+            self.photo.shrink(self.shrink())
+        pixels = self.photo.pixels if isinstance(self.photo, Photo) else self.photo
+        if self.resize:
+            return self.resize(torch.from_numpy(pixels).permute(2, 0, 1), self.side).permute(1, 2, 0).numpy()
+        scale = pixels.shape[1] / size_of(self.photo)[0]
+        left, top, width, height = (scale * value for value in self.box or (0, 0, *self.frame))
+        width, height = max(1, round(width)), max(1, round(height))
+        if self.angle:
+            x, y = left - scale * self.frame[0] / 2, top - scale * self.frame[1] / 2  # from the middle of the photo
+            cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
+            x, y = cos * x - sin * y + pixels.shape[1] / 2, sin * x + cos * y + pixels.shape[0] / 2
+            matrix = from_corner(np.array([[cos, -sin, x], [sin, cos, y], [0, 0, 1]]))[:2]
+            pixels = cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
+                                    borderMode=cv2.BORDER_REPLICATE)  # AugLy's rotated queries are as rough
+        elif self.box:
+            left, top = round(left), round(top)
+            pixels = pixels[top:top + height, left:left + width]
+        return resize(pixels, self.side, self.side) if self.side else pixels
+
+
+def crop_box(size, rng, smallest):
+    """Box (left, top, width, height) of `smallest`..1 of the area at aspect ratio 3/4..4/3; the torchvision one."""
+    full_width, full_height = size
+    for _ in range(10):
+        area = full_width * full_height * rng.uniform(smallest, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= full_width and 0 < h <= full_height:
+            top, left = rng.integers(full_height - h + 1), rng.integers(full_width - w + 1)
+            return int(left), int(top), w, h
+    w, h = min(full_width, round(full_height * 4 / 3)), min(full_height, round(full_width * 4 / 3))
+    return (full_width - w) // 2, (full_height - h) // 2, w, h
+
+
+def resize(pixels, height, width, mode="bilinear"):
+    """uint8 [h, w, 3] -> [height, width, 3] with antialiasing, as Pillow does to within a level, but vectorised."""
+    pixels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, which is the fast path
+    pixels = torch.nn.functional.interpolate(pixels, (height, width), mode=mode, antialias=True)
+    return pixels.permute(0, 2, 3, 1)[0].numpy()
+
+
+def on_pillow(op):
+    """An operation on Pillow images, for pixels."""
+    @functools.wraps(op)
+    def on_pixels(pixels, *args):
+        return np.array(op(Image.fromarray(pixels), *args))
+    return on_pixels
+
+
+enhance_edges = on_pillow(Image.Image.filter)
+
+
+def gray(pixels):
+    return cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def pixelize(pixels, ratio):
+    height, width, _ = pixels.shape
+    return resize(resize(pixels, int(height * ratio), int(width * ratio), "bicubic"), height, width, "bicubic")
+
+
+def blur(pixels, radius):
+    """Gaussian blur of standard deviation `radius`. A wide one is done on the photo reduced by 2 or 4, less the
+    variance that reducing (box) and enlarging (triangle) add."""
+    height, width, _ = pixels.shape
+    factor = next(f for f in (4, 2, 1) if radius >= f and height % f == width % f == 0) if radius >= 1 else 1
+    if factor > 1:
+        pixels = cv2.resize(pixels, (width // factor, height // factor), interpolation=cv2.INTER_AREA)
+        radius = math.sqrt(radius ** 2 - (factor ** 2 - 1) / 12 - factor ** 2 / 6) / factor
+    pixels = cv2.GaussianBlur(pixels, (0, 0), radius, borderType=cv2.BORDER_REPLICATE)
+    return resize(pixels, height, width) if factor > 1 else pixels
+
+
+def color_jitter(pixels, rng, brightness, contrast, saturation, hue):
+    """Brightness, contrast and saturation by a factor of 1 +- strength, hue by +- strength turns, in random order."""
+    steps = [(adjust_brightness, rng.uniform(max(0, 1 - brightness), 1 + brightness)),
+             (adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
+             (adjust_saturation, rng.uniform(max(0, 1 - saturation), 1 + saturation)),
+             (adjust_hue, rng.uniform(-hue, hue))]
+    for i in rng.permutation(4):
+        pixels = steps[i][0](pixels, steps[i][1])
+    return pixels
+
+
+def blend(pixels, other, factor):
+    """other + factor * (pixels - other), clipped and cut to whole levels as Pillow does; OpenCV rounds them."""
+    return cv2.addWeighted(pixels, factor, other, 1 - factor, -0.49)
+
+
+def adjust_brightness(pixels, factor):
+    return blend(pixels, np.zeros_like(pixels), factor)
+
+
+def adjust_contrast(pixels, factor):
+    mean = cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0]
+    return blend(pixels, np.full_like(pixels, int(mean + 0.5)), factor)
+
+
+def adjust_saturation(pixels, factor):
+    return blend(pixels, gray(pixels), factor)
+
+
+def adjust_hue(pixels, turns):
+    """Shift the hue of the HSV colour, in steps of 1/255 turn as torchvision does."""
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(int(255 * turns) % 256)  # goes around
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def shuffle_pixels(pixels, rng, share):
+    """Permute a `share` of the pixels among themselves. AugLy's does it after seeding numpy with the constant 10."""
+    flat = pixels.reshape(-1, 3).copy()
+    chosen = rng.choice(len(flat), int(share * len(flat)), replace=False)
+    flat[chosen] = flat[rng.permutation(chosen)]
+    return flat.reshape(pixels.shape)
+
+
+def random_perspective(pixels, rng, distortion):
+    """Each corner moves inwards by up to `distortion` of half the side; uncovered pixels are black."""
+    (h, w), d = pixels.shape[:2], distortion / 2
+    dx, dy = rng.integers(0, int(w * d) + 1, 4), rng.integers(0, int(h * d) + 1, 4)
+    corners = np.float32([[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]])
+    moved = np.float32(corners + np.stack([dx, dy], 1) * [[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    matrix = from_corner(cv2.getPerspectiveTransform(moved, corners))
+    return cv2.warpPerspective(pixels, matrix, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
+
+def from_corner(matrix):
+    """A map between places counted from the corner of the first pixel, as Pillow does, for OpenCV, which counts from
+    its middle; 3 x 3, homogeneous."""
+    to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+    return np.linalg.inv(to_corner) @ matrix @ to_corner
+
+
+@on_pillow
+def overlay_text(img, rng, fewest=None, most=None, lines=1):
+    """Five characters of augly's default font (notes v8); with `fewest` and `most`, that many of a random font's own
+    characters in each of 1..`lines` lines (v48, v50). Random colour, starting in the upper left quarter."""
+    size, color = rng.uniform(0.1, 0.3), tuple(rng.integers(0, 256, 3).tolist())
+    x, y = rng.uniform(0, 0.5) * img.width, rng.uniform(0, 0.5)
+    if fewest is None:
+        file, texts = augly.utils.FONT_PATH, [rng.integers(1, 1000, 5)]
+    else:
+        file = fonts()[rng.integers(len(fonts()))]
+        texts = [rng.integers(0, 2**31, rng.integers(int(fewest), int(most or fewest) + 1))
+                 for _ in range(rng.integers(1, int(lines) + 1))]
+    chars, draw = characters(file), ImageDraw.Draw(img)
+    for line, text in enumerate(texts):
+        text = "".join(chr(chars[c % len(chars)]) for c in text)
+        draw.text((x, (y + line * size) * img.height), text, color, font(file, int(min(img.size) * size)))
+    return img
+
+
+@functools.cache
+def fonts():
+    """Files of augly's fonts but for two that cannot be used (notes v48)."""
+    names = Path(augly.utils.FONT_LIST_PATH).read_text(encoding="utf-8").split()
+    names = sorted(Path(name).name for name in names if not re.search("TypeMyMusic|PainttheSky-Regular", name))
+    return [os.path.join(augly.utils.FONTS_DIR, name) for name in names]
+
+
+@functools.lru_cache(256)
+def font(file, size):
+    return ImageFont.truetype(file, size)
+
+
+@functools.cache
+def characters(file):
+    """Code points of a font's characters, which augly keeps beside it."""
+    return pickle.loads(Path(file).with_suffix(".pkl").read_bytes())
+
+
+@functools.cache
+def emoji():
+    folder = Path(augly.utils.SMILEY_EMOJI_DIR)
+    return [Image.open(folder / name).convert("RGBA") for name in sorted(os.listdir(folder))]
+
+
+@on_pillow
+def overlay_emoji(img, rng):
+    """A random smiley of 0.1..0.3 of the height, anywhere, possibly in part beyond the edge."""
+    smiley = emoji()[rng.integers(len(emoji()))]
+    height = max(1, int(img.height * rng.uniform(0.1, 0.3)))
+    smiley = smiley.resize((int(smiley.width * height / smiley.height), height), Image.NEAREST)
+    img.paste(smiley, (int(img.width * rng.uniform(0, 1)), int(img.height * rng.uniform(0, 1))), smiley)
+    return img
+
+
+@functools.cache
+def screenshot(name):
+    """Template of a web page or a telephone with the box (left, top, right, bottom) for the photo."""
+    template, box = get_template_and_bbox(os.path.join(augly.utils.SCREENSHOT_TEMPLATES_DIR, name),
+                                          augly.utils.BBOXES_PATH)
+    return np.array(template.convert("RGB")), box
+
+
+def overlay_onto_screenshot(pixels, rng):
+    """The photo, as large as fits, on black in the middle of the template's box (AugLy reduces by Lanczos' filter)."""
+    template, (left, top, right, bottom) = screenshot(("web.png", "mobile.png")[rng.integers(2)])
+    factor = min((right - left) / pixels.shape[1], (bottom - top) / pixels.shape[0])
+    height, width = (max(1, int(side * factor)) for side in pixels.shape[:2])
+    template = template.copy()
+    template[top:bottom, left:right] = 0
+    top, left = (top + bottom - height) // 2, (left + right - width) // 2
+    template[top:top + height, left:left + width] = resize(
+        pixels, height, width, "bicubic" if factor < 1 else "bilinear")
+    return template
+
+
+@on_pillow
+def overlay_onto_photo(img, rng, views):
+    """Paste the photo onto another training photo, 0.1..0.5 of its height (notes v32)."""
+    below = Image.fromarray(views.random_photo(rng))
+    return overlay(below, img, overlay_size=rng.uniform(0.1, 0.5), x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
+
+
+def overlay_and_crop(img, rng, views, smallest, prob, low, high, opacity):
+    """With `prob` one of the photo and another training photo is pasted into the other: `low`..`high` of its height,
+    opacity from `opacity` up; then a crop of at least 0.7. Otherwise a crop of at least `smallest` (notes v79)."""
+    if rng.random() >= prob:
+        return Part.of(img).crop(crop_box(size_of(img), rng, smallest), views.size)
+    photos = [Image.fromarray(pixels) for pixels in (Part.of(img).pixels(), views.random_photo(rng))]
+    below, above = photos if rng.random() < 0.5 else photos[::-1]
+    size = rng.uniform(low, high)
+    img = overlay(below, above, opacity=rng.uniform(opacity, 1), overlay_size=size,
+                  x_pos=rng.uniform(0, 1 - size), y_pos=rng.uniform(0, 1 - size))
+    return Part(np.array(img)).crop(crop_box(img.size, rng, 0.7), views.size)
+
+
+def overlay(below, above, overlay_size, **place):
+    """AugLy's. Raises ValueError where it would make a huge picture of a long photo `above` first."""
+    pixels = (overlay_size * below.height) ** 2 * above.width / above.height
+    if pixels > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"an overlay of {pixels:,.0f} pixels")
+    return imaugs.overlay_image(below, overlay=above, overlay_size=overlay_size, **place)
+
+
+def erased_part(side, rng):
+    """A rectangle of 0.02..0.33 of a square's area, ratio 0.3..3.3, that becomes N(0, 1) noise before normalisation:
+    (top, left, float32 [3, h, w]), or None where ten attempts do not fit."""
+    for _ in range(10):
+        area, ratio = side ** 2 * rng.uniform(0.02, 0.33), math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < h < side and 0 < w < side:
+            top, left = rng.integers(side - h + 1), rng.integers(side - w + 1)
+            return int(top), int(left), rng.standard_normal((3, h, w), dtype=np.float32)
+
+
+RESIZES = {  # name -> whole image, uint8 tensor [3, h, w], to a square of a size, for extraction and the `clean` view
+    "crop": lambda img, s: TF.center_crop(TF.resize(img, s + 32), [s, s]),  # notes v3..v51
+    "square": lambda img, s: TF.resize(img, [s, s]),  # notes v52 and later
+}
+OPS = {  # name -> operation of a view: (pixels uint8 [h, w, 3], numpy Generator, Views, parameters...) -> new pixels
+    "clean": lambda img, rng, v: Part.of(img).whole(v.resize, v.size),
+    "crop": lambda img, rng, v, smallest: Part.of(img).crop(crop_box(size_of(img), rng, smallest), v.size),
+    "overlay-crop": lambda img, rng, v, smallest, prob, low, high, opacity: overlay_and_crop(
+        img, rng, v, smallest, prob, low, high, opacity),
+    "jitter": lambda img, rng, v, brightness, contrast, saturation, hue: color_jitter(
+        img, rng, brightness, contrast, saturation, hue),
+    "saturation": lambda img, rng, v, factor: adjust_saturation(img, factor),
+    "brightness": lambda img, rng, v, low, high: adjust_brightness(img, rng.uniform(low, high)),
+    "pixelize": lambda img, rng, v: pixelize(img, max(rng.uniform(0.1, 1), 1 / min(img.shape[:2]))),
+    "shuffle": lambda img, rng, v: shuffle_pixels(img, rng, 0.1),
+    "jpeg": lambda img, rng, v: through_jpeg(img, int(rng.choice([10, 20, 30, 50]))),
+    "gray": lambda img, rng, v: gray(img),
+    "blur": lambda img, rng, v: blur(img, rng.uniform(0.01, 10)),
+    "gaussian": lambda img, rng, v: blur(img, rng.uniform(0.1, 2)),
+    "perspective": lambda img, rng, v: random_perspective(img, rng, 0.5),
+    "hflip": lambda img, rng, v: cv2.flip(img, 1),
+    "vflip": lambda img, rng, v: cv2.flip(img, 0),
+    "rotation": lambda img, rng, v: Part.of(img).turn(rng.uniform(0, 180)),
+    "edge": lambda img, rng, v: enhance_edges(img, EDGE_FILTERS[rng.integers(2)]),
+    "text": lambda img, rng, v, fewest=None, most=None, lines=1: overlay_text(img, rng, fewest, most, lines),
+    "emoji": lambda img, rng, v: overlay_emoji(img, rng),
+    "screenshot": lambda img, rng, v: overlay_onto_screenshot(img, rng),
+    "overlay": lambda img, rng, v: overlay_onto_photo(img, rng, v),
+    "erase": lambda img, rng, v: erased_part(v.size, rng),  # comes last and gives noise, which is no colour: see Images
+}
+GEOMETRY = ("rotation", "crop", "overlay-crop", "clean")  # first in a view they come before the photo is decoded

@@ -1,0 +1,304 @@
+"""Extraction: descriptors of all images of a run to one HDF5 file, in blocks on disk until they are complete.
+
+What is finished survives a kill, and memory does not grow with the images. Images are cut into batches in their order,
+batches into blocks; rank p of P does blocks p, p + P, ... Batches are the same for any number of processes with one
+batch size, and so are the rows.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from copydet.batches import collate_photos, collate_views, make_loader
+from copydet.calibration import measure
+from copydet.checkpoints import FROM_CHECKPOINT, Source, find_source, load_net, take_source
+from copydet.common import ROOT, InputError, WorkError, replacing
+from copydet.descriptors import Descriptors, write_descriptors
+from copydet.distributed import Rank, gather_objects, pick_precision
+from copydet.images import FOLDERS, Group, list_group, write_skipped
+from copydet.network import Descriptor
+from copydet.options import LEAST_CALIBRATED, LETTERS, Args, parse_args
+from copydet.views import Preprocessing, Views, WholePhotos, parse_ops
+
+PHOTOS_PER_BLOCK = 4096
+
+
+class Blocks:
+    """Blocks of `count` photos in `folder`, a file each.
+
+    Attributes: todo: this process's blocks that are not finished, lists of ranges of photo indices, one per batch.
+    """
+
+    def __init__(self, folder: Path, name: str, count: int, batch: int, rank: Rank):
+        self.folder, self.name = folder, name
+        batches = [range(i, min(i + batch, count)) for i in range(0, count, batch)]
+        sixteenth = len(batches) // (16 * rank.world_size)  # what a kill costs at most
+        size = max(1, min(PHOTOS_PER_BLOCK // batch, sixteenth))
+        self.blocks = [batches[i:i + size] for i in range(0, len(batches), size)]
+        self.todo = [block for block in self.blocks[rank.rank::rank.world_size] if not self.file(block).is_file()]
+
+    def file(self, block):
+        return self.folder / f"{self.name}.{block[0].start}-{block[-1].stop}.npz"
+
+    def write(self, block, rows, indices, bad):
+        """Finish a block: rows [n, dim], their photos' indices [n], unreadable ones [(index, reason)]."""
+        with replacing(self.file(block)) as temporary, open(temporary, "wb") as out:
+            np.savez(out, rows=rows, indices=indices, bad=json.dumps(bad))
+
+    def read(self, block):
+        try:
+            with np.load(self.file(block)) as file:
+                return file["rows"], file["indices"], [tuple(entry) for entry in json.loads(str(file["bad"]))]
+        except (OSError, ValueError, zipfile.BadZipFile):
+            raise InputError(f"{self.file(block)} cannot be read; delete it and go on with --resume auto") from None
+
+    def collect(self):
+        """All finished rows [n, dim] as a memory map, their photos' indices [n], unreadable ones [(index, reason)]."""
+        rows, indices, bad, done = None, [], [], 0
+        for block in self.blocks:
+            part, some, unreadable = self.read(block)
+            if rows is None:
+                rows = np.lib.format.open_memmap(self.folder / f"{self.name}.npy", "w+", np.float32,
+                                                 (self.blocks[-1][-1].stop, part.shape[1]))
+            rows[done:done + len(some)] = part
+            done += len(some)
+            indices.append(some)
+            bad += unreadable
+        return rows[:done], np.concatenate(indices), bad
+
+
+def open_folder(folder, settings, resume):
+    """Make the folder of blocks, or take up the one that is there if `resume`. Call it in one process.
+
+    Raises InputError if its blocks were made with other settings.
+    """
+    file = folder / "settings.json"
+    if not (resume and file.is_file()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(settings))
+        return
+    before = json.loads(file.read_text())
+    differ = [f"{name} {before.get(name)} -> {value}" for name, value in settings.items() if before.get(name) != value]
+    if differ:
+        raise InputError(f"--resume auto: {folder} holds an extraction with other settings ({'; '.join(differ[:3])}); "
+                         "without --resume it starts anew")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images through the network
+
+
+def describe_views(net: Descriptor, describe: Callable, paths: Sequence[str], root: str | Path, pipelines: list[list],
+                   preprocessing: Preprocessing, seed: int, workers: int, rank: Rank) -> list[torch.Tensor]:
+    """Describe images `paths` of `root` in a view by each of the pipelines: -> for each, describe(images [B, 3, s, s])
+    [n, d] on the CPU. An unreadable image is replaced as in training."""
+    views = Views(root, paths, preprocessing, pipelines, seed)
+    batches = [[(0, i) for i in range(start, min(start + 64, len(paths)))] for start in range(0, len(paths), 64)]
+    loader = make_loader(views, batches, collate_views, workers, rank)
+    rows = []
+    with torch.inference_mode():
+        for images, *_ in tqdm(loader, "photos", unit="batch", leave=False):
+            images = images.to(rank.device, non_blocking=True, memory_format=torch.channels_last)
+            rows.append(describe(images).float().cpu().chunk(len(pipelines)))
+    return [torch.cat(parts) for parts in zip(*rows)]
+
+
+@torch.inference_mode()
+def describe_photos(describe: Callable, dim: int, blocks: Blocks, paths: Sequence[str], preprocessing: Preprocessing,
+                    workers: int, rank: Rank, strict: bool = False) -> None:
+    """Write this rank's unfinished blocks; `describe`: images [B, 3, s, s] of `paths` -> rows [B, dim]."""
+    batches = [batch for block in blocks.todo for batch in block]
+    loader = iter(make_loader(WholePhotos(paths, preprocessing), batches, collate_photos, workers, rank))
+    with tqdm(total=sum(map(len, batches)), desc=blocks.name, unit="photo", disable=not rank.is_main) as bar:
+        for block in blocks.todo:
+            rows, indices, bad = [torch.empty(0, dim)], [], []
+            for batch in block:
+                good, images, unreadable = next(loader)
+                if unreadable and strict:
+                    raise WorkError(f"{paths[unreadable[0][0]]}: {unreadable[0][1]}")
+                if good:
+                    images = images.to(rank.device, non_blocking=True, memory_format=torch.channels_last)
+                    rows.append(describe(images).float().cpu())
+                indices += good
+                bad += unreadable
+                bar.update(len(batch))
+            blocks.write(block, torch.cat(rows).numpy(), np.array(indices, dtype=int), bad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py --mode extract
+
+
+@dataclass(frozen=True)
+class Job:
+    """An extraction: what describes, which images, and the file it ends in."""
+    source: Source
+    groups: dict[str, Group]
+    h5: Path
+
+
+def prepare_extraction(args: Args) -> tuple[Args, Job]:
+    """Find checkpoint, images and ids before anything is computed."""
+    args, source = find_source(args)
+    groups = {LETTERS[letter]: list_group(args, LETTERS[letter]) for letter in LETTERS if letter in args.target_set}
+    if args.calibrate:
+        parse_ops(args.view1, args.op_prob, "--view1")
+    name = f"fb-isc-submission{'-subset' * args.eval_subset}"
+    h5 = args.out / (name + (f".shard-{args.shard.replace('/', '-of-')}" if args.shard else "") + ".h5")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args, Job(source, groups, h5)
+
+
+def extract(args: Args, job: Job, rank: Rank) -> None:
+    """Describe all images, each rank every n-th block of them; the main one writes the file from the blocks."""
+    net = load_net(args, job.source)
+    preprocessing = Preprocessing.of(args, net)
+    net = net.folded(args.input_size).to(rank.device, memory_format=torch.channels_last)
+    net.amp_dtype = pick_precision(args, rank.device)
+    print(f"=> network   {job.source.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
+          f"{args.gem_eval_p:g}, from {job.source.file or args.backbone_weights or 'random weights'}")
+    folder = job.h5.with_suffix(".blocks")
+    if rank.is_main:
+        paths = json.dumps([group.paths for group in job.groups.values()])
+        open_folder(folder, settings_of(args, job.source) | {
+            "processes": rank.world_size, "batch_size": args.batch_size,
+            "photos": hashlib.sha256(paths.encode()).hexdigest()}, bool(args.resume))
+    gather_objects(None)  # once the folder is there
+    blocks = {name: Blocks(folder, name, len(group.paths), args.batch_size // rank.local_world_size, rank)
+              for name, group in job.groups.items()}
+    for name, group in job.groups.items():
+        describe_photos(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict)
+    gather_objects(None)  # once every rank has written its blocks
+    if rank.is_main:
+        groups, skipped = collect_groups(args, job, blocks)
+        calibration = job.source.calibration
+        if "reference" in groups:
+            calibration = calibrate(args, net, preprocessing, *groups["reference"], job.groups["reference"],
+                                    rank) or calibration
+        write_results(args, job, groups, skipped, calibration)
+        shutil.rmtree(folder)
+
+
+def collect_groups(args: Args, job: Job, blocks: dict[str, Blocks]) -> tuple[dict, list]:
+    """{group: (rows [n, dim], ids [n])} of the finished blocks, and [(path, reason)] of images left out."""
+    groups, skipped = {}, []
+    for name, group in job.groups.items():
+        rows, indices, bad = blocks[name].collect()
+        skipped += [(group.paths[i], reason) for i, reason in bad] + group.odd
+        groups[name] = rows, [group.ids[i] for i in indices]
+        if not len(rows):
+            write_skipped(args.out / "skipped.csv", skipped)
+            raise InputError(f"none of the {len(group.paths)} photos in {args.dir / FOLDERS[name]} can be read, see "
+                             f"{args.out / 'skipped.csv'}")
+    return groups, skipped
+
+
+def calibrate(args: Args, net: Descriptor, preprocessing: Preprocessing, rows: np.ndarray, ids: list[str], group: Group,
+              rank: Rank) -> dict | None:
+    """Measure the calibration on the archive, references `ids` [n] with descriptors `rows` [n, dim]: edited copies of
+    --calibrate of them, at most half, against the others. None for a shard and for too few."""
+    n = min(args.calibrate, len(rows) // 2)
+    if n < LEAST_CALIBRATED or args.shard:
+        return None
+    paths = dict(zip(group.ids, group.paths))
+    chosen, others = np.split(np.random.default_rng(0).permutation(len(rows)), [n])
+    copies, = describe_views(net, net, [paths[ids[i]] for i in chosen], "", [parse_ops(args.view1, args.op_prob)],
+                             preprocessing, args.seed or 0, args.workers, rank)
+    blocks = (rows[part] for part in np.array_split(np.sort(others), -(-n * len(others) // 2**24)))
+    return measure(copies.numpy(), rows[chosen], blocks, "references")
+
+
+def settings_of(args: Args, source: Source) -> dict:
+    """What rows depend on, as it stands in the descriptor file: only rows of the same settings are put together."""
+    settings = {name: getattr(args, name) for name in FROM_CHECKPOINT} | {
+        "arch": source.arch_tag, "checkpoint_sha256": source.sha256, "contaminated": source.contaminated or "",
+        "extract_from": args.extract_from * (args.head == "simsiam"), "shard": args.shard or ""}
+    return {name: value for name, value in settings.items() if value != ""}
+
+
+def write_results(args: Args, job: Job, groups: dict, skipped: list, calibration: dict | None) -> None:
+    """Write the descriptor file and skipped.csv; groups of an earlier run with the same settings stay in the file, a
+    file of other settings is kept under a name with a hash of these. Score it where there is truth."""
+    settings, h5, keep, backup = settings_of(args, job.source), job.h5, [], None
+    if h5.is_file():
+        with Descriptors(h5) as old:
+            before = {name: str(old.attrs.get(name)) for name in settings}
+            keep, measured = [name for name in old.groups if name not in groups], old.attrs.get("calibration")
+        if before != {name: str(value) for name, value in settings.items()}:
+            keep = []
+            tag = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:8]
+            backup = h5.with_name(f"{h5.stem}.{tag}.h5")
+    if "reference" in keep:  # it was measured on them
+        calibration = measured
+    others = {"checkpoint": str(job.source.file or args.backbone_weights), "versions": versions()}
+    others |= {"calibration": calibration} if calibration else {}
+    new = h5.with_name(f".{h5.stem}.new.h5") if backup else h5  # the earlier file is renamed once this one is whole
+    write_descriptors(new, groups, settings | others, keep=keep)
+    if backup:
+        os.replace(h5, backup)
+        os.replace(new, h5)
+        print(f"=> kept the earlier file of other settings as {backup}; delete it when you do not need it")
+    write_skipped(args.out / "skipped.csv", skipped)
+    print(f"=> wrote {h5}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()) +
+          (f"; {len(skipped)} skipped, see {args.out / 'skipped.csv'}" if skipped else ""))
+    truth = args.dir / "public_ground_truth.csv"
+    if {"query", "reference"} <= set(groups) and truth.is_file() and not (args.dryrun or args.shard):
+        sys.stdout.flush()
+        command = [sys.executable, ROOT / "scripts" / "eval_metrics.py", h5, truth]
+        if subprocess.run(command + ["--allow-contaminated"] * bool(job.source.contaminated)).returncode:  # it says so
+            raise WorkError(f"scripts/eval_metrics.py failed on {h5}")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    import pytorch_metric_learning
+    import timm
+    import torchvision
+    return {module.__name__: str(module.__version__)
+            for module in (torch, torchvision, timm, pytorch_metric_learning, np)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In other programs
+
+
+def load_descriptor(weight: str | Path, device: str = "cpu", **settings) -> Callable[[Sequence], np.ndarray]:
+    """A checkpoint, or an exported .safetensors, as a function: images -> float32 [n, dim], rows of unit length.
+
+        from copydet import load_descriptor
+        descriptor = load_descriptor("exp/v31/train/checkpoint_0004.pth.tar")
+        vectors = descriptor(["a.jpg", "b.png"])
+
+    Images are paths or PIL images; batches are up to the caller. `settings` are flags of train.py that win over the
+    checkpoint's, such as input_size=320, resize="square", gem_eval_p=1.0.
+
+    Raises InputError for a file that is no checkpoint or a setting that does not exist, OSError for an image that
+    cannot be read.
+    """
+    args = parse_args(["--mode", "extract"])
+    if unknown := sorted(set(settings) - vars(args).keys()):
+        raise InputError(f"load_descriptor: no such setting: {', '.join(unknown)}")
+    args, source = take_source(Args(vars(args) | settings, settings), weight)
+    net = load_net(args, source)
+    preprocessing = Preprocessing.of(args, net)
+    net = net.folded(args.input_size).to(device)
+
+    @torch.inference_mode()
+    def descriptor(images):
+        return net(preprocessing.prepare(images).to(device)).cpu().numpy()
+
+    return descriptor

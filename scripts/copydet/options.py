@@ -1,0 +1,347 @@
+"""Command lines: train.py's flags, recipes as flags, kinds of numbers.
+
+Imports nothing heavy, so that --help and wrong flags are answered at once. A flag with choices lists their names here;
+what stands behind a name is an entry of a table: LOSSES, MINERS, OPTIMIZERS, SCHEDULES in train.py, HEADS in network.py,
+RESIZES in augmentations.py, FORMATS in export.py.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from copydet.common import ROOT, InputError, tell
+
+
+def recipe_words(file: str | Path) -> list[str]:
+    """Words of a recipe, exp/NAME.args: flags, any number per line, # starts a comment."""
+    return shlex.split(Path(file).read_text(encoding="utf-8-sig"), comments=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reads recipes, @FILE, and tells a wrong flag in one line."""
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line.removeprefix("\ufeff"), comments=True)
+
+    def error(self, message):
+        tell(message)
+        raise SystemExit(2)
+
+
+def fraction(text: str) -> float:
+    """Type of a flag: a number above 0, 1 at most."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def positive(text: str) -> int:
+    """Type of a flag: a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def size_in_bytes(text: str) -> int:
+    """Type of a flag: "1G", "500M" or a number of bytes."""
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
+    size = int(float(text[:-1] if unit > 1 else text) * unit)
+    if size < 2**20:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1M")
+    return size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+
+MODERATE = "crop:0.5=1 hflip=0.5"
+HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle jpeg=0.5 gray blur perspective "
+        "hflip=0.5 vflip text emoji erase")
+LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
+LEAST_CALIBRATED = 10
+FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, default, help)
+    "what to do": [
+        ("--mode", ["train", "extract", "export"], "train", "what to do"),
+        ("--exp NAME", str, None, "results go to exp/NAME/train and exp/NAME/extract (default: the experiment that "
+         "--weight or --resume lies in, else 'default')"),
+        ("--seed N", int, None, "seed of weights, order and views (default: drawn and printed)"),
+        ("-j --workers N", int, os.cpu_count(), "processes that load photos, shared by the devices of this machine"),
+        ("-b --batch-size N", int, 512, "train: photos per step on this machine, over all its devices, each seen "
+         "--ncrops times; extract: photos per batch"),
+        ("--strict", bool, False, "stop at the first unreadable photo instead of skipping it"),
+        ("--decode", ["draft", "full"], "draft", "draft: JPEGs no larger than needed; full: whole, by Pillow"),
+        ("--exif-transpose", bool, False, "turn photos upright by their EXIF tag, which the notes ignore"),
+    ],
+    "network (extract mode takes these from the checkpoint unless given)": [
+        ("-a --arch NAME", str, "resnet50", "timm model, old names too"),
+        ("--pool", ["gem", "grid", "backbone"], "gem", "gem: GeM over the last feature map; grid: means over the cells "
+         "of a grid over the maps of --stages, those that flips exchange averaged; backbone: the network's own final "
+         "norm and pooling, as for Swin in the notes"),
+        ("--stages N,N", str, "3", "pool grid: feature maps, 0 the finest; layers after the last one are left out"),
+        ("--grid N", int, 5, "pool grid: N x N cells"),
+        ("--gem-p P", float, 3.0, "GeM exponent in training"),
+        ("--gem-eval-p P", float, 4.0, "GeM exponent in extraction"),
+        ("--head", ["linear-bn", "deep", "linear", "simsiam", "none"], "linear-bn",
+         "from pooled features to descriptor; none: the pooled features"),
+        ("--dim N", int, 256, "descriptor dimensions"),
+        ("--pred-dim N", int, 512, "head simsiam: hidden dimensions of the predictor"),
+        ("--extract-from", ["proj", "pred", "proj+pred"], "proj", "head simsiam: describe by projection, prediction or "
+         "their sum"),
+        ("--input-size PX", int, 224, "side of the network's square input"),
+        ("--eval-input-size PX", int, None, "the same for extraction (default: --input-size)"),
+        ("--eval-crops SIDE,SIDE", str, "1", "extraction averages the features of centre crops, sides as shares of the "
+         "input's, all resized to the smallest"),
+        ("--resize", ["crop", "square"], "crop", "whole photo to square; crop: shorter side to PX + 32, centre crop "
+         "(notes v3..v51); square: stretch (v52 on)"),
+        ("--weight FILE", str, None, "checkpoint to extract with (default: the newest of --exp) or to start training "
+         "from; it must fit exactly"),
+        ("--backbone-weights FILE", str, None, "timm weights (.pth, .safetensors) to start from instead of a "
+         "download; in extract mode: their raw features"),
+        ("--no-pretrained", bool, False, "start from random weights"),
+    ],
+    "training data and views": [
+        ("--sample-size N", int, 100_000, "use the first N photos in order of their paths"),
+        ("--grow-epochs N", int, 0, "double the sample after every N epochs; each time the optimizer, and with arcface "
+         "the classes, start anew, and beyond 100,000 photos the batch is halved; 0: never (notes v4)"),
+        ("--grow-to N", int, 1_000_000, "up to N photos"),
+        ("--epoch-steps N", int, 0, "an epoch ends after N steps, or when all photos were seen; 0: only then"),
+        ("--pairs FILE", str, None, "train on the pairs of a ground truth (query_id,reference_id), of DIR's "
+         "query_images and reference_images: view 0 from the query, view 1 from the reference; descriptors of such a "
+         "network are marked as contaminated"),
+        ("--negatives N", int, 0, "add to each photo N random ones of --negatives-dir that match nothing"),
+        ("--negatives-dir DIR", str, None, "their folder; photos that occur in --pairs are left out"),
+        ("--ncrops N", int, 2, "views per photo"),
+        ("--view0 OPS", str, MODERATE, "operations of view 0 in order, each name[:parameter...][=probability]; those "
+         "in [brackets] in random order; all names stand in scripts/views.py"),
+        ("--view1 OPS", str, HARD, "operations of the other views"),
+        ("--op-prob P", float, 0.2, "probability of the operations given without one"),
+    ],
+    "loss and memory": [
+        ("--loss", ["contrastive", "triplet", "snr", "ntxent", "ntxent-margin", "arcface", "simsiam"], "contrastive",
+         "loss between views of the same and of other photos"),
+        ("--pos-margin M", float, 0.0, "contrastive, snr: distance up to which positives are close enough"),
+        ("--neg-margin M", float, 0.7, "contrastive, snr: distance from which negatives are far enough"),
+        ("-m --margin M", float, 0.05, "triplet: margin; arcface: angle in radians; ntxent-margin: taken off the "
+         "positives' cosine"),
+        ("-s --scale S", float, 30.0, "arcface: factor of the cosines"),
+        ("--temperature T", float, 0.1, "ntxent: temperature"),
+        ("--miner", ["none", "triplet", "bipartite"], "none", "picks the pairs or triplets that the loss sees; "
+         "bipartite: pairs of view 0 with other views"),
+        ("--type-of-triplets", ["all", "hard", "semihard", "easy"], "all", "triplet miner: which ones"),
+        ("--memory-size N", int, 1024, "descriptors of earlier batches that the loss compares with (cross-batch "
+         "memory, arXiv 1912.06798); 0: none"),
+        ("--memory-enqueue", ["all", "view0", "crosswise"], "all", "which descriptors enter the memory; view0: those "
+         "of view 0, with which the other views are compared; crosswise: a second memory does the reverse"),
+        ("--world-scaled-loss", bool, False, "multiply the loss by the number of processes, so that gradients do not "
+         "shrink with it as in the notes; arcface and simsiam never do"),
+    ],
+    "optimisation": [
+        ("--epochs N", int, 100, "also the length of the schedule"),
+        ("--start-epoch N", int, 0, "first epoch, when not resumed"),
+        ("--optimizer", ["sgd", "adamw"], "sgd", "optimizer"),
+        ("--lr --learning-rate LR", float, 0.05, "used as given, not scaled by the batch size"),
+        ("--lr-schedule", ["cosine", "cosine-iter", "linear", "constant"], "cosine",
+         "cosine and linear change per epoch, cosine-iter per step"),
+        ("--freeze N", int, 0, "the backbone's parameters up to feature map N - 1 are not trained"),
+        ("--momentum M", float, 0.9, "SGD"),
+        ("--wd --weight-decay W", float, 1e-4, "on matrices and kernels; not on 1-D parameters, biases and gains"),
+        ("--decay-all", bool, False, "weight decay on all parameters (notes v1, v2)"),
+        ("--fix-pred-lr", bool, False, "head simsiam: the predictor keeps its first learning rate"),
+        ("--batch-norm", ["sync", "local", "shuffled", "frozen"], "sync", "statistics over all GPUs or each its own "
+         "(processes without a GPU always have their own); shuffled: its own, of a batch drawn from all processes; "
+         "frozen: in the backbone those of its pretraining, in the head its own"),
+        ("--accumulate N", int, 1, "compute a batch that does not fit the device in N parts; loss and memory see it "
+         "whole, batch norm the parts"),
+        ("--grad-checkpointing", bool, False, "keep few activations and compute the others twice: less memory, slower"),
+        ("--compile", bool, False, "torch.compile the backbone: the first step takes minutes, the others less"),
+        ("--amp", ["auto", "off", "bf16", "fp16"], "auto", "precision of the backbone; auto: bf16 on GPUs that "
+         "compute in it, fp16 on others, fp32 on CPUs, where bf16 can be slower; head and loss are always in fp32"),
+    ],
+    "at the end of training": [
+        ("--whiten N", int, 0, "fit the head linear-bn anew to the trained backbone: the projection that shrinks what "
+         "differs between N training photos and edited copies (--view1) of them"),
+        ("--calibrate N", int, 0, "keep N photos back, and measure the precision at each score on them and edited "
+         "copies of them; extract (default: the checkpoint's): on N of the references, at most half; 0: none is "
+         "measured"),
+    ],
+    "checkpoints and log": [
+        ("--resume FILE", str, "", "continue from a checkpoint of this script; auto: from the newest of --exp, if any; "
+         "extract: auto goes on with an extraction that was stopped"),
+        ("--save-steps N", int, 0, "also write latest.pth.tar every N steps; 0: each epoch only"),
+        ("--overwrite", bool, False, "replace the checkpoints of another run in exp/NAME/train"),
+        ("-p --print-freq N", int, 10, "steps between log entries and checks of the loss and of Ctrl-C"),
+    ],
+    "extraction": [
+        ("--target-set LETTERS", str, "qr", "which folders: q queries, r references, t training photos"),
+        ("--eval-subset", bool, False, "only the references in --subset-file; writes fb-isc-submission-subset.h5"),
+        ("--subset-file FILE", str, None, "one reference id per line, by scripts/select_ref_subset.py (default: "
+         "DIR/rids_subset.txt)"),
+        ("--shard I/N", str, None, "every N-th photo of each folder from the I-th on, 0 the first; writes "
+         "fb-isc-submission.shard-I-of-N.h5; scripts/merge_shards.py puts the files together"),
+        ("--dryrun", bool, False, "the first 100 photos of each folder only"),
+    ],
+    "export": [
+        ("--format", ["onnx", "torchscript", "safetensors"], "onnx", "of the file for other programs"),
+        ("-o --output FILE", str, None, "where to (default: exp/NAME/export/descriptor.onnx, .pt or .safetensors)"),
+    ],
+    "devices and processes (under torchrun its environment decides)": [
+        ("--device", ["auto", "cuda", "mps", "cpu"], "auto", "auto: the best there is"),
+        ("--gpu N", int, None, "use this GPU only"),
+        ("--multiprocessing-distributed", bool, False, "one process per GPU of this machine; without a GPU --nproc "
+         "processes"),
+        ("--nproc N", int, None, "number of processes (default: number of GPUs, else 1)"),
+        ("--world-size N", int, -1, "number of machines; -1: one"),
+        ("--rank N", int, -1, "number of this machine, from 0; -1: 0"),
+        ("--dist-url URL", str, "tcp://localhost:10001", "where the processes meet"),
+        ("--dist-backend NAME", str, "nccl", "nccl or gloo; always gloo without a GPU"),
+    ],
+}
+
+
+class Args(argparse.Namespace):
+    """A command line, read-only once it is parsed. `vars(args)` is that and nothing else.
+
+    Attributes: given: names of the flags that the user or a recipe set; typed: those that the user typed.
+    """
+    __slots__ = ("given", "typed")
+
+    def __init__(self, values: dict, given=(), typed=()):
+        object.__setattr__(self, "given", frozenset(given))
+        object.__setattr__(self, "typed", frozenset(typed))
+        self.__dict__.update(values)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name}: a command line is read-only; args.replace(...) gives another one")
+
+    def __reduce__(self):
+        return Args, (vars(self), self.given, self.typed)
+
+    def replace(self, **values) -> Args:
+        return Args(vars(self) | values, self.given, self.typed)
+
+    def plain(self) -> dict:
+        """As plain values: what args.json and checkpoints hold."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+
+    @property
+    def out(self) -> Path:
+        """exp/NAME/MODE; --exp may be a path as well."""
+        return ROOT / "exp" / self.exp / self.mode
+
+
+def build_parser(description: str | None = None) -> Parser:
+    p = Parser(fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+               description=description)
+    p.add_argument("dir", metavar="DIR", nargs="?", help="train: folder of photos, nested or not (default: "
+                   "input/training_images); extract: folder that holds query_images, reference_images, training_images "
+                   "(default: input)")
+    for title, rows in FLAGS.items():
+        group = p.add_argument_group(title)
+        for names, kind, default, text in rows:
+            text += "" if default in (None, "", False) else " (default: %(default)s)"
+            if kind is bool:
+                group.add_argument(names, action="store_true", help=text)
+            elif isinstance(kind, list):
+                group.add_argument(names, choices=kind, default=default, help=text)
+            else:
+                *names, metavar = names.split()
+                group.add_argument(*names, metavar=metavar, type=kind, default=default, help=text)
+    return p
+
+
+def names_set(words: list[str]) -> list[str]:
+    """Names of the arguments that these words set, defaults apart."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return list(vars(parser.parse_args(words)))
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> Args:
+    """Parse train.py's command line and check what can be checked without torch. What is wrong ends the program."""
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    parser = build_parser(description)
+    args = Args(vars(parser.parse_args(argv)), names_set(argv),
+                names_set([word for word in argv if not word.startswith("@")]))
+    try:
+        return check_args(args)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def check_args(args: Args) -> Args:
+    """The command line with its folders filled in. Raises InputError naming the flag that is wrong."""
+    for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq",
+                          "accumulate", "grid"), 1),
+                         (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives", "freeze",
+                           "whiten", "calibrate"), 0)):
+        for name in names:
+            if getattr(args, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if 0 < args.calibrate < LEAST_CALIBRATED:
+        raise InputError(f"--calibrate {args.calibrate}: {LEAST_CALIBRATED} photos are the least that tell anything; "
+                         "0: no calibration")
+    if args.mode != "train" and "weight" not in args.typed:  # a recipe's is what training starts from
+        args = args.replace(weight=None)
+    for flag in ("weight", "backbone_weights", "resume", "pairs"):
+        file = getattr(args, flag)
+        if file and file != "auto" and not Path(file).is_file():
+            raise InputError(f"--{flag.replace('_', '-')}: no such file: {file}")
+    if not args.target_set or set(args.target_set) - set(LETTERS):
+        raise InputError(f"--target-set must be letters out of q, r, t, not '{args.target_set}'")
+    if args.exp is None:
+        file = Path(args.weight if args.mode != "train" and args.weight else args.resume).resolve()
+        args = args.replace(exp=file.parent.parent.name if file.parent.name == "train" else "default")
+    if args.mode == "train":
+        args = check_training_flags(args)
+    elif args.mode == "extract":
+        check_extraction_flags(args)
+    folder = "input/training_images" if args.mode == "train" and not args.pairs else "input"
+    return args.replace(dir=Path(args.dir or folder))
+
+
+def check_extraction_flags(args: Args) -> None:
+    if args.resume not in ("", "auto"):
+        raise InputError(f"--resume {args.resume}: an extraction goes on with --resume auto; the checkpoint is "
+                         "--weight")
+    if args.shard and not ((shard := re.fullmatch(r"(\d+)/(\d+)", args.shard)) and int(shard[1]) < int(shard[2])):
+        raise InputError(f"--shard {args.shard}: give I/N with I from 0 to N - 1, such as 0/4")
+
+
+def check_training_flags(args: Args) -> Args:
+    """The command line of a training; without a memory where the loss has none."""
+    least = 1 if args.loss == "arcface" else 2
+    if args.ncrops < least or (args.pairs and args.ncrops != 2):
+        why = "a pair has 2 views" if args.pairs else "a photo needs at least 2 views, or there are no positive pairs"
+        raise InputError(f"--ncrops {args.ncrops}: {why}")
+    if (args.loss == "simsiam") != (args.head == "simsiam"):
+        raise InputError(f"--loss {args.loss} with --head {args.head}: simsiam needs both")
+    if args.loss in ("arcface", "simsiam"):
+        if "memory_size" in args.given and args.memory_size:
+            raise InputError(f"--memory-size {args.memory_size}: --loss {args.loss} has no memory; give 0")
+        args = args.replace(memory_size=0)
+        if args.negatives:
+            raise InputError(f"--negatives {args.negatives}: --loss {args.loss} compares no photos")
+    if args.whiten and args.head != "linear-bn":
+        raise InputError(f"--head {args.head}: --whiten is for linear-bn")
+    if args.pairs and (args.whiten or args.calibrate or args.pool == "grid"):
+        raise InputError("--pairs: --whiten, --calibrate and --pool grid want single photos")
+    if args.memory_enqueue != "all" and not args.memory_size:
+        raise InputError(f"--memory-enqueue {args.memory_enqueue} needs a --memory-size")
+    if args.grow_epochs and args.pairs:
+        raise InputError("--grow-epochs: pairs do not grow")
+    if args.negatives and not args.negatives_dir:
+        raise InputError(f"--negatives {args.negatives} needs their folder, --negatives-dir")
+    views = args.ncrops + args.negatives
+    rows = args.batch_size * views * max(1, args.world_size)
+    if 0 < args.memory_size < rows:
+        raise InputError(f"--memory-size {args.memory_size} is smaller than one batch of {rows} descriptors "
+                         f"(--batch-size {args.batch_size} x {views} views"
+                         f"{f' x {args.world_size} machines' * (args.world_size > 1)})")
+    return args

@@ -1,0 +1,252 @@
+"""Views of training images: the grammar of --view0 and --view1, and the data sets that make views.
+
+A pipeline is a text: `crop:0.2=1 [jitter:0.4:0.4:0.4:0.1=0.8 gray] erase` is a crop to 0.2..1 of the area, always, then
+in random order a colour jitter with probability 0.8 and a grey conversion, then an erased rectangle, both with the
+default probability. Every random choice comes from one generator per view, so a view depends on (seed, epoch, image,
+view number) only.
+"""
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import torch
+import torchvision
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+from copydet.augmentations import GEOMETRY, OPS, RESIZES, Part, resize
+from copydet.batches import Images
+from copydet.common import InputError, replacing
+from copydet.images import UNREADABLE, Photo, to_rgb
+from copydet.options import Args
+
+if TYPE_CHECKING:
+    from copydet.network import Descriptor
+
+UNUSABLE = (*UNREADABLE, cv2.error)  # OpenCV 4 turns no photo with a side of more than 32,767 px
+
+
+def parse_ops(text, default_prob, flag="view"):
+    """'a:1:2=0.5 [b c]' -> [[('a', (1.0, 2.0), 0.5)], [('b', (), default), ('c', (), default)]]: groups in order, the
+    operations inside a group in random order. Raises InputError naming `flag`."""
+    groups, inside = [], False
+    for word in text.replace("[", " [ ").replace("]", " ] ").split():
+        if word in "[]":
+            if inside == (word == "["):
+                raise InputError(f"{flag}: brackets do not match in '{text}'")
+            inside = word == "["
+            groups += [[]] if inside else []
+            continue
+        name, _, prob = word.partition("=")
+        name, *parameters = name.split(":")
+        if name not in OPS:
+            raise InputError(f"{flag}: unknown operation '{name}'; there are {', '.join(OPS)}")
+        try:
+            op = (name, tuple(map(float, parameters)), float(prob) if prob else default_prob)
+        except ValueError:
+            raise InputError(f"{flag}: '{word}' is not name[:number...][=probability]") from None
+        try:
+            inspect.signature(OPS[name]).bind(None, None, None, *parameters)
+        except TypeError:
+            wanted = ":".join([name, *list(inspect.signature(OPS[name]).parameters)[3:]])
+            raise InputError(f"{flag}: '{word}' is not {wanted}") from None
+        if inside:
+            groups[-1].append(op)
+        else:
+            groups.append([op])
+    if inside:
+        raise InputError(f"{flag}: brackets do not match in '{text}'")
+    names = [name for group in groups for name, *_ in group]
+    if "erase" in names and (names.index("erase") < len(names) - 1 or len(groups[-1]) > 1):
+        raise InputError(f"{flag}: 'erase' must come last and by itself in '{text}'")
+    return groups
+
+
+NEGATIVE_LABEL = 10**9  # the first label of negatives, beyond those of any training set
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a whole image becomes the network's input."""
+    input_size: int  # px, of the square
+    resize: str  # name in RESIZES
+    mean: Sequence[float]  # of pixels 0..1, per channel
+    std: Sequence[float]
+    exif_transpose: bool = False
+    decode: str = "draft"
+
+    @classmethod
+    def of(cls, args: Args, net: Descriptor, input_size: int | None = None) -> Preprocessing:
+        """That of a command line for a network."""
+        return cls(input_size or args.input_size, args.resize, net.mean, net.std, args.exif_transpose, args.decode)
+
+    def open(self, path: str) -> Photo:
+        return Photo(path, self.exif_transpose, self.decode == "draft")
+
+    def whole(self, image: str | Image.Image) -> np.ndarray:
+        """Pixels [size, size, 3] of a whole image, a path or a Pillow image."""
+        is_path = not isinstance(image, Image.Image)
+        photo = self.open(image) if is_path else np.array(to_rgb(image, self.exif_transpose))
+        return Part(photo).whole(RESIZES[self.resize], self.input_size).pixels()
+
+    def prepare(self, images: Sequence[str | Image.Image]) -> Images:
+        """Whole images, paths or Pillow images, on their way to the device."""
+        return Images.of([(self.whole(image), None) for image in images], self.mean, self.std)
+
+
+class Views(torch.utils.data.Dataset):
+    """Training images: item (epoch, i) -> Images of the views and negatives, their labels, unreadable [(path, reason)],
+    failed operations.
+
+    In place of an unreadable image the next readable one is taken, with its own label. Negatives are whole images with
+    labels of their own (notes v98).
+
+    Args: paths: of images, relative to `root`; pipelines: what `parse_ops` gives for each view; seed: of all draws;
+    negatives: number of random ones out of `negative_images`, paths, with each item.
+    """
+
+    def __init__(self, root: str | Path, paths: Sequence, preprocessing: Preprocessing, pipelines: Sequence[list],
+                 seed: int, negatives: int = 0, negative_images: Sequence[str] = (), strict: bool = False):
+        self.root, self.paths, self.preprocessing, self.pipelines = root, paths, preprocessing, pipelines
+        self.seed, self.strict = seed, strict
+        self.size, self.resize = preprocessing.input_size, RESIZES[preprocessing.resize]
+        self.negatives, self.negative_images = negatives, negative_images
+
+    def __len__(self):
+        return len(self.paths)
+
+    def open(self, i):
+        """The photo of each view of item `i`."""
+        return [self.preprocessing.open(os.path.join(self.root, self.paths[i]))] * len(self.pipelines)
+
+    def name(self, i):
+        return os.path.join(self.root, self.paths[i])
+
+    def random_photo(self, rng):
+        pixels, _, _ = self.first_readable(int(rng.integers(len(self.paths))), lambda i: self.open(i)[0].pixels)
+        return pixels
+
+    def first_readable(self, i, read):
+        """read(i) of the first photo from `i` on that can be read, its index, unreadable ones [(path, reason)]."""
+        unreadable = []
+        while len(unreadable) < min(len(self.paths), 100):
+            try:
+                return read(i), i, unreadable
+            except UNUSABLE as error:
+                unreadable.append((self.name(i), f"{type(error).__name__}: {error}"))
+                if self.strict:
+                    break
+                i = (i + 1) % len(self.paths)
+        raise InputError(": ".join(unreadable[0])
+                         + (f", nor can the {len(unreadable) - 1} photos after it be read" * (not self.strict)))
+
+    def read_negatives(self, rng):
+        """Random negatives [(pixels, label)] and unreadable ones; labels lie beyond those of all training photos."""
+        read, unreadable = [], []
+        for j in rng.permutation(len(self.negative_images)):
+            if len(read) == self.negatives:
+                break
+            try:
+                read.append((self.preprocessing.whole(self.negative_images[j]), NEGATIVE_LABEL + int(j)))
+            except UNREADABLE as error:
+                unreadable.append((self.negative_images[j], f"{type(error).__name__}: {error}"))
+        return read, unreadable
+
+    def plan(self, photo, epoch, i, number):
+        """Draw which operations view `number` consists of, and apply those that come before the photo is decoded.
+
+        Returns the generator, the photo or a part of it, and the other operations [(name, parameters)].
+        """
+        rng = np.random.default_rng((self.seed, epoch, i, number))
+        ops = [group[k] for group in self.pipelines[number] for k in rng.permutation(len(group))]
+        ops = [(name, parameters) for (name, parameters, prob), drawn in zip(ops, rng.random(len(ops))) if drawn < prob]
+        part = Part(photo)
+        while ops and ops[0][0] in GEOMETRY:
+            name, parameters = ops.pop(0)
+            part = OPS[name](part, rng, self, *parameters)
+        if isinstance(photo, Photo):
+            photo.shrink(part.shrink())
+        return rng, part, ops
+
+    def view(self, photo, epoch, i, number):
+        """View `number` of photo `i`: pixels [size, size, 3], erased part or None, and the operations that failed
+        (tiny or odd photos)."""
+        return self.make(*self.plan(photo, epoch, i, number))
+
+    def make(self, rng, part, ops):
+        img, erased, failed = part.pixels(), None, []
+        for name, parameters in ops:
+            try:
+                result = OPS[name](img, rng, self, *parameters)
+                if name == "erase":
+                    erased = result
+                else:
+                    img = result.pixels() if isinstance(result, Part) else result
+            except (*UNUSABLE, RuntimeError, ZeroDivisionError) as error:
+                failed.append(f"{name}: {error}")
+        return img if img.shape[:2] == (self.size, self.size) else resize(img, self.size, self.size), erased, failed
+
+    def views(self, epoch, i):
+        """All views of item `i`, and the operations that failed. They are planned before one of them is made, so that
+        the photo is decoded once, no larger than the most demanding view needs it."""
+        plans = [self.plan(photo, epoch, i, number) for number, photo in enumerate(self.open(i))]
+        views = [self.make(*plan) for plan in plans]
+        return [view[:2] for view in views], sum((failed for *_, failed in views), [])
+
+    def __getitem__(self, key):
+        epoch, i = key
+        (views, failed), i, unreadable = self.first_readable(i, functools.partial(self.views, epoch))
+        labels = [i] * len(views)
+        if self.negatives:
+            negatives, bad = self.read_negatives(np.random.default_rng((self.seed, epoch, i, len(self.pipelines))))
+            unreadable += bad
+            views += [(pixels, None) for pixels, _ in negatives]
+            labels += [label for _, label in negatives]
+        return Images.of(views, self.preprocessing.mean, self.preprocessing.std), labels, unreadable, failed
+
+
+class Pairs(Views):
+    """Pairs of photos that show the same, `paths` [(query, reference)]: view 0 is made from the query, view 1 from the
+    reference (notes v89)."""
+
+    def open(self, i):
+        return [self.preprocessing.open(os.path.join(self.root, path)) for path in self.paths[i]]
+
+    def name(self, i):
+        return " or ".join(os.path.join(self.root, path) for path in self.paths[i])
+
+
+def write_views_png(views, file):
+    """Eight photos in rows: as they are, then their views of the first epoch, so that one look shows what is seen."""
+    rows = []
+    for i in np.linspace(0, len(views) - 1, min(8, len(views))).astype(int):
+        (made, _), i, _ = views.first_readable(int(i), functools.partial(views.views, 0))
+        photo = resize(views.open(i)[0].pixels, views.size, views.size)
+        rows.append(Images.of([(photo, None), *made], [0.0] * 3, [1.0] * 3).to("cpu"))
+    grid = torchvision.utils.make_grid(torch.cat(rows), nrow=1 + len(views.pipelines), pad_value=1)
+    with replacing(file) as temporary:
+        TF.to_pil_image(grid.clamp(0, 1)).save(temporary, "PNG")
+
+
+class WholePhotos(torch.utils.data.Dataset):
+    """Item i -> i, Images of the whole image or None, reason why not."""
+
+    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing):
+        self.paths, self.preprocessing = paths, preprocessing
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            return i, self.preprocessing.prepare(self.paths[i:i + 1]), None
+        except UNREADABLE as error:
+            return i, None, f"{type(error).__name__}: {error}"
