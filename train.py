@@ -192,6 +192,16 @@ def on_gpu(groups):
     return groups[0]["params"][0].is_cuda
 
 
+def synchronised(args: Args, rank: Rank) -> bool:
+    """Whether batch norm has statistics over all ranks; PyTorch offers that on GPUs only."""
+    return args.batch_norm == "sync" and rank.world_size > 1 and rank.device.type == "cuda"
+
+
+def learning_rate(args: Args, epoch: int, done: float) -> float:
+    """At the fraction `done` of an epoch."""
+    return args.lr * SCHEDULES[args.lr_schedule](epoch, epoch + done, args.epochs)
+
+
 def build_criterion(args: Args, count: int, rank: Rank) -> torch.nn.Module:
     """--loss for `count` images: one with classes or predictions of its own, or over pairs of descriptors."""
     loss = LOSSES[args.loss](args, count)
@@ -252,7 +262,7 @@ class Trainer:
             self.net.backbone.set_grad_checkpointing()
         if args.compile:
             self.net.backbone.compile()
-        if args.batch_norm == "sync" and self.rank.world_size > 1 and self.device.type == "cuda":  # PyTorch: GPUs only
+        if synchronised(args, self.rank):
             self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
     def describe_views(self, describe: Callable, paths: list, pipelines: list, preprocessing: Preprocessing):
@@ -365,10 +375,8 @@ class Trainer:
               f"{args.seed}\n"
               f"=> output    {args.out}", flush=True)
 
-    def learning_rate(self):
-        args = self.args
-        now = self.epoch + self.done / self.batches.steps()
-        return args.lr * SCHEDULES[args.lr_schedule](self.epoch, now, args.epochs)
+    def learning_rate(self) -> float:
+        return learning_rate(self.args, self.epoch, self.done / self.batches.steps())
 
     def train_epoch(self):
         """The rest of epoch `self.epoch`, after the `self.done` steps that it had; ends with its checkpoint."""

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,4 +36,37 @@ def draw_photos(folder, count, size=64, seed=0, name="{:04d}.jpg"):
             x, y = rng.integers(0, size, 2)
             draw.ellipse([x, y, x + size // 3, y + size // 4], fill=tuple(rng.integers(0, 256, 3).tolist()))
         img.save(folder / name.format(i))
+    return folder
+
+
+def data_folder(root, queries=6, references=10, training=4):
+    draw_photos(root / "query_images", queries, seed=1, name="Q{:05d}.jpg")
+    draw_photos(root / "reference_images", references, seed=2, name="R{:06d}.jpg")
+    draw_photos(root / "training_images", training, seed=3, name="T{:06d}.jpg")
+    return root
+
+
+def odd_photos(folder):
+    """Photos of unusual kinds, all readable but for the header bomb."""
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (48, 64), dtype=np.uint8)
+    rgb = Image.fromarray(np.stack([grey, grey.T.reshape(48, 64), 255 - grey], -1))
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(grey).save(folder / "grey8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "grey16.png")
+    Image.fromarray(np.stack([grey, grey], -1), "LA").save(folder / "la.png")
+    rgb.convert("RGBA").save(folder / "rgba.png")
+    rgb.convert("P").save(folder / "palette.png", transparency=3)
+    rgb.save(folder / "animated.gif", save_all=True, append_images=[rgb.rotate(90)])
+    exif = rgb.getexif()
+    exif[274] = 6
+    rgb.save(folder / "turned.JPEG", exif=exif)
+    rgb.resize((1, 1)).save(folder / "dot.PNG")
+    rgb.resize((3, 500)).save(folder / "line.jpg")
+    rgb.save(folder / "photo.webp"), rgb.save(folder / "photo.bmp"), rgb.save(folder / "photo2.tif")
+    bomb = bytearray((folder / "grey8.png").read_bytes())
+    bomb[16:24] = (20000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
+    (folder / "bomb.png").write_bytes(bytes(bomb))
+    os.rename(folder / "photo.bmp", folder / "photo3.BMP")
     return folder

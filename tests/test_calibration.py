@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 
-from calibration import TAIL, Calibration, false_rates, measure
-from descriptors import InputError, write_descriptors
+from copydet.calibration import TAIL, Calibration, false_rates, measure
+from copydet.common import InputError
+from copydet.descriptors import write_descriptors
 from helpers import run
 
 CURVE = {"scores": [-1.0, -0.5, -0.1], "recall": [0.8, 0.4, 0.2], "false_rate": [0.008, 0.00025, 0.0],

@@ -2,7 +2,8 @@
 import h5py
 import numpy as np
 import pytest
-from descriptors import Descriptors, InputError, write_descriptors
+from copydet.common import InputError
+from copydet.descriptors import Descriptors, write_descriptors
 
 
 def unit(n, d=8, seed=0):
@@ -26,7 +27,7 @@ def pair(**changes):
 
 @pytest.mark.parametrize("names", [["b", "a", "c"], ["É'日本", "x" * 40, "a"]])
 def test_written_sorted_and_never_truncated(tmp_path, names, monkeypatch):
-    monkeypatch.setattr("descriptors.BLOCK", 2)
+    monkeypatch.setattr("copydet.descriptors.BLOCK", 2)
     x, file = unit(3), tmp_path / "a.h5"
     write_descriptors(file, {"query": (x, names), "train": (x[::-1], names)},
                       {"arch": "net", "checkpoint_sha256": "ab", "args": {"dim": 8}})

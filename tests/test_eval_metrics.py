@@ -3,15 +3,18 @@ import json
 import shutil
 import subprocess
 
-import eval_metrics
 import faiss
 import h5py
 import numpy as np
 import pytest
-from descriptors import Descriptors, write_descriptors
+from PIL import Image
+
+import eval_metrics
+from copydet import search
+from copydet.descriptors import Descriptors, write_descriptors
+from copydet.metrics import read_ground_truth
 from eval_metrics import main
 from helpers import run
-from PIL import Image
 
 
 def unit(n, d=8, seed=0):
@@ -71,9 +74,9 @@ def descriptors_with_ties(rng):
 def test_descriptors_equal_brute_force(tmp_path, capsys, seed, monkeypatch):
     for case in range(seed, seed + 20):
         rng = np.random.default_rng(case)
-        monkeypatch.setattr(eval_metrics, "NEIGHBOURS", int(rng.integers(1, 20)))
-        monkeypatch.setattr(eval_metrics, "BYTES_PER_PAIR", 2**31 // int(rng.integers(10, 200)))
-        monkeypatch.setattr(eval_metrics, "QUERIES_AT_ONCE", int(rng.integers(1, 10)))
+        monkeypatch.setattr(search, "NEIGHBOURS", int(rng.integers(1, 20)))
+        monkeypatch.setattr(search, "BYTES_PER_PAIR", 2**31 // int(rng.integers(10, 200)))
+        monkeypatch.setattr(search, "QUERIES_AT_ONCE", int(rng.integers(1, 10)))
         q, r = descriptors_with_ties(rng)
         truth = [(f"Q{i}", f"R{rng.integers(len(r) + 2)}" if i == 0 or rng.random() < 0.6 else "")
                  for i in range(len(q) + 2) if i == 0 or rng.random() < 0.8]
@@ -132,8 +135,8 @@ def test_same_output_for_any_block_size_and_thread_count(larger, tmp_path, capsy
     outputs = set()
     for neighbours, at_once, memory, threads in [(16, 1024, "1G", 2), (1, 7, "1M", 1), (3000, 300, "1G", 2),
                                                  (9, 64, "2M", 3)]:
-        monkeypatch.setattr(eval_metrics, "NEIGHBOURS", neighbours)
-        monkeypatch.setattr(eval_metrics, "QUERIES_AT_ONCE", at_once)
+        monkeypatch.setattr(search, "NEIGHBOURS", neighbours)
+        monkeypatch.setattr(search, "QUERIES_AT_ONCE", at_once)
         faiss.omp_set_num_threads(threads)
         for topk in ([], ["--topk", "5"]):
             result, _ = scores(capsys, file, gt, "--memory", memory, "--candidates", tmp_path / "c.csv", *topk)
@@ -155,9 +158,9 @@ def test_search_allows_for_the_rounding_of_float32(tmp_path, monkeypatch, seed):
     with Descriptors(save(tmp_path / "a.h5", q, 300 + unit(500, 16, seed + 10))) as d:
         distances = ((q[:, None].astype(float) - d["reference"].read()) ** 2).sum(axis=2).ravel()
         for neighbours in (3, 500):
-            monkeypatch.setattr(eval_metrics, "NEIGHBOURS", neighbours)
-            monkeypatch.setattr(eval_metrics, "BYTES_PER_PAIR", 2**31 // 1024 // 100)
-            found = eval_metrics.search(q, d["reference"], 200, np.empty(0, np.int64))
+            monkeypatch.setattr(search, "NEIGHBOURS", neighbours)
+            monkeypatch.setattr(search, "BYTES_PER_PAIR", 2**31 // 1024 // 100)
+            found = search.search(q, d["reference"], 200, np.empty(0, np.int64))
             nearest = np.sort(np.argsort(distances)[:200])
             np.testing.assert_array_equal(found["query"] * 500 + found["reference"], nearest)
             np.testing.assert_allclose(-found["score"], distances[nearest], atol=1e-9)
@@ -168,8 +171,8 @@ def test_search_through_the_index_of_a_gpu(larger, monkeypatch):
     with Descriptors(file) as d:
         q, none = d["query"].read(), np.empty(0, np.int64)
         monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index, ngpu: index, raising=False)
-        monkeypatch.setattr(eval_metrics, "NEIGHBOURS", 5)
-        for find, n in ((eval_metrics.search, 3000), (eval_metrics.search_topk, 7)):
+        monkeypatch.setattr(search, "NEIGHBOURS", 5)
+        for find, n in ((search.search, 3000), (search.search_topk, 7)):
             expected = find(q, d["reference"], n, none)
             np.testing.assert_array_equal(find(q, d["reference"], n, none, ngpu=1), expected)
 
@@ -205,7 +208,7 @@ def test_bootstrap_is_the_metric_of_the_resampled_queries(larger, capsys):
     file, gt, *_ = larger
     args = eval_metrics.parse_args([str(file), str(gt)])
     args.ngpu = 0
-    e = eval_metrics.Evaluation(file, eval_metrics.read_ground_truth(gt), args)
+    e = eval_metrics.Evaluation(file, read_ground_truth(gt), args)
     sample = eval_metrics.bootstrap([e], 1, seed=3)[0, 0]
     drawn = e.queries[np.random.default_rng(3).integers(len(e.queries), size=len(e.queries))]
     pairs, truth = [], []
@@ -386,7 +389,7 @@ def test_edit_table_is_the_metric_of_the_queries_with_that_edit(photos, tmp_path
     file, gt = photos
     args = eval_metrics.parse_args([str(file), str(gt)])
     args.ngpu = 0
-    e = eval_metrics.Evaluation(file, eval_metrics.read_ground_truth(gt), args)
+    e = eval_metrics.Evaluation(file, read_ground_truth(gt), args)
     table = {row[0]: row[1:] for row in eval_metrics.metrics_per_edit(e, tmp_path / "edits.csv")}
     assert set(table) == {"crop", "text", "blur"} and table["crop"] == table["text"]
     chosen = [(p.query_id, p.reference_id, p.score) for p in e.pairs.itertuples() if int(p.query_id[1:]) % 2 == 0]

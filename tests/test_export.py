@@ -7,9 +7,13 @@ import torch
 from PIL import Image
 
 import train
-import views
-from helpers import draw_photos, run
-from test_extract import weights  # noqa: F401  (fixture)
+from copydet import load_descriptor
+from copydet.batches import collate_photos
+from copydet.checkpoints import find_source, load_net
+from copydet.common import InputError
+from copydet.options import parse_args
+from copydet.views import Preprocessing, WholePhotos
+from helpers import ROOT, draw_photos, run
 
 
 @pytest.fixture(scope="module")
@@ -18,40 +22,39 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(weights, photos):  # noqa: F811
+def expected(weights, photos):
     """Input tensors and descriptors of the photos, by the network itself."""
-    args = train.parse_args(["--mode", "extract", "--weight", str(weights), "x"])
-    train.find_checkpoint(args)
-    net = train.load_net(args)
-    whole = train.WholePhotos(args, [str(path) for path in photos], train.RESIZES["crop"], [0.5] * 3, [0.5] * 3)
-    images = views.collate_photos([whole[i] for i in range(len(photos))])[1].to("cpu")
+    args, source = find_source(parse_args(["--mode", "extract", "--weight", weights, "x"]))
+    net = load_net(args, source)
+    whole = WholePhotos([str(path) for path in photos], Preprocessing.of(args, net))
+    images = collate_photos([whole[i] for i in range(len(photos))])[1].to("cpu")
     with torch.no_grad():
         return images, net(images).numpy()
 
 
-def exported(weights, folder, form):  # noqa: F811
+def exported(weights, folder, form):
     path = folder / f"net.{form}"
-    args = train.parse_args(["--mode", "export", "--weight", str(weights), "--format", form, "-o", str(path)])
+    args = parse_args(["--mode", "export", "--weight", str(weights), "--format", form, "-o", str(path)])
     train.main(args)
     return path
 
 
-def test_load_descriptor_describes_paths_and_images(weights, photos, expected):  # noqa: F811
-    descriptor = train.load_descriptor(weights)
+def test_load_descriptor_describes_paths_and_images(weights, photos, expected):
+    descriptor = load_descriptor(weights)
     rows = descriptor([photos[0], *map(str, photos[1:])])
     assert rows.dtype == np.float32 and rows.shape == (7, 256) and np.allclose(rows, expected[1], atol=1e-5)
     assert np.allclose(descriptor([Image.open(photos[2])]), expected[1][2:3], atol=1e-5)
-    with pytest.raises(train.InputError, match="not a readable checkpoint"):
-        train.load_descriptor(photos[0])
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        load_descriptor(photos[0])
 
 
 def test_import_does_nothing_else(tmp_path):
-    code = f"import sys; sys.path[:0] = [{str(train.ROOT)!r}]; from train import load_descriptor"
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from train import load_descriptor"
     done = run("-c", code, cwd=tmp_path)
     assert not done.stdout and not done.stderr and not list(tmp_path.iterdir())
 
 
-def test_onnx_gives_the_same_descriptors(weights, tmp_path, expected):  # noqa: F811
+def test_onnx_gives_the_same_descriptors(weights, tmp_path, expected):
     onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     path = exported(weights, tmp_path, "onnx")
@@ -66,7 +69,7 @@ def test_onnx_gives_the_same_descriptors(weights, tmp_path, expected):  # noqa: 
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
-def test_torchscript_gives_the_same_descriptors(weights, tmp_path, expected):  # noqa: F811
+def test_torchscript_gives_the_same_descriptors(weights, tmp_path, expected):
     path, extra = exported(weights, tmp_path, "torchscript"), {"config.json": ""}
     net = torch.jit.load(path, _extra_files=extra)
     for n in (7, 1):
@@ -74,11 +77,11 @@ def test_torchscript_gives_the_same_descriptors(weights, tmp_path, expected):  #
     assert json.loads(extra["config.json"])["input_size"] == 32
 
 
-def test_safetensors_load_as_a_checkpoint(weights, tmp_path, photos, expected):  # noqa: F811
+def test_safetensors_load_as_a_checkpoint(weights, tmp_path, photos, expected):
     (tmp_path / "a").mkdir()
     path = exported(weights, tmp_path / "a", "safetensors")
     assert json.loads((path.parent / "config.json").read_text())["gem_eval_p"] == 5
-    assert np.allclose(train.load_descriptor(path)(photos), expected[1], atol=1e-5)
+    assert np.allclose(load_descriptor(path)(photos), expected[1], atol=1e-5)
     (path.parent / "config.json").unlink()
-    with pytest.raises(train.InputError, match="config.json"):
-        train.load_descriptor(path)
+    with pytest.raises(InputError, match="config.json"):
+        load_descriptor(path)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -14,40 +15,16 @@ import torch
 from PIL import Image
 
 import train
-from helpers import ROOT, draw_photos, run
-from network import fold_batch_norms
-from test_train import exp, odd_photos  # noqa: F401  (fixture)
+from copydet import options
+from copydet.checkpoints import load_weights, read_checkpoint
+from copydet.common import WorkError
+from copydet.extraction import Blocks, prepare_extraction, settings_of
+from copydet.network import build_net, fold_batch_norms
+from copydet.options import parse_args
+from helpers import ROOT, data_folder, odd_photos, run
 
 RAW = ["--mode", "extract", "-a", "test_efficientnet", "--no-pretrained", "--seed", 1, "--input-size", 32, "-j", 1,
        "--batch-size", 16]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Checkpoint of an untrained network, as training writes it."""
-    folder = tmp_path_factory.mktemp("weights")
-    args = train.parse_args(["-a", "test_efficientnet", "--input-size", "32", "--gem-eval-p", "5", "x"])
-    torch.manual_seed(0)
-    net = train.build_net(args, False)
-    torch.save({"state_dict": net.state_dict(), "arch": "test_efficientnet.r160_in1k", "args": train.plain_args(args),
-                "preprocess": {"mean": [0.5] * 3, "std": [0.5] * 3}}, folder / "net.pth.tar")
-    return folder / "net.pth.tar"
-
-
-@pytest.fixture
-def extract(exp, weights):  # noqa: F811
-    def call(data, *flags, code=0, suffix=""):
-        return run("train.py", "--mode", "extract", "-j", 1, "--batch-size", 15, "--exp", exp + suffix, "--weight",
-                   weights, *flags, data, code=code)
-    call.out = lambda suffix="": ROOT / "exp" / (exp + suffix) / "extract"
-    return call
-
-
-def data_folder(root, queries=6, references=10, training=4):
-    draw_photos(root / "query_images", queries, seed=1, name="Q{:05d}.jpg")
-    draw_photos(root / "reference_images", references, seed=2, name="R{:06d}.jpg")
-    draw_photos(root / "training_images", training, seed=3, name="T{:06d}.jpg")
-    return root
 
 
 def read(file):
@@ -66,9 +43,9 @@ def test_descriptors_are_those_of_the_network(tmp_path, extract, weights):
     rows, attrs = read(extract.out() / "fb-isc-submission.h5")
     assert list(rows["query_ids"]) == [f"Q{i:05d}".encode() for i in range(6)] and rows["train"].shape == (4, 256)
     assert rows["query_ids"].dtype == "S6" and rows["reference_ids"].dtype == "S7"
-    args = train.parse_args(["-a", "test_efficientnet", "--input-size", "32", "--gem-eval-p", "5", "x"])
-    net = train.build_net(args, False).eval()
-    train.load_weights(net, train.read_checkpoint(weights)["state_dict"], weights)
+    args = parse_args(["-a", "test_efficientnet", "--input-size", "32", "--gem-eval-p", "5", "x"])
+    net = build_net(args, False).eval()
+    load_weights(net, read_checkpoint(weights)["state_dict"], weights)
     for i in range(6):
         img = Image.open(data / "query_images" / f"Q{i:05d}.jpg")
         img = img.resize((64, 64), Image.BILINEAR).crop((16, 16, 48, 48))  # 64 px to 32 + 32, centre 32
@@ -214,7 +191,7 @@ def test_wrong_flags(tmp_path, extract, flags, words):
     assert words in extract(data_folder(tmp_path), *flags, code=2).stderr
 
 
-def test_missing_folders_and_checkpoints(tmp_path, exp):  # noqa: F811
+def test_missing_folders_and_checkpoints(tmp_path, exp):
     data = data_folder(tmp_path)
     done = run("train.py", "--mode", "extract", "--exp", exp, data, code=2)
     assert "no checkpoint in" in done.stderr and "--weight" in done.stderr
@@ -222,10 +199,10 @@ def test_missing_folders_and_checkpoints(tmp_path, exp):  # noqa: F811
     assert "training_images" in run("train.py", *RAW, "--exp", exp, "--target-set", "t", data, code=2).stderr
 
 
-def test_raw_features_need_no_checkpoint_and_no_hub(tmp_path, exp):  # noqa: F811
+def test_raw_features_need_no_checkpoint_and_no_hub(tmp_path, exp):
     data = data_folder(tmp_path)
     run("train.py", *RAW, "--exp", exp, data, env={"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9"})
-    rows, _ = read(ROOT / "exp" / exp / "extract" / "fb-isc-submission.h5")
+    rows, _ = read(Path(exp) / "extract" / "fb-isc-submission.h5")
     assert rows["query"].shape[1] > 32 and np.allclose(np.linalg.norm(rows["query"], axis=1), 1, atol=1e-5)
 
 
@@ -235,7 +212,7 @@ def test_raw_features_need_no_checkpoint_and_no_hub(tmp_path, exp):  # noqa: F81
 
 KILLED = """
 import os, signal, sys, time
-sys.path[:0] = ["."]
+sys.path[:0] = ["."]  # train.py's folder
 import numpy as np
 import train  # once: every try is a fork of this process
 out, flags, moments = sys.argv[1], sys.argv[2:], np.random.default_rng(1)
@@ -257,7 +234,7 @@ os.waitpid(start(), 0)
 """
 
 
-def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(tmp_path, extract, weights, exp):  # noqa: F811
+def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(tmp_path, extract, weights, exp):
     data = data_folder(tmp_path, queries=100, references=101, training=2)
     flags = ["--target-set", "qrt", "--batch-size", 2]
     extract(data, *flags, suffix="-whole")
@@ -272,13 +249,12 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(tmp_path, extr
     assert not folder.exists()
 
 
-def test_resumed_with_other_settings_is_refused(tmp_path, extract, weights, exp):  # noqa: F811
+def test_resumed_with_other_settings_is_refused(tmp_path, extract, weights, exp):
     data = data_folder(tmp_path)
     folder = extract.out() / "fb-isc-submission.blocks"
     folder.mkdir(parents=True)
-    args = train.parse_args(["--mode", "extract", "--weight", str(weights), str(data)])
-    train.prepare_extraction(args)
-    (folder / "settings.json").write_text(json.dumps(train.settings_of(args) | {"gem_eval_p": 4.0}))
+    args, job = prepare_extraction(parse_args(["--mode", "extract", "--weight", weights, data]))
+    (folder / "settings.json").write_text(json.dumps(settings_of(args, job.source) | {"gem_eval_p": 4.0}))
     done = extract(data, "--resume", "auto", code=2)
     assert "other settings" in done.stderr and "gem_eval_p 4.0 -> 5.0" in done.stderr and "Traceback" not in done.stderr
     assert "--weight" in extract(data, "--resume", weights, code=2).stderr
@@ -286,7 +262,7 @@ def test_resumed_with_other_settings_is_refused(tmp_path, extract, weights, exp)
     assert not folder.exists()
 
 
-def test_two_machines_write_the_same_file(tmp_path, extract, weights, exp):  # noqa: F811
+def test_two_machines_write_the_same_file(tmp_path, extract, weights, exp):
     data = data_folder(tmp_path, queries=40, references=50)
     extract(data, "--device", "cpu", suffix="-one")
     port = 20000 + os.getpid() % 20000
@@ -305,14 +281,13 @@ def test_two_machines_write_the_same_file(tmp_path, extract, weights, exp):  # n
 
 def test_shards_put_together_are_the_whole(tmp_path, weights, monkeypatch):
     data = data_folder(tmp_path / "data")
-    monkeypatch.setattr(train, "ROOT", tmp_path)
-    (tmp_path / "scripts").mkdir()
+    monkeypatch.setattr(options, "ROOT", tmp_path)
 
     def shard(*flags):
-        args = train.parse_args(["--mode", "extract", "-j", "0", "--device", "cpu", "--exp", "x", "--weight",
-                                 str(weights), *flags, str(data)])
+        args = parse_args(["--mode", "extract", "-j", "0", "--device", "cpu", "--exp", "x", "--weight", weights, *flags,
+                           data])
         train.main(args)
-        return args.h5
+        return prepare_extraction(args)[1].h5
 
     files = [shard("--shard", f"{i}/3") for i in range(3)]
     other = shard("--shard", "1/3", "--gem-eval-p", "1")
@@ -335,12 +310,12 @@ def test_shards_put_together_are_the_whole(tmp_path, weights, monkeypatch):
             shard("--shard", text)
 
 
-def test_a_full_disk_is_told_in_one_line_and_loses_nothing(tmp_path, weights, monkeypatch, capsys):
+def test_a_full_disk_is_told_in_one_line_and_loses_nothing(tmp_path, weights, monkeypatch):
     data = data_folder(tmp_path / "data")
-    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setattr(options, "ROOT", tmp_path)
     flags = ["--mode", "extract", "-j", "0", "--device", "cpu", "--exp", "x", "--batch-size", "2", "--weight",
              str(weights)]
-    write, written = train.Blocks.write, []
+    write, written = Blocks.write, []
 
     def full(self, block, *rest):
         if len(written) == 3:
@@ -348,11 +323,10 @@ def test_a_full_disk_is_told_in_one_line_and_loses_nothing(tmp_path, weights, mo
         written.append(block)
         write(self, block, *rest)
 
-    monkeypatch.setattr(train.Blocks, "write", full)
-    with pytest.raises(SystemExit) as stop:
-        train.main(train.parse_args([*flags, str(data)]))
-    assert stop.value.code == 1 and "no space left on the disk of" in capsys.readouterr().err
-    monkeypatch.setattr(train.Blocks, "write", lambda self, *rest: written.append(rest[0]) or write(self, *rest))
-    args = train.parse_args([*flags, "--resume", "auto", str(data)])
-    train.main(args)
-    assert len(written) == 8 and len(read(args.h5)[0]["reference"]) == 10  # 3 and 5 batches of 2, none twice
+    monkeypatch.setattr(Blocks, "write", full)
+    with pytest.raises(WorkError, match="no space left on the disk of"):
+        train.main(parse_args([*flags, data]))
+    monkeypatch.setattr(Blocks, "write", lambda self, *rest: written.append(rest[0]) or write(self, *rest))
+    train.main(parse_args([*flags, "--resume", "auto", data]))
+    file = tmp_path / "exp" / "x" / "extract" / "fb-isc-submission.h5"
+    assert len(written) == 8 and len(read(file)[0]["reference"]) == 10  # 3 and 5 batches of 2, none twice

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 import find_copies as fc
-from descriptors import InputError, write_descriptors
+from copydet.common import InputError
+from copydet.descriptors import write_descriptors
+from copydet.images import list_photos
 from helpers import ROOT, draw_photos, run
-from photos import list_photos
 
 SCRIPT = "scripts/find_copies.py"
 HOSTILE = ["<img src=x onerror=\"document.title='owned'\">.jpg", "</script><script>document.title='owned'</script>.jpg",

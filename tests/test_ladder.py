@@ -14,7 +14,7 @@ from helpers import ROOT, draw_photos, run
 from PIL import Image
 
 import ladder
-from descriptors import Descriptors
+from copydet.descriptors import Descriptors
 
 PARENT = """# {name}: metric learning of a tiny network.
 --arch test_efficientnet --input-size 32 --dim 16 --epochs 2 --batch-size 4 --memory-size 0 --no-pretrained
@@ -144,7 +144,7 @@ def test_a_budget_is_shared_by_the_epochs(steps, epochs, shared):
 
 
 def test_minutes_become_steps_by_the_log(tmp_path):
-    (tmp_path / "args.json").write_text(json.dumps({"batch_size": 10, "nproc": 2, "processes": 4, "ncrops": 3}))
+    (tmp_path / "args.json").write_text(json.dumps({"batch_size": 10, "world_size": 2, "ncrops": 3}))
     # 60 views a step: 5 steps in 30 s with the start-up, then 15 in 9 s
     (tmp_path / "log.csv").write_text("epoch,step,images_per_s\n0,5,10\n0,10,100\n0,20,100\n")
     log = ladder.read_log(tmp_path)
@@ -186,7 +186,7 @@ class Recorder(ladder.Ladder):
         if "--epoch-steps" in words:
             folder = Path(words[words.index("--exp") + 1]) / "train"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "args.json").write_text('{"batch_size": 4, "nproc": 1, "processes": 1, "ncrops": 2}')
+            (folder / "args.json").write_text('{"batch_size": 4, "world_size": -1, "ncrops": 2}')
             (folder / "log.csv").write_text("step,images_per_s\n5,1\n20,40\n")  # 0.2 s a step after the start-up
             (folder / "checkpoint_0000.pth.tar").touch()
 

@@ -9,21 +9,22 @@ import torch
 from pytorch_metric_learning.losses import ContrastiveLoss, NTXentLoss, SignalToNoiseRatioContrastiveLoss
 from torch.nn import functional as F
 
-import losses
 import train
+from copydet import losses
+from copydet.distributed import Rank
+from copydet.network import build_net
+from copydet.options import parse_args
 from helpers import ROOT
 
 
 def settings(**changes):
-    args = train.parse_args(["--loss", "contrastive", "--memory-size", "20", "--batch-size", "1", "--dim", "8",
-                             "--pos-margin", "0.1", "--neg-margin", "1.1", "--margin", "0.1", "x"])
-    vars(args).update({"processes": 1, **changes})
-    return args
+    args = parse_args(["--loss", "contrastive", "--memory-size", "20", "--batch-size", "1", "--dim", "8",
+                       "--pos-margin", "0.1", "--neg-margin", "1.1", "--margin", "0.1", "x"])
+    return args.replace(**changes)
 
 
-def criterion(**changes):
-    args = settings(**changes)
-    return train.LOSSES[args.loss](args, 6)
+def criterion(world_size=1, **changes):
+    return train.build_criterion(settings(**changes), 6, Rank(world_size=world_size))
 
 
 def batches_of(count, size, dim=8):
@@ -103,7 +104,7 @@ def test_memory_loss_equals_its_definition(count, enqueue):
 
 
 def memory_of_rank(rank, enqueue):
-    ours = criterion(processes=2, memory_enqueue=enqueue)
+    ours = criterion(world_size=2, memory_enqueue=enqueue)
     for descriptors, labels in batches_of(5, 8):
         half = torch.arange(4) + 4 * rank
         if enqueue == "view0":  # two photos, view after view
@@ -272,8 +273,8 @@ def test_shuffled_batch_norm_trains_as_batches_permuted_by_hand(tmp_path):
 def one_step(parts, head, arch):
     torch.manual_seed(0)
     args = settings(arch=arch, head=head, dim=8, accumulate=parts)
-    net = train.build_net(args, False).train()
-    ours = losses.Objective(net, train.LOSSES["contrastive"](args, 0), 2, False, parts)
+    net = build_net(args, False).train()
+    ours = losses.Objective(net, train.build_criterion(args, 0, Rank()), 2, False, parts)
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         loss = ours(images, torch.arange(4).repeat(2))
@@ -292,7 +293,7 @@ def test_a_batch_in_parts_has_the_same_loss_gradient_and_memory():
 def test_a_batch_in_parts_updates_running_statistics_once_per_part():
     _, net, _ = one_step(2, "linear-bn", "test_efficientnet")
     torch.manual_seed(0)
-    by_hand = train.build_net(settings(arch="test_efficientnet", head="linear-bn", dim=8), False).train()
+    by_hand = build_net(settings(arch="test_efficientnet", head="linear-bn", dim=8), False).train()
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         for part in images.chunk(2):

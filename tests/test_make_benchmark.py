@@ -48,13 +48,13 @@ def names(folder):
 
 
 @pytest.fixture(scope="module")
-def benchmark(photos, tmp_path_factory):
+def made(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("made") / "hard"
     return out, make(photos, out, "--strength", "hard").stdout
 
 
-def test_layout_counts_and_ids(benchmark):
-    out, said = benchmark
+def test_layout_counts_and_ids(made):
+    out, said = made
     assert names(out / "training_images") == [f"T{i:06d}.jpg" for i in range(16)]  # 40 % of 40
     assert names(out / "reference_images") == [f"R{i:06d}.jpg" for i in range(12)]  # half of the other 24
     assert names(out / "query_images") == [f"Q{i:05d}.jpg" for i in range(18)]  # 6 with an original, 12 without
@@ -64,8 +64,8 @@ def test_layout_counts_and_ids(benchmark):
     assert not list(out.parent.glob("*.partial"))
 
 
-def test_ground_truth_is_in_the_form_of_disc21(benchmark):
-    truth = rows(benchmark[0] / "public_ground_truth.csv")
+def test_ground_truth_is_in_the_form_of_disc21(made):
+    truth = rows(made[0] / "public_ground_truth.csv")
     assert list(truth[0]) == ["query_id", "reference_id"]
     assert [row["query_id"] for row in truth] == [f"Q{i:05d}" for i in range(18)]
     found = [row["reference_id"] for row in truth if row["reference_id"]]
@@ -74,8 +74,8 @@ def test_ground_truth_is_in_the_form_of_disc21(benchmark):
     assert positive != sorted(positive) and positive != sorted(positive, reverse=True)  # mixed
 
 
-def test_photos_are_in_one_place_only(benchmark):
-    out = benchmark[0]
+def test_photos_are_in_one_place_only(made):
+    out = made[0]
     source = {row["id"]: row["path"] for row in rows(out / "sources.csv")}
     stored = [path for name, path in source.items() if name[0] in "RT"]
     assert len(stored) == len(set(stored)) == 28
@@ -84,8 +84,8 @@ def test_photos_are_in_one_place_only(benchmark):
         assert original == source[row["reference_id"]] if row["reference_id"] else original not in stored
 
 
-def test_jpeg_is_copied_and_the_rest_encoded_anew(benchmark):
-    out = benchmark[0]
+def test_jpeg_is_copied_and_the_rest_encoded_anew(made):
+    out = made[0]
     for row in rows(out / "sources.csv"):
         if row["id"][0] == "T":
             file = out / "training_images" / f"{row['id']}.jpg"
@@ -96,8 +96,8 @@ def test_jpeg_is_copied_and_the_rest_encoded_anew(benchmark):
             assert np.abs(np.asarray(img, float) - np.asarray(original)).mean() < 6
 
 
-def test_edits_are_recorded(benchmark):
-    out = benchmark[0]
+def test_edits_are_recorded(made):
+    out = made[0]
     truth = rows(out / "public_ground_truth.csv")
     low, high = make_benchmark.STRENGTHS["hard"]
     for row, true in zip(rows(out / "edits.csv"), truth, strict=True):
@@ -115,11 +115,11 @@ def same_files(one, two):
     return [str(file) for file in files if not filecmp.cmp(one / file, two / file, shallow=False)] == []
 
 
-def test_same_bytes_on_every_run_and_for_every_j(benchmark, photos, tmp_path):
+def test_same_bytes_on_every_run_and_for_every_j(made, photos, tmp_path):
     run("scripts/make_benchmark.py", photos, tmp_path / "j3", "--strength", "hard", "-j", 3)
-    assert same_files(benchmark[0], tmp_path / "j3")
+    assert same_files(made[0], tmp_path / "j3")
     make(photos, tmp_path / "seed1", "--strength", "hard", "--seed", 1)
-    assert not same_files(benchmark[0], tmp_path / "seed1")
+    assert not same_files(made[0], tmp_path / "seed1")
 
 
 @pytest.mark.parametrize("strength", make_benchmark.STRENGTHS)
@@ -236,10 +236,10 @@ def test_leftovers_of_a_killed_run_are_replaced(photos, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_refuses_to_overwrite(photos, benchmark):
-    before = (benchmark[0] / "edits.csv").read_bytes()
-    assert "exists already" in make(photos, benchmark[0], code=2).stderr
-    assert (benchmark[0] / "edits.csv").read_bytes() == before
+def test_refuses_to_overwrite(photos, made):
+    before = (made[0] / "edits.csv").read_bytes()
+    assert "exists already" in make(photos, made[0], code=2).stderr
+    assert (made[0] / "edits.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("flags, words", [

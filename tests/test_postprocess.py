@@ -9,7 +9,8 @@ import time
 import numpy as np
 import postprocess
 import pytest
-from descriptors import Descriptors, InputError, write_descriptors
+from copydet.common import InputError
+from copydet.descriptors import Descriptors, write_descriptors
 from eval_metrics import main as eval_main
 from helpers import ROOT, run
 

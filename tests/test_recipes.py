@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -18,9 +17,15 @@ import timm
 import torch
 from PIL import Image
 
-import losses
 import train
-import views
+from copydet import augmentations, losses, options
+from copydet.augmentations import OPS, RESIZES
+from copydet.batches import collate_photos, collate_views
+from copydet.common import InputError
+from copydet.distributed import Rank, pick_precision
+from copydet.network import build_net
+from copydet.options import parse_args
+from copydet.views import NEGATIVE_LABEL, Pairs, Preprocessing, Views, WholePhotos, parse_ops
 from helpers import ROOT, draw_photos
 
 RECIPES = sorted(path.stem for path in (ROOT / "exp").glob("*.args"))
@@ -88,7 +93,7 @@ def test_every_recipe_but_the_first_ones_has_a_parent():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_and_extracts(name, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setattr(options, "ROOT", tmp_path)
     monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))  # the evaluation
     recipe, flags = (ROOT / "exp" / f"{name}.args").read_text(), flags_of(name)
     recipe = re.sub(r"(?m)^--weight .*", "", recipe).replace(" input/", f" {data}/")
@@ -99,9 +104,9 @@ def test_a_recipe_trains_and_extracts(name, data, tmp_path, monkeypatch):
     small += ["--sample-size", 4, "--grow-epochs", 1] if "grow-epochs" in flags else []
     small += ["--whiten", 4, "--calibrate", 0] if "whiten" in flags else []
     folder = data if "pairs" in flags else data / "training_images"
-    train.main(train.parse_args([f"@{tmp_path}/recipe.args", *map(str, small), str(folder)]))
+    train.main(parse_args([f"@{tmp_path}/recipe.args", *map(str, small), str(folder)]))
     assert (tmp_path / "exp" / name / "train" / "checkpoint_0001.pth.tar").is_file()
-    train.main(train.parse_args(["--mode", "extract", "--exp", name, "-j", "0", "--device", "cpu", str(data)]))
+    train.main(parse_args(["--mode", "extract", "--exp", name, "-j", "0", "--device", "cpu", str(data)]))
     with h5py.File(tmp_path / "exp" / name / "extract" / "fb-isc-submission.h5") as file:
         assert file["query"].shape == (8, int(flags["dim"]))
         norms = np.linalg.norm(file["reference"][()], axis=1)
@@ -127,28 +132,28 @@ def args_of(name, folder="x", *flags):
     lines = (ROOT / "exp" / f"{name}.args").read_text().splitlines()
     words = [word for line in lines if not line.startswith(("#", "--weight", "--pairs"))
              for word in shlex.split(line)]
-    args = train.parse_args([*words, *TINY, *map(str, flags), str(folder)])
-    vars(args).update(processes=1, process=0, nproc=1)
-    return args
+    return parse_args([*words, *TINY, *map(str, flags), str(folder)])
 
 
 def net_of(name, *flags):
     args = args_of(name, "x", *flags)
-    return train.build_net(args, False), args
+    return build_net(args, False), args
 
 
 def views_of(name, data, *flags):
     args = args_of(name, data / "training_images", "--seed", 1, *flags)
-    args.negative_photos = [str(path) for path in sorted((data / "reference_images").iterdir())]
+    negatives = [str(path) for path in sorted((data / "reference_images").iterdir())]
     paths = sorted(path.name for path in (data / "training_images").iterdir())
-    return views.Views(args, data / "training_images", paths, train.RESIZES[args.resize], [0.5] * 3, [0.5] * 3)
+    return Views(data / "training_images", paths, Preprocessing(args.input_size, args.resize, [0.5] * 3, [0.5] * 3),
+                 [parse_ops(text, args.op_prob) for text in (args.view0, args.view1)], args.seed, args.negatives,
+                 negatives)
 
 
 def applied(name, data, monkeypatch, epochs=20, number=1):
     """Operations that were applied to each view `number`: a list of lists of names."""
     dataset, seen = views_of(name, data), []
-    for op in views.OPS:
-        monkeypatch.setitem(views.OPS, op, lambda img, rng, v, *parameters, op=op: seen[-1].append(op) or img)
+    for op in OPS:
+        monkeypatch.setitem(OPS, op, lambda img, rng, v, *parameters, op=op: seen[-1].append(op) or img)
     for epoch in range(epochs):
         for i in range(len(dataset)):
             seen.append([])
@@ -158,12 +163,9 @@ def applied(name, data, monkeypatch, epochs=20, number=1):
 
 def rates(name, steps=10, epochs=5):
     """Learning rate at each step of a run."""
-    trainer = SimpleNamespace(args=args_of(name, "x", "--epochs", epochs), batches=SimpleNamespace(steps=lambda: steps))
-    found = []
-    for trainer.epoch in range(epochs):
-        for trainer.done in range(steps):
-            found.append(train.Trainer.learning_rate(trainer) / trainer.args.lr)
-    return found
+    args = args_of(name, "x", "--epochs", epochs)
+    return [train.learning_rate(args, epoch, step / steps) / args.lr for epoch in range(epochs)
+            for step in range(steps)]
 
 
 @pytest.mark.parametrize("name", ["v1", "v2"])
@@ -197,7 +199,7 @@ def run_recipe(name, tmp_path, folder, *flags):
     """Train a recipe in this process, below `tmp_path`; returns its output folder."""
     recipe = (ROOT / "exp" / f"{name}.args").read_text()
     (tmp_path / f"{name}.args").write_text(re.sub(r"(?m)^--(weight|pairs) .*", "", recipe))
-    args = train.parse_args([f"@{tmp_path}/{name}.args", *TINY, *map(str, flags), str(folder)])
+    args = parse_args([f"@{tmp_path}/{name}.args", *TINY, *map(str, flags), str(folder)])
     train.main(args)
     return args.out
 
@@ -209,15 +211,15 @@ def load(file):
 def class_vectors(net, folder, classes):
     """What the class vectors of the first photos are to start as: the network's output for the clean photo."""
     paths = sorted(str(path) for path in folder.iterdir())[:classes]
-    whole = views.WholePhotos(args_of("v3", folder), paths, train.RESIZES["crop"], net.mean, net.std)
+    whole = WholePhotos(paths, Preprocessing.of(args_of("v3", folder), net))
     with torch.no_grad():
-        return net.eval().embed(views.collate_photos([whole[i] for i in range(classes)])[1].to("cpu")).T
+        return net.eval().embed(collate_photos([whole[i] for i in range(classes)])[1].to("cpu")).T
 
 
 def test_v3_classes_start_as_their_photos_on_any_number_of_processes(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setattr(options, "ROOT", tmp_path)
     torch.manual_seed(7)
-    expected = class_vectors(train.build_net(args_of("v3"), False), data / "training_images", 8)
+    expected = class_vectors(build_net(args_of("v3"), False), data / "training_images", 8)
     assert expected.std(1).min() > 1e-4  # photos differ
     port = ["--dist-url", f"tcp://localhost:{20000 + os.getpid() % 20000}"]
     for exp, flags in (("one", []), ("two", ["--multiprocessing-distributed", "--nproc", 2, *port])):
@@ -228,15 +230,14 @@ def test_v3_classes_start_as_their_photos_on_any_number_of_processes(data, tmp_p
 
 
 def test_v4_doubles_to_a_million_and_halves_whole_batches():
-    args = args_of("v4", "x", "--batch-size", 64)
-    args.photos = range(2_000_000)
-    stages = [train.sample_of_epoch(args, epoch) for epoch in range(22)]
+    args, data = args_of("v4", "x", "--batch-size", 64), train.Data(range(2_000_000), 2_000_000)
+    stages = [data.sample_of_epoch(args, epoch, 1) for epoch in range(22)]
     assert [count for count, _ in stages[::2]] == [1000 * 2 ** i for i in range(10)] + [1_000_000]
     assert stages[::2] == stages[1::2] and [batch for _, batch in stages[::2]] == [64] * 7 + [32, 16, 8, 4]
 
 
 def test_v4_keeps_photos_labels_and_weights_when_it_grows_and_resumes(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setattr(options, "ROOT", tmp_path)
     grown, init_classes = [], train.Trainer.init_classes
 
     def record(trainer):
@@ -251,7 +252,7 @@ def test_v4_keeps_photos_labels_and_weights_when_it_grows_and_resumes(data, tmp_
     names = sorted(path.name for path in folder.iterdir())
     assert [paths for paths, *_ in grown] == [names[:2], names[:4], names[:8]]
     for epoch, (paths, state, classes, optimizer) in enumerate(grown):
-        net = train.build_net(args_of("v4"), False)
+        net = build_net(args_of("v4"), False)
         net.load_state_dict(state)
         assert torch.allclose(classes, class_vectors(net, folder, len(paths)), rtol=1e-3,
                               atol=1e-4 * float(classes.abs().max()))
@@ -273,7 +274,7 @@ def test_v4_keeps_photos_labels_and_weights_when_it_grows_and_resumes(data, tmp_
 
 @pytest.mark.parametrize("name", ["v5", "v6"])
 def test_v5_takes_all_triplets_and_v6_semihard_ones(name):
-    ours = train.LOSSES["triplet"](args_of(name, "x", "--dim", 8), 0)
+    ours = train.build_criterion(args_of(name, "x", "--dim", 8), 0, Rank())
     x, labels = torch.nn.functional.normalize(torch.randn(12, 8) + 1), torch.arange(6).repeat(2)
     distance, mined, all_of_them = torch.cdist(x, x), [], []
     for a, p, n in itertools.permutations(range(12), 3):
@@ -288,7 +289,7 @@ def test_v5_takes_all_triplets_and_v6_semihard_ones(name):
 
 
 def test_v7_compares_all_rows_of_the_batch():
-    ours = train.LOSSES["contrastive"](args_of("v7", "x", "--dim", 8), 0)
+    ours = train.build_criterion(args_of("v7", "x", "--dim", 8), 0, Rank())
     x, labels = torch.nn.functional.normalize(torch.randn(12, 8) + 1), torch.arange(6).repeat(2)
     distance, same = torch.cdist(x, x), labels[:, None] == labels
     terms = (distance[same & ~torch.eye(12, dtype=bool)] - 0.2).relu(), (0.7 - distance[~same]).relu()
@@ -317,7 +318,7 @@ def test_v18_normalises_as_the_backbone_was_trained():
     for arch in ("tf_efficientnetv2_s_in21k", "dm_nfnet_f0"):
         config = timm.create_model(arch, features_only=True).pretrained_cfg
         args = args_of("v18", "x", "-a", arch)
-        assert train.build_net(args, False).mean == list(config["mean"])
+        assert build_net(args, False).mean == list(config["mean"])
     assert tuple(config["mean"]) != (0.5, 0.5, 0.5)
 
 
@@ -326,17 +327,16 @@ def test_v19_computes_in_half_precision_where_there_is_one():
     with pytest.MonkeyPatch.context() as patch:
         for bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
             patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-            assert train.pick_precision(args_of("v18"), cuda) is None
-            assert train.pick_precision(args_of("v19"), cuda) == expected
-    assert train.pick_precision(args_of("v19"), torch.device("cpu")) is None
+            assert pick_precision(args_of("v18"), cuda) is None
+            assert pick_precision(args_of("v19"), cuda) == expected
+    assert pick_precision(args_of("v19"), torch.device("cpu")) is None
 
 
 def test_v20_and_v21_keep_batch_statistics_to_the_process():
     for name, expected in (("v19", True), ("v20", False), ("v21", False)):
         args = args_of(name)
-        args.processes = 2
-        assert train.synchronised(args, torch.device("cuda")) is expected
-        assert not train.synchronised(args, torch.device("cpu"))
+        assert train.synchronised(args, Rank(world_size=2, device=torch.device("cuda"))) is expected
+        assert not train.synchronised(args, Rank(world_size=2))
 
 
 def test_v22_makes_both_views_alike(data, monkeypatch):
@@ -347,7 +347,7 @@ def test_v22_makes_both_views_alike(data, monkeypatch):
 
 def test_v24_memory_and_descriptors_have_512_dimensions():
     net, args = net_of("v24", "--memory-size", 64)
-    criterion = train.LOSSES[args.loss](args, 0)
+    criterion = train.build_criterion(args, 0, Rank())
     assert net(torch.rand(8, 3, 32, 32)).shape == (8, 512) and criterion.memories[0].embedding_memory.shape == (64, 512)
 
 
@@ -394,9 +394,9 @@ def test_v32_pastes_one_photo_in_ten_onto_another(data, monkeypatch):
     assert all(view.index("overlay") < view.index("crop") for view in seen if "overlay" in view)
     monkeypatch.undo()
     calls, dataset = [], views_of("v32", data)
-    monkeypatch.setattr(views.imaugs, "overlay_image", lambda img, **kwargs: calls.append(kwargs) or img)
+    monkeypatch.setattr(augmentations.imaugs, "overlay_image", lambda img, **kwargs: calls.append(kwargs) or img)
     for i in range(200):
-        views.OPS["overlay"](dataset.open(0)[0].pixels, np.random.default_rng(i), dataset)
+        OPS["overlay"](dataset.open(0)[0].pixels, np.random.default_rng(i), dataset)
     for key, low, high in (("overlay_size", 0.1, 0.5), ("x_pos", 0, 0.5), ("y_pos", 0, 0.5)):
         values = [call[key] for call in calls]
         assert low <= min(values) < low + 0.05 and high - 0.05 < max(values) <= high
@@ -429,38 +429,38 @@ def test_v52_describes_the_whole_photo():
     wide = Image.new("RGB", (320, 64), "black")
     wide.paste("white", (0, 0, 32, 64))  # a border that the centre crop cuts off
     for name, seen in (("v49", False), ("v52", True)):
-        assert bool(np.asarray(train.RESIZES[args_of(name).resize](wide, 32)).any()) is seen
+        assert bool(np.asarray(RESIZES[args_of(name).resize](wide, 32)).any()) is seen
 
 
 def test_v98_negatives_are_references_with_labels_of_their_own(data):
     dataset = views_of("v98", data)
-    images, labels, _, _ = views.collate_views([dataset[(epoch, i)] for epoch in (0, 1) for i in range(4)])
+    images, labels, _, _ = collate_views([dataset[(epoch, i)] for epoch in (0, 1) for i in range(4)])
     images = images.to("cpu")
     labels = labels.reshape(4, 8)  # view 0, view 1, two negatives
     assert images.shape == (32, 3, 32, 32) and labels[0].tolist() == labels[1].tolist() == [0, 1, 2, 3] * 2
     negatives = labels[2:].flatten().tolist()
-    assert min(negatives) >= views.NEGATIVE_LABEL and (labels[2] != labels[3]).all() and len(set(negatives)) > 8
-    expected = Image.open(dataset.negative_photos[negatives[0] - views.NEGATIVE_LABEL]).resize((32, 32), Image.BILINEAR)
+    assert min(negatives) >= NEGATIVE_LABEL and (labels[2] != labels[3]).all() and len(set(negatives)) > 8
+    expected = Image.open(dataset.negative_images[negatives[0] - NEGATIVE_LABEL]).resize((32, 32), Image.BILINEAR)
     assert np.abs((images[16].numpy() + 1) * 127.5 - np.asarray(expected).transpose(2, 0, 1)).max() < 2
-    ours = train.LOSSES["contrastive"](args_of("v98", "x", "--dim", 8, "--memory-size", 64), 0)
+    ours = train.build_criterion(args_of("v98", "x", "--dim", 8, "--memory-size", 64), 0, Rank())
     x = torch.nn.functional.normalize(torch.randn(32, 8)).requires_grad_()
     ours(x, labels.flatten()).backward()
     assert (x.grad[16:].abs().sum(1) > 0).any()  # pushed away
 
 
 def test_v101_trains_on_pairs_and_is_marked(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ROOT", tmp_path)
-    seen, make = [], train.Pairs.__getitem__
-    monkeypatch.setattr(train.Pairs, "__getitem__", lambda self, key: seen.append((self, key)) or make(self, key))
+    monkeypatch.setattr(options, "ROOT", tmp_path)
+    seen, make = [], Pairs.__getitem__
+    monkeypatch.setattr(Pairs, "__getitem__", lambda self, key: seen.append((self, key)) or make(self, key))
     negatives = ["--negatives-dir", data / "reference_images", "--memory-size", 64]
     out = run_recipe("v101", tmp_path, data, "--pairs", data / "public_ground_truth.csv", *negatives, "--epochs", 1)
     dataset = seen[0][0]
     assert dataset.paths == [(f"query_images/Q{i:05d}.jpg", f"reference_images/R{i:06d}.jpg") for i in range(4)]
-    assert sorted(Path(path).stem for path in dataset.negative_photos) == [f"R{i:06d}" for i in range(4, 40)]
+    assert sorted(Path(path).stem for path in dataset.negative_images) == [f"R{i:06d}" for i in range(4, 40)]
     images, labels, _, _ = dataset[(0, 2)]
     for view, path in zip(images.to("cpu"), dataset.paths[2]):  # whole photos, unedited
         expected = np.asarray(Image.open(data / path).resize((32, 32), Image.BILINEAR)).transpose(2, 0, 1) / 255
-        mean, std = (np.array(x)[:, None, None] for x in (dataset.mean, dataset.std))
+        mean, std = (np.array(x)[:, None, None] for x in (dataset.preprocessing.mean, dataset.preprocessing.std))
         assert np.abs(view.numpy() * std + mean - expected).max() < 0.01
     assert labels[:2] == [2, 2] and len(labels) == 4
     file = out / "checkpoint_0000.pth.tar"
@@ -476,13 +476,12 @@ def test_v101_trains_on_pairs_and_is_marked(data, tmp_path, monkeypatch):
 ])
 def test_flags_that_do_not_go_together(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.parse_args(["--batch-size", "4", *flags, "x"])
+        parse_args(["--batch-size", "4", *flags, "x"])
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_pairs_without_photos_are_named(data, tmp_path, capsys):
+def test_pairs_without_photos_are_named(data, tmp_path):
     (tmp_path / "gt.csv").write_text("query_id,reference_id\nQ00001,R000001\nQ00009,R000002\n")
-    args = train.parse_args([*TINY, "--pairs", str(tmp_path / "gt.csv"), str(data)])
-    with pytest.raises(SystemExit):
+    args = parse_args([*TINY, "--pairs", str(tmp_path / "gt.csv"), str(data)])
+    with pytest.raises(InputError, match="1 ids without a photo.*Q00009"):
         train.main(args)
-    assert "1 ids without a photo" in (error := capsys.readouterr().err) and "Q00009" in error

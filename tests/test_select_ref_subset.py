@@ -1,7 +1,7 @@
 """The reference subset: all positives and a seeded draw, both ways of drawing."""
 import numpy as np
 import pytest
-from descriptors import write_descriptors
+from copydet.descriptors import write_descriptors
 from helpers import run
 from select_ref_subset import main
 

@@ -20,11 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-import photos as photo_files
 import train
-import views
-from helpers import ROOT, draw_photos, run
-from network import gem
+from copydet import augmentations, images, options
+from copydet.augmentations import OPS
+from copydet.network import build_net, gem, read_backbone_weights
+from copydet.common import InputError
+from copydet.options import build_parser, parse_args
+from copydet.views import Preprocessing, Views, parse_ops
+from helpers import ROOT, draw_photos, odd_photos, run
 
 RECIPES = sorted(path.stem for path in (ROOT / "exp").glob("*.args"))
 TINY = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "--memory-size", 24,
@@ -36,16 +39,8 @@ def photos(tmp_path_factory):
     return draw_photos(tmp_path_factory.mktemp("photos"), 24)
 
 
-@pytest.fixture
-def exp(request):
-    """Name of an experiment whose results are removed after the test."""
-    name = f"test-{re.sub('[^a-z0-9]+', '-', request.node.name.lower())}-{os.getpid()}"
-    yield name
-    subprocess.run(["rm", "-rf", *map(str, (ROOT / "exp").glob(f"{name}*"))])
-
-
 def checkpoint(exp, name="checkpoint_0001"):
-    return torch.load(ROOT / "exp" / exp / "train" / f"{name}.pth.tar", weights_only=True)
+    return torch.load(Path(exp) / "train" / f"{name}.pth.tar", weights_only=True)
 
 
 def assert_same_state(a, b):
@@ -69,15 +64,8 @@ def test_help_is_grouped_and_tells_every_flag():
     for group in ("what to do", "network", "training data and views", "loss and memory", "optimisation",
                   "checkpoints and log", "extraction", "devices and processes"):
         assert f"\n{group}" in text
-    for action in train.build_parser()._actions:
+    for action in build_parser()._actions:
         assert action.help, action.option_strings
-
-
-def test_readme_lists_every_flag():
-    text = (ROOT / "README.md").read_text()
-    for action in train.build_parser()._actions:
-        for name in action.option_strings:
-            assert re.search(rf"`{name}[ `]", text) or name in ("-h", "--help"), name
 
 
 def test_commands_of_the_notes_parse():
@@ -86,20 +74,37 @@ def test_commands_of_the_notes_parse():
     assert len(commands) >= 6
     os.chdir(ROOT)
     for command in commands:
-        train.build_parser().parse_args(shlex.split(command))
-    first = train.build_parser().parse_args(shlex.split(commands[0]))
-    recipe = train.build_parser().parse_args(["@exp/v19.args"])
+        build_parser().parse_args(shlex.split(command))
+    first = build_parser().parse_args(shlex.split(commands[0]))
+    recipe = build_parser().parse_args(["@exp/v19.args"])
     differs = {name for name, value in vars(first).items() if value != getattr(recipe, name)}
     differs -= {"margin"}  # of the triplet loss; without effect here
     assert differs == {"exp", "dir", "multiprocessing_distributed", "world_size", "rank"}
 
 
-def test_train_py_stays_readable():
-    source = (ROOT / "train.py").read_text()
-    assert len(source.splitlines()) < 1000
-    for node in ast.walk(ast.parse(source)):
+@pytest.mark.parametrize("file", [ROOT / "train.py", *sorted((ROOT / "scripts").rglob("*.py"))], ids=lambda f: f.name)
+def test_functions_stay_readable(file):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_every_choice_stands_for_an_entry():
+    """What copydet/options.py lists is what the tables hold."""
+    from copydet import export, network
+    choices = {action.dest: action.choices for action in build_parser()._actions}
+    for name, table in (("loss", train.LOSSES), ("miner", train.MINERS), ("optimizer", train.OPTIMIZERS),
+                        ("lr_schedule", train.SCHEDULES), ("head", network.HEADS), ("format", export.FORMATS),
+                        ("resize", augmentations.RESIZES)):
+        assert choices[name] == list(table), name
+
+
+def test_a_command_line_is_read_only():
+    args = parse_args(["--epochs", "3", "x"])
+    with pytest.raises(AttributeError, match="read-only"):
+        args.epochs = 4
+    assert pickle.loads(pickle.dumps(args)).replace(epochs=4).epochs == 4 and args.epochs == 3
+    assert "given" not in vars(args) and args.given == {"epochs", "dir"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -107,10 +112,10 @@ def test_recipes_parse_and_are_complete(name):
     parents = [ROOT / "exp" / "v19.args"]
     flags = {line.split()[0] for line in (ROOT / "exp" / f"{name}.args").read_text().splitlines() if line[:2] == "--"}
     assert {line.split()[0] for line in parents[0].read_text().splitlines() if line[:2] == "--"} <= flags
-    args = train.build_parser().parse_args([f"@{ROOT}/exp/{name}.args"])
+    args = build_parser().parse_args([f"@{ROOT}/exp/{name}.args"])
     assert args.exp == name
     for pipeline in (args.view0, args.view1):
-        assert all(op in views.OPS for group in views.parse_ops(pipeline, args.op_prob) for op, _, _ in group)
+        assert all(op in OPS for group in parse_ops(pipeline, args.op_prob) for op, _, _ in group)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -146,8 +151,9 @@ def test_old_timm_names_resolve_and_are_stored(photos, exp):
 
 
 def views_of(photos, *flags):
-    args = train.parse_args([*map(str, TINY), *flags, str(photos)])
-    return views.Views(args, photos, photo_files.list_photos(photos)[0], train.RESIZES["crop"], [0.5] * 3, [0.5] * 3)
+    args = parse_args([*map(str, TINY), *flags, str(photos)])
+    return Views(photos, images.list_photos(photos)[0], Preprocessing(args.input_size, "crop", [0.5] * 3, [0.5] * 3),
+                 [parse_ops(text, args.op_prob) for text in (args.view0, args.view1)], args.seed)
 
 
 def test_view_depends_on_seed_epoch_photo_and_number_only(photos):
@@ -176,17 +182,17 @@ def test_operations_do_what_they_say():
     rng = np.random.default_rng(0)
     img = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
     pixels = np.sort(img.reshape(-1, 3), 0)
-    shuffled = [views.shuffle_pixels(img, rng, 0.1) for _ in range(2)]
+    shuffled = [augmentations.shuffle_pixels(img, rng, 0.1) for _ in range(2)]
     assert (np.sort(shuffled[0].reshape(-1, 3), 0) == pixels).all()
     moved = [(s != img).any(-1) for s in shuffled]
     assert 0.05 < moved[0].mean() <= 0.1 and (moved[0] != moved[1]).any()  # AugLy's moves the same pixels each time
-    parts = [views.erased_part(64, np.random.default_rng(seed)) for seed in range(200)]
+    parts = [augmentations.erased_part(64, np.random.default_rng(seed)) for seed in range(200)]
     shares = np.array([noise.shape[1] * noise.shape[2] / 64 ** 2 for *_, noise in parts])
     assert 0.015 < shares.min() < 0.04 and 0.3 < shares.max() < 0.34
     assert all(top + noise.shape[1] <= 64 and left + noise.shape[2] <= 64 for top, left, noise in parts)
     noise = np.concatenate([noise.ravel() for *_, noise in parts])
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
-    assert views.parse_ops("crop:0.2=1 [gray text=0.5] jpeg", 0.3) == [
+    assert parse_ops("crop:0.2=1 [gray text=0.5] jpeg", 0.3) == [
         [("crop", (0.2,), 1.0)], [("gray", (), 0.3), ("text", (), 0.5)], [("jpeg", (), 0.3)]]
 
 
@@ -194,7 +200,7 @@ def test_bracketed_operations_run_in_another_order_for_each_photo(photos, monkey
     dataset = views_of(photos, "--view1", "[hflip=1 vflip=1 gray=1] text=1")
     seen = []
     for name in ("hflip", "vflip", "gray", "text"):
-        monkeypatch.setitem(views.OPS, name, lambda img, rng, v, name=name: seen.append(name) or img)
+        monkeypatch.setitem(OPS, name, lambda img, rng, v, name=name: seen.append(name) or img)
     orders = []
     for i in range(12):
         seen.clear()
@@ -203,57 +209,30 @@ def test_bracketed_operations_run_in_another_order_for_each_photo(photos, monkey
     assert len(set(orders)) > 2 and all(order[-1] == "text" for order in orders)
 
 
-def odd_photos(folder):
-    """Photos of unusual kinds, all readable but for the header bomb."""
-    rng = np.random.default_rng(0)
-    grey = rng.integers(0, 256, (48, 64), dtype=np.uint8)
-    rgb = Image.fromarray(np.stack([grey, grey.T.reshape(48, 64), 255 - grey], -1))
-    rgb.convert("CMYK").save(folder / "cmyk.jpg")
-    Image.fromarray(grey).save(folder / "grey8.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "grey16.png")
-    Image.fromarray(np.stack([grey, grey], -1), "LA").save(folder / "la.png")
-    rgb.convert("RGBA").save(folder / "rgba.png")
-    rgb.convert("P").save(folder / "palette.png", transparency=3)
-    rgb.save(folder / "animated.gif", save_all=True, append_images=[rgb.rotate(90)])
-    exif = rgb.getexif()
-    exif[274] = 6
-    rgb.save(folder / "turned.JPEG", exif=exif)
-    rgb.resize((1, 1)).save(folder / "dot.PNG")
-    rgb.resize((3, 500)).save(folder / "line.jpg")
-    rgb.save(folder / "photo.webp"), rgb.save(folder / "photo.bmp"), rgb.save(folder / "photo2.tif")
-    bomb = bytearray((folder / "grey8.png").read_bytes())
-    bomb[16:24] = (20000).to_bytes(4, "big") * 2
-    import zlib
-    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
-    (folder / "bomb.png").write_bytes(bytes(bomb))
-    os.rename(folder / "photo.bmp", folder / "photo3.BMP")
-    return folder
-
-
 def test_odd_photos_survive_training(tmp_path, exp):
     odd_photos(tmp_path)
     done = run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--op-prob", 0.8, tmp_path)
     assert "14 found" in done.stdout and "1 unreadable photos" in done.stdout
-    rows = list(csv.reader(open(ROOT / "exp" / exp / "train" / "skipped.csv")))
+    rows = list(csv.reader(open(Path(exp) / "train" / "skipped.csv")))
     assert rows[1][0] == str(tmp_path / "bomb.png") and "DecompressionBomb" in rows[1][1]
 
 
 def test_opened_photos_are_rgb_and_keep_their_values(tmp_path):
     odd_photos(tmp_path)
-    grey8, grey16 = (np.asarray(photo_files.open_photo(tmp_path / name)) for name in ("grey8.png", "grey16.png"))
+    grey8, grey16 = (np.asarray(images.open_photo(tmp_path / name)) for name in ("grey8.png", "grey16.png"))
     assert (grey8 == grey16).all()
-    assert photo_files.open_photo(tmp_path / "turned.JPEG").size == (64, 48)
-    assert photo_files.open_photo(tmp_path / "turned.JPEG", exif_transpose=True).size == (48, 64)
-    for path in photo_files.list_photos(tmp_path)[0]:
+    assert images.open_photo(tmp_path / "turned.JPEG").size == (64, 48)
+    assert images.open_photo(tmp_path / "turned.JPEG", exif_transpose=True).size == (48, 64)
+    for path in images.list_photos(tmp_path)[0]:
         if path != "bomb.png":
-            assert photo_files.open_photo(tmp_path / path).mode == "RGB"
+            assert images.open_photo(tmp_path / path).mode == "RGB"
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (np.asarray(photo_files.open_photo(tmp_path / "clear.png")) == 255).all()
+    assert (np.asarray(images.open_photo(tmp_path / "clear.png")) == 255).all()
 
 
 def test_views_png_and_args_json_show_the_run(photos, exp):
     run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--ncrops", 3, photos)
-    out = ROOT / "exp" / exp / "train"
+    out = Path(exp) / "train"
     assert Image.open(out / "views.png").size == (4 * 34 + 2, 8 * 34 + 2)  # 8 photos in rows: itself and 3 views
     assert json.loads((out / "args.json").read_text())["ncrops"] == 3
     log = list(csv.DictReader(open(out / "log.csv")))
@@ -265,9 +244,8 @@ def test_views_png_and_args_json_show_the_run(photos, exp):
 
 
 def network(**changes):
-    args = train.parse_args(["-a", "test_efficientnet", "--no-pretrained", "--input-size", "64", "x"])
-    vars(args).update(changes)
-    return train.build_net(args, False)
+    args = parse_args(["-a", "test_efficientnet", "--no-pretrained", "--input-size", "64", "x"])
+    return build_net(args.replace(**changes), False)
 
 
 def test_gem_and_descriptor_formula():
@@ -294,15 +272,15 @@ def test_channels_last_feature_maps_are_pooled_over_space():
 
 
 def test_no_weight_decay_on_vectors_biases_and_gains():
-    args = train.parse_args(["-a", "test_nfnet", "--no-pretrained", "--wd", "0.1", "x"])
-    net = train.build_net(args, False)
+    args = parse_args(["-a", "test_nfnet", "--no-pretrained", "--wd", "0.1", "x"])
+    net = build_net(args, False)
     names = {id(p): name for name, p in net.named_parameters()}
     spared, decayed = ([names[id(p)] for p in group["params"]] for group in train.param_groups(net, args))
     assert any(name.endswith("gain") for name in spared) and "fc.weight" in decayed and "bn.weight" in spared
     assert len(spared) + len(decayed) == len(names)
     assert not any(name.endswith(".bias") or "gain" in name for name in decayed)
-    args.decay_all = True
-    assert [(len(g["params"]), g["weight_decay"]) for g in train.param_groups(net, args)] == [(len(names), 0.1)]
+    groups = train.param_groups(net, args.replace(decay_all=True))
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(len(names), 0.1)]
 
 
 def test_schedules():
@@ -320,8 +298,8 @@ def test_local_backbone_weights(tmp_path, photos, exp):
     torch.save({f"other.{i}": v for i, v in enumerate(net.state_dict().values())}, tmp_path / "renamed.pth")
     torch.save({k: v for k, v in list(net.state_dict().items())[3:]}, tmp_path / "short.pth")
     for name in ("own.safetensors", "renamed.pth"):
-        state = train.read_backbone_weights(tmp_path / name, "test_efficientnet")
-        backbone = train.build_net(train.parse_args(["-a", "test_efficientnet", "x"]), state).backbone
+        state = read_backbone_weights(tmp_path / name, "test_efficientnet")
+        backbone = build_net(parse_args(["-a", "test_efficientnet", "x"]), state).backbone
         assert torch.equal(backbone.conv_stem.weight, net.conv_stem.weight)
     flags = [flag for flag in TINY if flag != "--no-pretrained"]
     done = run("train.py", *flags, "--exp", exp, "--backbone-weights", tmp_path / "short.pth", photos, code=2)
@@ -357,7 +335,7 @@ def test_spawned_processes_and_torchrun_train_alike(photos, exp):
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(photos, exp):
     flags = [*TINY, "--epochs", 10, "--save-steps", 1, "-j", 2]
     run("train.py", *flags, "--exp", f"{exp}whole", photos)
-    out, moments = ROOT / "exp" / f"{exp}broken" / "train", np.random.default_rng(3)
+    out, moments = Path(f"{exp}broken") / "train", np.random.default_rng(3)
     env, kills = {**os.environ, "OMP_NUM_THREADS": "1"}, 0
     while kills < 10:
         process = subprocess.Popen(list(map(str, [sys.executable, "train.py", *flags, "--exp", f"{exp}broken",
@@ -391,7 +369,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues(photos, exp):
     flags = list(map(str, [sys.executable, "train.py", *TINY, "--epochs", 200, "-p", 1, "--exp", exp, photos]))
     process = subprocess.Popen(flags, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                start_new_session=True)
-    out = ROOT / "exp" / exp / "train"
+    out = Path(exp) / "train"
     while newest_step(out) < 4:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loading processes too
@@ -413,7 +391,7 @@ def test_nan_loss_stops_with_step_and_checkpoint(photos, exp):
 
 def test_resume_with_another_network_lists_keys(photos, exp):
     run("train.py", *TINY, "--exp", exp, "--epochs", 1, photos)
-    file = ROOT / "exp" / exp / "train" / "checkpoint_0000.pth.tar"
+    file = Path(exp) / "train" / "checkpoint_0000.pth.tar"
     done = run("train.py", *TINY, "--exp", exp, "-a", "test_resnet", "--resume", file, photos, code=2)
     assert "does not fit this network" in done.stderr and "backbone." in done.stderr
     done = run("train.py", *TINY, "--exp", exp, "--dim", 64, "--weight", file, photos, code=2)
@@ -448,7 +426,7 @@ def test_published_form_loads_and_code_is_refused(photos, exp, tmp_path):
 
 
 def test_epochs_follow_each_other_in_one_loader_that_draws_nothing(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setattr(options, "ROOT", tmp_path)
     loaders, make_loader = [], train.make_loader
 
     def counted(*args):
@@ -457,15 +435,14 @@ def test_epochs_follow_each_other_in_one_loader_that_draws_nothing(photos, tmp_p
         assert torch.equal(before, torch.get_rng_state())
         return loaders[-1]
     monkeypatch.setattr(train, "make_loader", counted)
-    train.main(train.parse_args([*map(str, TINY), "--device", "cpu", "--epochs", "3", "--exp", "x", str(photos)]))
+    train.main(parse_args([*map(str, TINY), "--device", "cpu", "--epochs", "3", "--exp", "x", str(photos)]))
     assert len(loaders) == 1 and next(loaders[0], None) is None
 
 
-def test_too_little_shared_memory_is_told_before_the_first_step(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "ROOT", tmp_path)
+def test_too_little_shared_memory_is_told_before_the_first_step(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "ROOT", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**16, 0, 2**16))
     words = [*map(str, TINY), "--device", "cpu", "--exp", "x", str(photos)]
-    with pytest.raises(SystemExit) as stopped:
-        train.main(train.parse_args(words))
-    assert stopped.value.code == 2 and "-j 1 with --batch-size 4 needs 0.0 GiB" in capsys.readouterr().err
-    train.main(train.parse_args([*words, "-j", "0", "--epochs", "1"]))
+    with pytest.raises(InputError, match="-j 1 with a --batch-size of 4 needs 0.0 GiB"):
+        train.main(parse_args(words))
+    train.main(parse_args([*words, "-j", "0", "--epochs", "1"]))

@@ -13,9 +13,12 @@ import torchvision.transforms.functional as TF
 from augly.image.utils import rotated_rect_with_max_area
 from PIL import Image, ImageFilter
 
-import photos
-import processes
-import views
+from copydet import augmentations, images
+from copydet.augmentations import OPS, Part
+from copydet.batches import PREFETCHED, Images, collate_views, make_loader
+from copydet.common import InputError
+from copydet.distributed import Rank
+from copydet.views import Preprocessing, Views, WholePhotos, parse_ops
 from helpers import draw_photos
 
 SIZE = 96
@@ -38,11 +41,12 @@ def img(folder):
 
 
 def views_of(folder, decode="draft", view0=PIPELINES[0], view1=PIPELINES[1]):
-    args = SimpleNamespace(seed=0, ncrops=2, strict=False, input_size=SIZE, exif_transpose=False, decode=decode,
-                           view0=view0, view1=view1, op_prob=0.2, negatives=0, negative_photos=[])
     paths = sorted(path.name for path in folder.iterdir())
-    square = lambda img, size: TF.resize(img, [size, size])
-    return views.Views(args, str(folder), paths, square, [0.5] * 3, [0.5] * 3)
+    return Views(str(folder), paths, preprocessing(decode), [parse_ops(view, 0.2) for view in (view0, view1)], seed=0)
+
+
+def preprocessing(decode="draft"):
+    return Preprocessing(SIZE, "square", [0.5] * 3, [0.5] * 3, decode=decode)
 
 
 @pytest.fixture
@@ -61,7 +65,8 @@ def test_jitter_is_torchvisions_to_a_level(img, pixels):
     for name, factor, limit in (("brightness", 0.6, 1), ("brightness", 1.4, 1), ("contrast", 0.6, 1),
                                 ("contrast", 1.4, 1), ("saturation", 0.3, 1), ("saturation", 1.7, 1), ("hue", 0.1, 12),
                                 ("hue", -0.2, 12), ("hue", 0, 12)):  # of both libraries' rounded hues
-        ours, theirs = getattr(views, f"adjust_{name}")(pixels, factor), getattr(TF, f"adjust_{name}")(img, factor)
+        ours, theirs = (getattr(module, f"adjust_{name}") for module in (augmentations, TF))
+        ours, theirs = ours(pixels, factor), theirs(img, factor)
         largest, mean = difference(ours, theirs)
         assert largest <= limit and mean < (0.01 if limit == 1 else 1.1), (name, factor, largest, mean)
 
@@ -73,7 +78,7 @@ def test_jitter_is_torchvisions_step_by_step(img, pixels):
         for i in rng.permutation(4):
             name = ("brightness", "contrast", "saturation", "hue")[i]
             expected = getattr(TF, f"adjust_{name}")(expected, draws[i])
-        ours = views.color_jitter(pixels, np.random.default_rng(seed), 0.4, 0.4, 0.4, 0.1)
+        ours = augmentations.color_jitter(pixels, np.random.default_rng(seed), 0.4, 0.4, 0.4, 0.1)
         assert difference(ours, expected)[1] < 2
         assert abs(np.mean(np.asarray(ours, float) - np.asarray(expected))) < 0.5
 
@@ -81,9 +86,10 @@ def test_jitter_is_torchvisions_step_by_step(img, pixels):
 def test_jitter_draws_each_step_once_in_random_order(pixels, monkeypatch):
     seen = []
     for name in ("brightness", "contrast", "saturation", "hue"):
-        monkeypatch.setattr(views, f"adjust_{name}", lambda x, value, name=name: seen.append((name, value)) or x)
+        monkeypatch.setattr(augmentations, f"adjust_{name}",
+                            lambda x, value, name=name: seen.append((name, value)) or x)
     for seed in range(200):
-        views.color_jitter(pixels, np.random.default_rng(seed), 0.4, 0.3, 0.2, 0.1)
+        augmentations.color_jitter(pixels, np.random.default_rng(seed), 0.4, 0.3, 0.2, 0.1)
     assert len({tuple(name for name, _ in seen[i:i + 4]) for i in range(0, 800, 4)}) == 24
     for name, middle, strength in (("brightness", 1, 0.4), ("contrast", 1, 0.3), ("saturation", 1, 0.2),
                                    ("hue", 0, 0.1)):
@@ -93,7 +99,7 @@ def test_jitter_draws_each_step_once_in_random_order(pixels, monkeypatch):
 
 @pytest.mark.parametrize("radius", [0.5, 1.5, 2, 3.9, 4, 7, 10])
 def test_blur_is_pillows(img, pixels, radius):
-    ours, pillows = views.blur(pixels, radius), np.asarray(img.filter(ImageFilter.GaussianBlur(radius)))
+    ours, pillows = augmentations.blur(pixels, radius), np.asarray(img.filter(ImageFilter.GaussianBlur(radius)))
     inside = np.s_[16:112, 16:144]  # at the border they continue the image differently
     assert difference(ours, pillows)[1] < 1 and difference(ours[inside], pillows[inside])[0] <= 8
 
@@ -105,35 +111,35 @@ def test_a_wide_blur_is_as_wide_as_pillows(radius):
         bar = Image.new("RGB", (128, 128))
         bar.paste("white", (left, 0, left + 1, 128))
         pillows = bar.filter(ImageFilter.GaussianBlur(radius))
-        for img, found in zip((views.blur(np.array(bar), radius), pillows), variances):
+        for img, found in zip((augmentations.blur(np.array(bar), radius), pillows), variances):
             found.append(np.average((np.arange(128) - left) ** 2, weights=np.asarray(img, float).sum((0, 2))))
     assert abs(np.mean(variances[0]) / np.mean(variances[1]) - 1) < 0.06, variances
 
 
 def test_blur_of_odd_sizes_is_pillows(img):
     img = img.crop((0, 0, 99, 77))
-    ours, pillows = views.blur(np.array(img), 7), np.asarray(img.filter(ImageFilter.GaussianBlur(7)))
+    ours, pillows = augmentations.blur(np.array(img), 7), np.asarray(img.filter(ImageFilter.GaussianBlur(7)))
     inside = np.s_[16:61, 16:83]
     assert difference(ours, pillows)[1] < 1 and difference(ours[inside], pillows[inside])[0] <= 8
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.37, 0.8])
 def test_pixelized_as_by_augly(img, pixels, ratio):
-    largest, mean = difference(views.pixelize(pixels, ratio), imaugs.pixelization(img, ratio=ratio))
+    largest, mean = difference(augmentations.pixelize(pixels, ratio), imaugs.pixelization(img, ratio=ratio))
     assert largest <= 2 and mean < 0.1
 
 
 def test_grey_and_flips_are_the_libraries(img, pixels):
     for name, expected in (("gray", TF.to_grayscale(img, 3)), ("hflip", TF.hflip(img)), ("vflip", TF.vflip(img))):
-        largest, mean = difference(views.OPS[name](pixels, None, None), expected)
+        largest, mean = difference(OPS[name](pixels, None, None), expected)
         assert (largest <= 1 and mean < 0.01) if name == "gray" else largest == 0
 
 
-@pytest.mark.parametrize("decoder, limit", [(photos.simplejpeg, 1), (None, 0)])
+@pytest.mark.parametrize("decoder, limit", [(images.simplejpeg, 1), (None, 0)])
 def test_jpeg_is_auglys(img, pixels, decoder, limit, monkeypatch):
-    monkeypatch.setattr(photos, "simplejpeg", decoder)
+    monkeypatch.setattr(images, "simplejpeg", decoder)
     for quality in (10, 20, 30, 50):
-        ours, theirs = photos.through_jpeg(pixels, quality), imaugs.encoding_quality(img, quality=quality)
+        ours, theirs = images.through_jpeg(pixels, quality), imaugs.encoding_quality(img, quality=quality)
         assert difference(ours, theirs)[1] <= limit  # simplejpeg encodes with the faster, less exact DCT
         assert abs(difference(ours, img)[1] / difference(theirs, img)[1] - 1) < 0.01
 
@@ -143,9 +149,9 @@ def test_operations_leave_their_input_as_it_is(pixels):
     data = SimpleNamespace(size=SIZE, resize=lambda img, size: TF.resize(img, [size, size]),
                            random_photo=lambda rng: pixels)
     before = pixels.copy()
-    for name, op in views.OPS.items():
+    for name, op in OPS.items():
         result = op(pixels, np.random.default_rng(0), data, *PARAMETERS.get(name, []))
-        result = result.pixels() if isinstance(result, views.Part) else result
+        result = result.pixels() if isinstance(result, Part) else result
         assert np.array_equal(pixels, before), name
         assert name == "erase" or (result.dtype == np.uint8 and result.ndim == 3 and result.flags.writeable), name
 
@@ -156,7 +162,7 @@ def test_perspective_is_torchvisions(img, pixels):
         dx, dy = rng.integers(0, 41, 4), rng.integers(0, 33, 4)
         moved = [[dx[0], dy[0]], [159 - dx[1], dy[1]], [159 - dx[2], 127 - dy[2]], [dx[3], 127 - dy[3]]]
         expected = TF.perspective(img, [[0, 0], [159, 0], [159, 127], [0, 127]], [[int(v) for v in xy] for xy in moved])
-        ours = views.random_perspective(pixels, np.random.default_rng(seed), 0.5)
+        ours = augmentations.random_perspective(pixels, np.random.default_rng(seed), 0.5)
         apart = np.abs(ours.astype(int) - np.asarray(expected)).max(2)
         assert (apart <= 1).mean() > 0.97, seed  # Pillow cuts off, OpenCV rounds; at the border OpenCV mixes with black
 
@@ -167,22 +173,23 @@ def test_text_is_auglys(img, pixels):
         style = dict(font_size=rng.uniform(0.1, 0.3), color=tuple(rng.integers(0, 256, 3).tolist()))
         x, y = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
         expected = imaugs.overlay_text(img, text=rng.integers(1, 1000, 5).tolist(), x_pos=x, y_pos=y, **style)
-        assert difference(views.overlay_text(pixels, np.random.default_rng(seed)), expected) == (0, 0)
+        assert difference(augmentations.overlay_text(pixels, np.random.default_rng(seed)), expected) == (0, 0)
 
 
 def test_text_has_the_lines_and_lengths_asked_for(pixels, monkeypatch):
     drawn = []
-    monkeypatch.setattr(views.ImageDraw, "Draw", lambda img: SimpleNamespace(
+    monkeypatch.setattr(augmentations.ImageDraw, "Draw", lambda img: SimpleNamespace(
         text=lambda xy, text, color, font: drawn[-1].append((xy[1], len(text), font.path, font.size))))
     for seed in range(300):
         drawn.append([])
-        views.OPS["text"](pixels, np.random.default_rng(seed), None, 5.0, 9.0, 2.0)
+        OPS["text"](pixels, np.random.default_rng(seed), None, 5.0, 9.0, 2.0)
     assert {len(lines) for lines in drawn} == {1, 2}
     assert {length for lines in drawn for _, length, *_ in lines} == set(range(5, 10))
     assert len({font for lines in drawn for *_, font, _ in lines}) > 100
     for first, second in (lines for lines in drawn if len(lines) == 2):
         assert first[2] == second[2] and 0 <= second[0] - first[0] - second[3] < 1.01
-    assert len(views.fonts()) == 363 and not any(name in path for path in views.fonts() for name in ("Sky", "MyMusic"))
+    files = augmentations.fonts()
+    assert len(files) == 363 and not any(name in path for path in files for name in ("Sky", "MyMusic"))
 
 
 def test_emoji_are_auglys(img, pixels):
@@ -192,7 +199,7 @@ def test_emoji_are_auglys(img, pixels):
         path = os.path.join(augly.utils.SMILEY_EMOJI_DIR, names[rng.integers(len(names))])
         size, x, y = rng.uniform(0.1, 0.3), rng.uniform(0, 1), rng.uniform(0, 1)
         expected = imaugs.overlay_emoji(img, emoji_path=path, emoji_size=size, x_pos=x, y_pos=y)
-        assert difference(views.overlay_emoji(pixels, np.random.default_rng(seed)), expected) == (0, 0)
+        assert difference(augmentations.overlay_emoji(pixels, np.random.default_rng(seed)), expected) == (0, 0)
 
 
 def test_screenshots_are_auglys_and_leave_the_template_clean(img, pixels):
@@ -202,7 +209,7 @@ def test_screenshots_are_auglys_and_leave_the_template_clean(img, pixels):
         for photo, limit in ((img, 1), (large, 5)):  # larger ones by another filter
             expected = imaugs.overlay_onto_screenshot(photo, template_filepath=os.path.join(
                 augly.utils.SCREENSHOT_TEMPLATES_DIR, name))
-            found = views.overlay_onto_screenshot(np.array(photo), np.random.default_rng(seed))
+            found = augmentations.overlay_onto_screenshot(np.array(photo), np.random.default_rng(seed))
             largest, mean = difference(found, expected)
             assert largest <= limit and mean < 0.3, (name, photo.size, largest, mean)
             found[:] = 255  # as text and emoji may be
@@ -211,7 +218,7 @@ def test_screenshots_are_auglys_and_leave_the_template_clean(img, pixels):
 
 
 def test_edges_are_enhanced_by_either_filter(img, pixels):
-    found = [views.OPS["edge"](pixels, np.random.default_rng(seed), None) for seed in range(20)]
+    found = [OPS["edge"](pixels, np.random.default_rng(seed), None) for seed in range(20)]
     expected = [img.filter(kind) for kind in (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)]
     counts = [sum(difference(x, y) == (0, 0) for x in found) for y in expected]
     assert sum(counts) == 20 and min(counts) > 2
@@ -221,7 +228,7 @@ def test_edges_are_enhanced_by_either_filter(img, pixels):
 def test_turned_and_cropped_at_once_is_one_after_the_other(folder, angle):
     img = Image.open(folder / "0001.jpg")
     turned = imaugs.rotate(img, degrees=float(angle))
-    part = views.Part(np.array(img)).turn(angle)
+    part = Part(np.array(img)).turn(angle)
     assert np.abs(np.subtract(part.size, rotated_rect_with_max_area(512, 512, angle))).max() < 1
     assert np.abs(np.subtract(part.size, turned.size)).max() <= 1
     width, height = part.size
@@ -233,7 +240,7 @@ def test_turned_and_cropped_at_once_is_one_after_the_other(folder, angle):
 def test_turned_photos_are_as_rough_as_auglys(pixels):
     """Neither smoother, as interpolation makes them, nor rougher."""
     for angle in (20, 45, 130):
-        part = views.Part(pixels).turn(angle)
+        part = Part(pixels).turn(angle)
         ours = part.crop((0, 0, *part.size), SIZE).pixels()
         theirs = np.asarray(TF.resize(imaugs.rotate(Image.fromarray(pixels), degrees=float(angle)), [SIZE, SIZE]))
         roughness = [np.abs(np.diff(x.astype(int), axis=1)).mean() for x in (ours, theirs)]
@@ -243,12 +250,12 @@ def test_turned_photos_are_as_rough_as_auglys(pixels):
 def test_a_crop_of_an_image_is_torchvisions(img, pixels):
     box = 13, 7, 90, 101
     expected = TF.resized_crop(img, box[1], box[0], box[3], box[2], [SIZE, SIZE])
-    largest, mean = difference(views.Part(pixels).crop(box, SIZE).pixels(), expected)
+    largest, mean = difference(Part(pixels).crop(box, SIZE).pixels(), expected)
     assert largest <= 1 and mean < 0.3
 
 
 def test_crops_cover_the_areas_and_ratios_asked_for():
-    boxes = np.array([views.crop_box((640, 480), np.random.default_rng(seed), 0.2) for seed in range(500)])
+    boxes = np.array([augmentations.crop_box((640, 480), np.random.default_rng(seed), 0.2) for seed in range(500)])
     left, top, width, height = boxes.T
     assert (left >= 0).all() and (top >= 0).all() and (left + width <= 640).all() and (top + height <= 480).all()
     area, ratio = width * height / (640 * 480), width / height
@@ -281,12 +288,13 @@ def test_views_of_photos_decoded_small_look_like_those_of_whole_ones(folder):
 
 def test_overlays_and_crops_as_in_the_notes(folder, monkeypatch):
     data, calls = views_of(folder), []
-    monkeypatch.setattr(views.imaugs, "overlay_image", lambda below, **kwargs: calls.append((below, kwargs)) or below)
+    monkeypatch.setattr(augmentations.imaugs, "overlay_image",
+                        lambda below, **kwargs: calls.append((below, kwargs)) or below)
     for seed in range(200):
         photo, before = data.open(0)[0], len(calls)
-        part = views.OPS["overlay-crop"](views.Part(photo), np.random.default_rng(seed), data, 0.15, 0.5, 0.3, 0.7, 0.4)
+        part = OPS["overlay-crop"](Part(photo), np.random.default_rng(seed), data, 0.15, 0.5, 0.3, 0.7, 0.4)
         assert part.size == (SIZE, SIZE) and (part.photo is photo) == (len(calls) == before)
-        share = part.box[2] * part.box[3] / np.prod(views.size_of(part.photo))
+        share = part.box[2] * part.box[3] / np.prod(augmentations.size_of(part.photo))
         assert share > (0.69 if len(calls) > before else 0.14)
     assert 70 < len(calls) < 130
     size, opacity, x, y = (np.array([kwargs[name] for _, kwargs in calls]) for name in
@@ -302,7 +310,7 @@ def test_operations_on_odd_photos_fail_alone(tmp_path, size):
     Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "0.png")
     for i in range(1, 6):
         Image.effect_noise((300, 200), 50).convert("RGB").save(tmp_path / f"{i}.png")
-    for name in views.OPS:
+    for name in OPS:
         op = ":".join(map(str, [name, *PARAMETERS.get(name, [])]))
         data = views_of(tmp_path, view0=f"perspective=0.5 {op}=1", view1="hflip")
         for epoch in range(3):
@@ -314,7 +322,7 @@ def test_operations_on_odd_photos_fail_alone(tmp_path, size):
 def test_an_error_of_opencv_is_one_operations(folder, monkeypatch):
     def fail(pixels, rng, data):
         raise cv2.error("too long")
-    monkeypatch.setitem(views.OPS, "gray", fail)
+    monkeypatch.setitem(OPS, "gray", fail)
     _, _, unreadable, failed = views_of(folder, view0="gray=1", view1="hflip")[(0, 0)]
     assert not unreadable and failed == ["gray: too long"]
 
@@ -326,7 +334,7 @@ def test_an_error_of_opencv_is_one_operations(folder, monkeypatch):
 def test_a_jpeg_is_decoded_as_small_as_all_who_look_at_it_allow(folder):
     for factors, expected in (((), 512), ((1.9,), 512), ((2,), 256), ((5, 3.9), 256), ((4, 9), 128), ((100,), 64)):
         for draft in (True, False):
-            photo = photos.Photo(folder / "0000.jpg", draft=draft)
+            photo = images.Photo(folder / "0000.jpg", draft=draft)
             for factor in factors:
                 photo.shrink(factor)
             assert photo.size == (512, 512) and photo.pixels.shape == (expected if draft else 512,) * 2 + (3,)
@@ -340,10 +348,10 @@ def test_both_decoders_give_the_same_pixels(folder, tmp_path, monkeypatch):
     img.save(tmp_path / "e.png")
     for factor in (1, 2):
         found = []
-        for decoder in (photos.simplejpeg, None):
-            monkeypatch.setattr(photos, "simplejpeg", decoder)
+        for decoder in (images.simplejpeg, None):
+            monkeypatch.setattr(images, "simplejpeg", decoder)
             for path in sorted(tmp_path.iterdir()):
-                photo = photos.Photo(path)
+                photo = images.Photo(path)
                 photo.shrink(factor)
                 found.append(photo.pixels)
             monkeypatch.undo()
@@ -355,16 +363,16 @@ def test_broken_jpegs_are_told_and_turned_ones_turned(folder, tmp_path):
     data = (folder / "0000.jpg").read_bytes()
     for length in (0, 2, 300, len(data) // 2):
         (tmp_path / "cut.jpg").write_bytes(data[:length])
-        with pytest.raises(photos.UNREADABLE):
-            photos.Photo(tmp_path / "cut.jpg").pixels
+        with pytest.raises(images.UNREADABLE):
+            images.Photo(tmp_path / "cut.jpg").pixels
     img = Image.open(folder / "0000.jpg").crop((0, 0, 300, 200))
     exif = img.getexif()
     exif[274] = 6
     img.save(tmp_path / "turned.jpg", exif=exif)
     for turn, size in ((False, (300, 200)), (True, (200, 300))):
-        photo = photos.Photo(tmp_path / "turned.jpg", turn)
+        photo = images.Photo(tmp_path / "turned.jpg", turn)
         assert photo.size == size and photo.pixels.shape == (*size[::-1], 3)
-        assert np.array_equal(photo.pixels, np.asarray(photos.open_photo(tmp_path / "turned.jpg", turn)))
+        assert np.array_equal(photo.pixels, np.asarray(images.open_photo(tmp_path / "turned.jpg", turn)))
 
 
 def test_pillow_reads_what_the_fast_decoder_refuses(folder, monkeypatch):
@@ -373,8 +381,8 @@ def test_pillow_reads_what_the_fast_decoder_refuses(folder, monkeypatch):
     def refuse(*args, **kwargs):
         raise ValueError
 
-    monkeypatch.setattr(photos.simplejpeg, "decode_jpeg", refuse)
-    photo = photos.Photo(folder / "0000.jpg")
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", refuse)
+    photo = images.Photo(folder / "0000.jpg")
     photo.shrink(2)
     assert photo.pixels.shape == (256, 256, 3)
 
@@ -382,9 +390,7 @@ def test_pillow_reads_what_the_fast_decoder_refuses(folder, monkeypatch):
 def test_whole_photos_are_decoded_small_and_stay_the_same(folder):
     found = []
     for decode in ("draft", "full"):
-        args = SimpleNamespace(input_size=SIZE, exif_transpose=False, decode=decode)
-        data = views.WholePhotos(args, [str(folder / "0000.jpg"), str(folder / "no.jpg")], views_of(folder).resize,
-                                 [0.5] * 3, [0.5] * 3)
+        data = WholePhotos([str(folder / "0000.jpg"), str(folder / "no.jpg")], preprocessing(decode))
         i, images, reason = data[0]
         assert i == 0 and images.pixels.shape == (1, SIZE, SIZE, 3) and reason is None and "FileNotFound" in data[1][2]
         found.append(images.pixels)
@@ -395,15 +401,15 @@ def test_whole_photos_are_decoded_small_and_stay_the_same(folder):
     ("crop", "'crop' is not crop:smallest"), ("text:1:2:3:4", "'text:1:2:3:4' is not text:fewest:most:lines"),
     ("jitter:1=1", "'jitter:1=1' is not jitter:brightness:contrast:saturation:hue")])
 def test_wrong_parameters_are_told(text, message):
-    with pytest.raises(views.InputError, match=f"--view1: {message}"):
-        views.parse_ops(text, 0.2, "--view1")
+    with pytest.raises(InputError, match=f"--view1: {message}"):
+        parse_ops(text, 0.2, "--view1")
 
 
 def test_erasing_comes_last():
-    assert views.parse_ops("[hflip gray] erase", 0.2)[1] == [("erase", (), 0.2)]
+    assert parse_ops("[hflip gray] erase", 0.2)[1] == [("erase", (), 0.2)]
     for text in ("erase hflip", "hflip [gray erase]", "erase erase"):
-        with pytest.raises(views.InputError, match="--view1: 'erase' must come last"):
-            views.parse_ops(text, 0.2, "--view1")
+        with pytest.raises(InputError, match="--view1: 'erase' must come last"):
+            parse_ops(text, 0.2, "--view1")
 
 
 def test_tensors_are_torchvisions_and_hold_the_noise_of_erased_parts():
@@ -411,16 +417,16 @@ def test_tensors_are_torchvisions_and_hold_the_noise_of_erased_parts():
     rng, mean, std = np.random.default_rng(0), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     items, expected = [], {}
     for i in range(3):
-        made = [(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8), erased and views.erased_part(SIZE, rng))
+        made = [(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8), erased and augmentations.erased_part(SIZE, rng))
                 for erased in (i % 2 == 0, i == 1)]
-        items.append((views.Images.of(made, mean, std), [i, i], [], []))
+        items.append((Images.of(made, mean, std), [i, i], [], []))
         for j, (pixels, erased) in enumerate(made):
             tensor = TF.to_tensor(pixels)
             if erased:
                 top, left, noise = erased
                 tensor[:, top:top + noise.shape[1], left:left + noise.shape[2]] = torch.from_numpy(noise)
             expected[j, i] = TF.normalize(tensor, mean, std)
-    images, labels, _, _ = views.collate_views(items)
+    images, labels, _, _ = collate_views(items)
     found = images.to("cpu")
     assert len(images) == 6 and len(images.boxes) == 3 and labels.tolist() == [0, 1, 2] * 2
     assert torch.allclose(found, torch.stack([expected[key] for key in sorted(expected)]), atol=1e-5)
@@ -432,19 +438,18 @@ class Numbers(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         pixels = [(np.full((SIZE, SIZE, 3), (i, 2 * i)[j], np.uint8), None) for j in range(2)]
-        return views.Images.of(pixels, (0.5,) * 3, (0.5,) * 3), [i, i], [], []
+        return Images.of(pixels, (0.5,) * 3, (0.5,) * 3), [i, i], [], []
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_in_memory_that_is_used_again_hold_until_the_next(workers):
-    args = SimpleNamespace(workers=workers, nproc=1, device_used=torch.device("cpu"))
     batches = [list(range(i, i + 5)) for i in range(0, 100, 5)]
-    loader = processes.make_loader(args, Numbers(), batches, views.collate_views, (2, 5, SIZE, SIZE, 3))
+    loader = make_loader(Numbers(), batches, collate_views, workers, Rank(), (2, 5, SIZE, SIZE, 3))
     places = set()
-    for batch, (images, labels, *_) in zip(batches, loader):
+    for batch, (made, labels, *_) in zip(batches, loader):
         time.sleep(0.02)  # time to write over it
         assert labels.tolist() == batch * 2
-        assert (images.pixels == (labels * torch.tensor([1, 2]).repeat_interleave(5))[:, None, None, None]).all()
-        places.add(images.pixels.data_ptr() - loader.collate_fn.memory.data_ptr())
-    size = images.pixels.numel()
-    assert places == {i * size for i in range(workers * (processes.PREFETCHED + 1))}
+        assert (made.pixels == (labels * torch.tensor([1, 2]).repeat_interleave(5))[:, None, None, None]).all()
+        places.add(made.pixels.data_ptr() - loader.collate_fn.memory.data_ptr())
+    size = made.pixels.numel()
+    assert places == {i * size for i in range(workers * (PREFETCHED + 1))}

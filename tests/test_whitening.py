@@ -1,7 +1,6 @@
 """Pooling of feature maps, the head's start, whitening at the end, frozen parts; and train.py with all of them."""
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -10,21 +9,23 @@ import torch
 from torch.nn import functional as F
 
 import train
-from export import write_onnx, write_torchscript
+from copydet import load_descriptor
+from copydet.common import InputError
+from copydet.export import write_onnx, write_torchscript
+from copydet.network import build_net, centre_crops, folded_grid
+from copydet.options import parse_args
+from copydet.whitening import learned_whitening, set_head
 from helpers import draw_photos, run
-from network import centre_crops, folded_grid
-from whitening import learned_whitening, set_head
 
 
 def settings(**changes):
-    args = train.build_parser().parse_args(["-a", "test_efficientnet", "--pool", "grid", "--stages", "1,2", "--dim",
-                                            "8", "--input-size", "32"])
-    return SimpleNamespace(**vars(args) | changes)
+    return parse_args(["-a", "test_efficientnet", "--pool", "grid", "--stages", "1,2", "--dim", "8", "--input-size",
+                       "32"]).replace(**changes)
 
 
 def network(**changes):
     torch.manual_seed(0)
-    return train.build_net(settings(**changes), pretrained=False)
+    return build_net(settings(**changes), pretrained=False)
 
 
 def images(n=6):
@@ -135,7 +136,7 @@ def test_frozen_batch_norm_and_frozen_stages():
     frozen = {name for name, p in net.backbone.named_parameters() if not p.requires_grad}
     assert frozen and learning and not frozen & learning
     assert any(name.startswith("conv_stem") for name in frozen)
-    with pytest.raises(train.InputError, match="--freeze 9"):
+    with pytest.raises(InputError, match="--freeze 9"):
         train.freeze_stages(net.backbone, 9)
 
 
@@ -173,10 +174,10 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
             assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
         if not more:
             queries = sorted((tmp_path / "input" / "query_images").iterdir())
-            assert np.allclose(train.load_descriptor(tmp_path / "one" / last)(queries), rows, atol=1e-5)
+            assert np.allclose(load_descriptor(tmp_path / "one" / last)(queries), rows, atol=1e-5)
             run("train.py", "--mode", "export", "--weight", tmp_path / "one" / last, "--format", "safetensors", "-o",
                 tmp_path / "net.safetensors")
-            assert np.allclose(train.load_descriptor(tmp_path / "net.safetensors")(queries), rows, atol=1e-5)
+            assert np.allclose(load_descriptor(tmp_path / "net.safetensors")(queries), rows, atol=1e-5)
     assert extracted[""]["input_size"] == 48 and extracted["--input-size 64"]["input_size"] == 64
     calibrations = {more: json.loads(attrs.get("calibration", "{}")) for more, attrs in extracted.items()}
     assert {more: found.get("photos") for more, found in calibrations.items()} == {
@@ -197,6 +198,6 @@ def test_what_does_not_fit_is_told_in_one_line(flags, message, tmp_path, capsys)
     words = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "-j", 0, "--device",
              "cpu", "--exp", tmp_path / "exp", *flags, photos]
     with pytest.raises(SystemExit) as left:
-        train.main(train.parse_args([str(word) for word in words]))
+        train.main(parse_args([str(word) for word in words]))
     error = capsys.readouterr().err
     assert left.value.code == 2 and message in error and len(error.strip().splitlines()) == 1

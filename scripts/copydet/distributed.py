@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import errno
 import os
 import signal
 import sys
@@ -77,6 +78,11 @@ def run_rank(work: Callable, args: Args, rest: tuple, url: str | None, rank: int
         sys.stdout = open(os.devnull, "w")  # one voice; errors and warnings go to stderr
     try:
         work(args, *rest, Rank(rank, world_size, local_rank, local_world_size, device))
+    except OSError as error:
+        if not (error.errno in (errno.ENOSPC, errno.EDQUOT) or "errno = 28" in str(error)):  # h5py tells in words
+            raise
+        raise WorkError(f"no space left on the disk of {args.out}; what was finished is kept, --resume auto goes "
+                        "on") from None
     finally:
         if url:
             dist.destroy_process_group()

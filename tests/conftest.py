@@ -1,0 +1,37 @@
+"""Fixtures that several test files share. Results go to temporary folders, never to exp/ of the checkout."""
+from pathlib import Path
+
+import pytest
+import torch
+
+from copydet.network import build_net
+from copydet.options import parse_args
+from helpers import run
+
+
+@pytest.fixture
+def exp(tmp_path_factory):
+    """Experiment of its own for --exp: results go to a folder that this path begins."""
+    return str(tmp_path_factory.mktemp("exp") / "run")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Checkpoint of an untrained network, as training writes it."""
+    folder = tmp_path_factory.mktemp("weights")
+    args = parse_args(["-a", "test_efficientnet", "--input-size", "32", "--gem-eval-p", "5", "x"])
+    torch.manual_seed(0)
+    net = build_net(args, False)
+    torch.save({"state_dict": net.state_dict(), "arch": "test_efficientnet.r160_in1k", "args": args.plain(),
+                "preprocess": {"mean": [0.5] * 3, "std": [0.5] * 3}}, folder / "net.pth.tar")
+    return folder / "net.pth.tar"
+
+
+@pytest.fixture
+def extract(exp, weights):
+    """Run extraction with `weights`: extract(data, flags...); extract.out() is its folder."""
+    def call(data, *flags, code=0, suffix=""):
+        return run("train.py", "--mode", "extract", "-j", 1, "--batch-size", 15, "--exp", exp + suffix, "--weight",
+                   weights, *flags, data, code=code)
+    call.out = lambda suffix="": Path(exp + suffix) / "extract"
+    return call
