@@ -1,8 +1,8 @@
 """Command lines: train.py's flags, recipes as flags, kinds of numbers.
 
 Imports nothing heavy, so that --help and wrong flags are answered at once. A flag with choices lists their names here;
-what stands behind a name is an entry of a table: LOSSES, MINERS, OPTIMIZERS, SCHEDULES in train.py, HEADS in network.py,
-RESIZES in augmentations.py, FORMATS in export.py.
+what stands behind a name is an entry of a table: LOSSES, MINERS, OPTIMIZERS and SCHEDULES in train.py, HEADS in
+network.py, RESIZES in augmentations.py, FORMATS in export.py.
 """
 from __future__ import annotations
 
