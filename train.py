@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train an image copy-detection descriptor and extract it.
 
-A query photo that was cropped, re-encoded, written on or pasted into another photo has to find its original among a
-million references, with one 256-d vector per photo and one threshold for all queries. Training makes two views of every
-photo, pulls their descriptors together and pushes those of other photos, remembered from earlier batches, apart.
+A query image that was cropped, re-encoded, written on or pasted into another image has to find its original among a
+million references, with one 256-d vector per image and one threshold for all queries. Training makes two views of every
+image, pulls their descriptors together and pushes those of other images, remembered from earlier batches, apart.
 
 Train on one device, on all GPUs of this machine, or on several machines (4 GPUs each here):
 
@@ -15,7 +15,7 @@ Continue a run that was stopped at any point, from its newest checkpoint:
 
     python train.py @exp/v31.args --resume auto input/training_images
 
-Extract descriptors of queries, references and training photos with the newest checkpoint, then score them:
+Extract descriptors of queries, references and training images with the newest checkpoint, then score them:
 
     python train.py --mode extract --exp v31 --target-set qrt input
     python scripts/eval_metrics.py exp/v31/extract/fb-isc-submission.h5 input/public_ground_truth.csv
@@ -55,9 +55,9 @@ from copydet.calibration import measure
 from copydet.checkpoints import find_source, load_net, load_weights, newest_checkpoint, read_checkpoint
 from copydet.distributed import Rank, gather_objects, launch, pick_precision
 from copydet.export import ENDINGS, FORMATS, INPUT
-from copydet.extraction import (Blocks, describe_photos, describe_views, extract, load_descriptor, open_folder,
+from copydet.extraction import (Blocks, describe_images, describe_views, extract, load_descriptor, open_folder,
                                 prepare_extraction, settings_of, versions)
-from copydet.images import PHOTO_ENDINGS, list_negatives, list_pairs, list_photos, write_skipped
+from copydet.images import IMAGE_ENDINGS, list_negatives, list_pairs, list_images, write_skipped
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
                             SNRDistance)
@@ -94,7 +94,7 @@ SCHEDULES: dict[str, Callable] = {  # name -> learning rate factor at (epoch, ep
     "linear": lambda epoch, now, epochs: 1 - epoch / epochs,
     "constant": lambda epoch, now, epochs: 1.0,
 }
-STANDARD_PHOTOS, CALIBRATION_PHOTOS = 2000, 2000  # training photos that --pool grid and --calibrate look at
+STANDARD_IMAGES, CALIBRATION_IMAGES = 2000, 2000  # training images that --pool grid and --calibrate look at
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ STANDARD_PHOTOS, CALIBRATION_PHOTOS = 2000, 2000  # training photos that --pool 
 @dataclass(frozen=True)
 class Data:
     """The images of a training run: paths relative to --dir, pairs of them with --pairs."""
-    photos: list  # to train on
+    images: list  # to train on
     found: int  # images in the folder
     held_back: list = field(default_factory=list)  # --calibrate
     odd: list = field(default_factory=list)  # [(path, reason)] of what only looks like an image
@@ -112,30 +112,30 @@ class Data:
     resume_file: Path | str = ""
 
     def sample_of_epoch(self, args: Args, epoch: int, local_world_size: int) -> tuple[int, int]:
-        """Photos used in `epoch` and photos per step of a rank; both change where the sample grows (notes v4)."""
+        """Images used in `epoch` and images per step of a rank; both change where the sample grows (notes v4)."""
         doublings = epoch // args.grow_epochs if args.grow_epochs else 0
         counts = [min(args.sample_size * 2 ** i, max(args.grow_to, args.sample_size)) for i in range(doublings + 1)]
         halvings = sum(count > max(before, 100_000) for before, count in zip(counts, counts[1:]))
-        return min(counts[-1], len(self.photos)), max(1, args.batch_size // local_world_size >> halvings)
+        return min(counts[-1], len(self.images)), max(1, args.batch_size // local_world_size >> halvings)
 
 
 def prepare_training(args: Args) -> tuple[Args, Data]:
-    """What every process needs and only one should do: check the input, list the photos, make the folder."""
+    """What every process needs and only one should do: check the input, list the images, make the folder."""
     check_arch(args.arch)
     for flag in ("view0", "view1"):
         parse_ops(getattr(args, flag), args.op_prob, f"--{flag}")
     if not args.dir.is_dir():
         raise InputError(f"no such folder: {args.dir}")
-    photos, odd = list_pairs(args) if args.pairs else list_photos(args.dir)
-    if not photos:
-        raise InputError(f"no photos in {args.dir} ({', '.join(PHOTO_ENDINGS)})")
-    held_back, rest = hold_back(photos, args.calibrate) if args.calibrate else ([], photos)
+    images, odd = list_pairs(args) if args.pairs else list_images(args.dir)
+    if not images:
+        raise InputError(f"no images in {args.dir} ({', '.join(IMAGE_ENDINGS)})")
+    held_back, rest = hold_back(images, args.calibrate) if args.calibrate else ([], images)
     rest = rest[:max(args.sample_size, args.grow_to * bool(args.grow_epochs))]
     resume_file = find_resume_file(args)
     if resume_file and args.seed is None:
         args = args.replace(seed=read_checkpoint(resume_file)["args"].get("seed"))
     args.out.mkdir(parents=True, exist_ok=True)
-    return args, Data(rest, len(photos), held_back, [(str(args.dir / path), reason) for path, reason in odd],
+    return args, Data(rest, len(images), held_back, [(str(args.dir / path), reason) for path, reason in odd],
                       list_negatives(args, rest if args.pairs else []) if args.negatives else [], resume_file)
 
 
@@ -152,12 +152,12 @@ def find_resume_file(args: Args) -> Path | str:
     return args.resume
 
 
-def hold_back(photos: list, n: int) -> tuple[list, list]:
-    """`n` photos by chance, always the same ones, and the others in their order."""
-    if 2 * n > len(photos):
-        raise InputError(f"--calibrate {n}: leaves less than half of {len(photos)} photos to train on")
-    kept = set(np.random.default_rng(0).permutation(len(photos))[:n].tolist())
-    return [photos[i] for i in sorted(kept)], [photo for i, photo in enumerate(photos) if i not in kept]
+def hold_back(images: list, n: int) -> tuple[list, list]:
+    """`n` images by chance, always the same ones, and the others in their order."""
+    if 2 * n > len(images):
+        raise InputError(f"--calibrate {n}: leaves less than half of {len(images)} images to train on")
+    kept = set(np.random.default_rng(0).permutation(len(images))[:n].tolist())
+    return [images[i] for i in sorted(kept)], [image for i, image in enumerate(images) if i not in kept]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class Trainer:
         self.whole_image = parse_ops("clean=1", 1)
         self.hard_view = parse_ops(args.view1, args.op_prob)
         if args.pool == "grid" and self.rank.is_main and not (args.weight or self.data.resume_file):  # DDP: to the rest
-            self.pool_views(self.data.photos[:args.sample_size][:STANDARD_PHOTOS], [self.pipelines[0], self.hard_view],
+            self.pool_views(self.data.images[:args.sample_size][:STANDARD_IMAGES], [self.pipelines[0], self.hard_view],
                             self.preprocessing, self.net.features)
         if args.freeze:
             freeze_stages(self.net.backbone, args.freeze)
@@ -274,18 +274,18 @@ class Trainer:
         """Pooled features [n, channels] of these images in each view; with --pool grid their mean and variance become
         the network's."""
         views = self.describe_views(lambda images: torch.cat(features(images), 1), paths, pipelines, preprocessing)
-        return self.net.standardise(*views) if self.args.pool == "grid" else views
+        return self.net.fit_standard(*views) if self.args.pool == "grid" else views
 
     def finish(self):
         """Fit the head anew to the trained backbone and measure the calibration, on images as extraction sees them."""
         args, net = self.args, self.net
         as_extracted = Preprocessing.of(args, net, args.eval_input_size)
-        trained, both = self.data.photos[:len(self.views)], [self.whole_image, self.hard_view]
+        trained, both = self.data.images[:len(self.views)], [self.whole_image, self.hard_view]
         if args.whiten:
             set_head(net, *self.pool_views(trained[:args.whiten], both, as_extracted, net.eval_features))
         if args.calibrate:
             originals, copies = self.describe_views(net, self.data.held_back, both, as_extracted)
-            others, = self.describe_views(net, trained[:CALIBRATION_PHOTOS], [self.whole_image], as_extracted)
+            others, = self.describe_views(net, trained[:CALIBRATION_IMAGES], [self.whole_image], as_extracted)
             self.calibration = measure(copies.numpy(), originals.numpy(), [others.numpy()], "training")
 
     def sample_of_epoch(self, epoch: int | None = None) -> tuple[int, int]:
@@ -296,12 +296,12 @@ class Trainer:
         """Views, criterion and optimizer for `sample` (images, images per step of a rank)."""
         args, self.sample = self.args, sample
         self.views = (Pairs if args.pairs else Views)(
-            args.dir, self.data.photos[:sample[0]], self.preprocessing, self.pipelines, args.seed, args.negatives,
+            args.dir, self.data.images[:sample[0]], self.preprocessing, self.pipelines, args.seed, args.negatives,
             self.data.negatives, args.strict)
         self.batches = EpochBatches(len(self.views), sample[1], args.seed, self.rank.rank, self.rank.world_size,
                                     args.epoch_steps)
         if not self.batches.steps():
-            raise InputError(f"{len(self.views)} photos do not fill one batch of {sample[1] * self.rank.world_size}; "
+            raise InputError(f"{len(self.views)} images do not fill one batch of {sample[1] * self.rank.world_size}; "
                              "lower --batch-size")
         self.loaded = None  # batches to come, one epoch's after the other's
         self.criterion = build_criterion(args.replace(dim=self.net.dim), len(self.views), self.rank).to(self.device)
@@ -319,7 +319,7 @@ class Trainer:
             open_folder(folder, {}, resume=False)
         gather_objects(None)
         blocks = Blocks(folder, "classes", len(paths), self.args.batch_size // self.rank.local_world_size, self.rank)
-        describe_photos(self.net.eval().embed, self.net.dim, blocks, paths, self.preprocessing, self.args.workers,
+        describe_images(self.net.eval().embed, self.net.dim, blocks, paths, self.preprocessing, self.args.workers,
                         self.rank)
         gather_objects(None)
         weights = self.criterion.W.data
@@ -344,7 +344,7 @@ class Trainer:
         while self.epoch < args.epochs:
             if self.sample != (sample := self.sample_of_epoch()):
                 self.build_stage(sample)
-                print(f"=> grown to {sample[0]:,} photos, {self.batches.steps():,} steps per epoch")
+                print(f"=> grown to {sample[0]:,} images, {self.batches.steps():,} steps per epoch")
                 if args.loss == "arcface":
                     self.init_classes()
             self.train_epoch()
@@ -366,8 +366,8 @@ class Trainer:
         print(f"=> network   {tag}" + f" (asked for: {args.arch})" * (tag != args.arch) +
               f", {sum(p.numel() for p in self.net.parameters()) / 1e6:.1f} M parameters, descriptor {self.net.dim}-d, "
               f"input {args.input_size} px\n"
-              f"=> photos    {self.data.found:,} found in {args.dir}, {n:,} used (--sample-size {args.sample_size:,}); "
-              f"{self.batches.steps():,} steps per epoch of {self.batches.batch * world} photos x {args.ncrops} views\n"
+              f"=> images    {self.data.found:,} found in {args.dir}, {n:,} used (--sample-size {args.sample_size:,}); "
+              f"{self.batches.steps():,} steps per epoch of {self.batches.batch * world} images x {args.ncrops} views\n"
               f"=> loss      {args.loss}, memory of {args.memory_size:,} descriptors, about "
               f"{memory_estimate(args, self.data, self.net.dim, self.rank):.2f} GiB for both\n"
               f"=> device    {world} process{'es' * (world > 1)} on {self.device.type}, backbone in "
@@ -448,15 +448,15 @@ class Trainer:
             sys.exit(130)
 
     def report_skipped(self):
-        """Write skipped.csv; more than 1 % unreadable photos are no accident."""
+        """Write skipped.csv; more than 1 % unreadable images are no accident."""
         skipped = {path: reason for part in gather_objects(self.skipped) for path, reason in part.items()}
         if self.rank.is_main:
             write_skipped(self.args.out / "skipped.csv", list(skipped.items()) + self.data.odd)
             if skipped or self.failed:
-                print(f"=> {len(skipped)} unreadable photos replaced by others, see {self.args.out / 'skipped.csv'}; "
-                      f"{self.failed} operations left out on photos that are too small for them")
+                print(f"=> {len(skipped)} unreadable images replaced by others, see {self.args.out / 'skipped.csv'}; "
+                      f"{self.failed} operations left out on images that are too small for them")
         if len(skipped) > max(10, 0.01 * len(self.views)):
-            raise WorkError(f"{len(skipped)} of {len(self.views)} photos cannot be read, see "
+            raise WorkError(f"{len(skipped)} of {len(self.views)} images cannot be read, see "
                             f"{self.args.out / 'skipped.csv'}")
 
     def save(self, name):
@@ -491,8 +491,8 @@ class Trainer:
         if trained != self.sample:
             self.build_stage(trained)
         moved = [f"{name} {old} -> {new}" for name, old, new in (
-            ("photos", state["photos"], len(self.views)), ("processes", state["processes"], self.rank.world_size),
-            ("photos per step", state["args"]["batch_size"], args.batch_size)) if old != new]
+            ("images", state["photos"], len(self.views)), ("processes", state["processes"], self.rank.world_size),
+            ("images per step", state["args"]["batch_size"], args.batch_size)) if old != new]
         if state["steps_per_epoch"] != self.batches.steps() or state["args"]["seed"] != args.seed:
             self.step, self.done = self.step - self.done, 0
             moved += ["an incomplete epoch starts anew"]

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Measure this machine: views, decoding, training step, extraction, start and search, each beside a floor.
 
-    python scripts/bench.py views decode --photos PHOTOS --side 1000 -o bench.json
-    python scripts/bench.py train loop extract --photos PHOTOS -a tf_efficientnet_lite0 --backbone-weights LITE0.pth
-    python scripts/bench.py start --photos PHOTOS --side 64 --device cpu
+    python scripts/bench.py views decode --images IMAGES --side 1000 -o bench.json
+    python scripts/bench.py train loop extract --images IMAGES -a tf_efficientnet_lite0 --backbone-weights LITE0.pth
+    python scripts/bench.py start --images IMAGES --side 64 --device cpu
     python scripts/bench.py search --compare bench.json
 
-Photos are copied to --side px first; smaller ones are enlarged, which leaves out the detail that slows real decoding.
+Images are copied to --side px first; smaller ones are enlarged, which leaves out the detail that slows real decoding.
 Where there are fewer than --count they come again.
 Every figure and the one it is compared with are measured in turns, --repeats times; the table shows medians. `views`
 and `decode` use one core. Floors: the notes' pipeline as written, with AugLy and torchvision (views); Pillow at full
@@ -37,7 +37,7 @@ from PIL import Image
 
 from copydet.common import ROOT, InputError, replacing, run_main
 from copydet.descriptors import Descriptors, write_descriptors
-from copydet.images import Photo, list_photos, open_photo
+from copydet.images import ImageFile, list_images, open_image
 from copydet.options import parse_args as parse_train_args
 
 
@@ -117,7 +117,7 @@ def dataset(bench):
 
 
 def bench_views(bench):
-    """Pairs of views per second of one core, and the share of each operation."""
+    """Pairs of views per second of one core, and the fraction of each operation."""
     import cv2
     import torch
 
@@ -143,10 +143,11 @@ def bench_views(bench):
     watch(augmentations.OPS, spent, list(augmentations.OPS))
     for module in (augmentations, views):
         watch(vars(module), spent, ["resize"])
-    pixels, Photo.pixels = Photo.pixels, functools.cached_property(timing(Photo.pixels.func, spent, "decode"))
-    Photo.pixels.__set_name__(Photo, "pixels")
+    pixels = ImageFile.pixels
+    ImageFile.pixels = functools.cached_property(timing(pixels.func, spent, "decode"))
+    ImageFile.pixels.__set_name__(ImageFile, "pixels")
     total = timed(ours)
-    Photo.pixels = pixels
+    ImageFile.pixels = pixels
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         if seconds > 0.005 * total:
             yield f"  of which {name}", 100 * seconds / total, "%", None
@@ -167,21 +168,21 @@ def watch(table, spent, names):
 
 
 def bench_decode(bench):
-    """Photos decoded per second of one core, whole and as small as a 224 px input allows."""
+    """Images decoded per second of one core, whole and as small as a 224 px input allows."""
     def decode(side):
         for name in bench.names:
-            photo = Photo(bench.folder / name)
-            photo.shrink(min(photo.size) / side)
-            photo.pixels
+            image = ImageFile(bench.folder / name)
+            image.shrink(min(image.size) / side)
+            image.pixels
 
     def with_pillow():
         for name in bench.names:
-            np.asarray(open_photo(bench.folder / name))
+            np.asarray(open_image(bench.folder / name))
 
     pillow, whole, least = len(bench.names) / in_turns(
         bench.repeats, with_pillow, lambda: decode(math.inf), lambda: decode(256))
-    yield "decode whole", whole, "photos/s", pillow
-    yield "decode for 224 px", least, "photos/s", pillow
+    yield "decode whole", whole, "images/s", pillow
+    yield "decode for 224 px", least, "images/s", pillow
 
 
 def single_process(args):
@@ -264,15 +265,15 @@ def done(device):
 
 
 def bench_extract(bench):
-    """Photos per second of extraction, beside decoding alone and forward alone, and beside a plain loop."""
+    """Images per second of extraction, beside decoding alone and forward alone, and beside a plain loop."""
     import torch
     import torchvision.transforms as T
 
-    from copydet.batches import collate_photos, make_loader
+    from copydet.batches import collate_images, make_loader
     from copydet.checkpoints import load_net, take_source
     from copydet.distributed import pick_precision
-    from copydet.extraction import describe_photos
-    from copydet.views import Preprocessing, WholePhotos
+    from copydet.extraction import describe_images
+    from copydet.views import Preprocessing, WholeImages
     args, source = take_source(recipe(bench, "--mode", "extract", "--input-size", 224, "--resize", "square",
                                       "--batch-size", 64), None)
     rank = single_process(args)
@@ -284,14 +285,14 @@ def bench_extract(bench):
     paths = [str(bench.folder / name) for name in bench.names]
     batches = [range(i, min(i + 64, len(paths))) for i in range(0, len(paths), 64)]
     found, plain_rows = {}, []
-    blocks = SimpleNamespace(name="photos", todo=[batches], write=lambda block, rows, indices, bad: found.update(
+    blocks = SimpleNamespace(name="images", todo=[batches], write=lambda block, rows, indices, bad: found.update(
         zip(indices.tolist(), rows)))
-    data = WholePhotos(paths, preprocessing)
+    data = WholeImages(paths, preprocessing)
     transform = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize(net.mean, net.std)])
     ready = torch.randn(64, 3, 224, 224).to(device, memory_format=torch.channels_last)
 
     def decode():
-        for _ in make_loader(data, batches, collate_photos, args.workers, rank):
+        for _ in make_loader(data, batches, collate_images, args.workers, rank):
             pass
 
     @torch.inference_mode()
@@ -306,30 +307,30 @@ def bench_extract(bench):
 
     @torch.inference_mode()
     def extract():
-        describe_photos(faster, faster.dim, blocks, paths, preprocessing, args.workers, rank)
+        describe_images(faster, faster.dim, blocks, paths, preprocessing, args.workers, rank)
 
     decoding, network, loop, ours = in_turns(bench.repeats, decode, forward, plain, extract)
-    yield "extraction, beside the longer of the two", len(paths) / ours, "photos/s", len(paths) / max(decoding, network)
-    yield "  decoding alone", len(paths) / decoding, "photos/s", None
-    yield "  forward alone", len(paths) / network, "photos/s", None
-    yield "extraction, beside a plain loop", len(paths) / ours, "photos/s", len(paths) / loop
+    yield "extraction, beside the longer of the two", len(paths) / ours, "images/s", len(paths) / max(decoding, network)
+    yield "  decoding alone", len(paths) / decoding, "images/s", None
+    yield "  forward alone", len(paths) / network, "images/s", None
+    yield "extraction, beside a plain loop", len(paths) / ours, "images/s", len(paths) / loop
     rows, expected = np.stack([found[i] for i in range(len(paths))]), torch.cat(plain_rows).numpy()
     cosines = (rows * expected).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(expected, axis=1)
     yield "  median cosine to the plain loop's descriptors", float(np.median(cosines)), "", None
 
 
 def bench_start(bench):
-    """Seconds of train.py with one step over --links photos, which are hard links in folders of a thousand."""
+    """Seconds of train.py with one step over --links images, which are hard links in folders of a thousand."""
     folder, files, count = bench.work / "links", [bench.folder / name for name in bench.names], bench.links
     for i in range(count):
         if i % 1000 == 0:
             (folder / f"{i // 1000:03d}").mkdir(parents=True)
         os.link(files[i % len(files)], folder / f"{i // 1000:03d}" / f"{i:06d}.jpg")
     walk, listing = in_turns(bench.repeats, lambda: sum(len(names) for *_, names in os.walk(folder)),
-                             lambda: list_photos(folder))
-    yield f"list {count:,} photos, beside os.walk", count / listing, "files/s", count / walk
+                             lambda: list_images(folder))
+    yield f"list {count:,} images, beside os.walk", count / listing, "files/s", count / walk
     tracemalloc.start()
-    paths, _ = list_photos(folder)
+    paths, _ = list_images(folder)
     memory = tracemalloc.get_traced_memory()[0] / 2**20
     tracemalloc.stop()
     yield f"  memory of {len(paths):,} paths", memory, "MiB", None
@@ -361,13 +362,13 @@ SECTIONS = {"views": bench_views, "decode": bench_decode, "train": bench_train, 
             "extract": bench_extract, "start": bench_start, "search": bench_search}
 
 
-def copy_photos(bench):
-    """`--count` photos of `--photos`, again from the first where there are fewer."""
-    paths = list_photos(bench.photos)[0][:bench.count]
+def copy_images(bench):
+    """`--count` images of `--images`, again from the first where there are fewer."""
+    paths = list_images(bench.images)[0][:bench.count]
     if not paths:
-        raise InputError(f"no photos in {bench.photos}")
+        raise InputError(f"no images in {bench.images}")
     bench.folder.mkdir()
-    copy = lambda i: copy_photo(os.path.join(bench.photos, paths[i]), bench.folder / f"{i:06d}.jpg", bench.side)
+    copy = lambda i: copy_image(os.path.join(bench.images, paths[i]), bench.folder / f"{i:06d}.jpg", bench.side)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(copy, range(len(paths))))
     for i in range(len(paths), bench.count):
@@ -375,9 +376,9 @@ def copy_photos(bench):
     bench.names = sorted(file.name for file in bench.folder.iterdir())
 
 
-def copy_photo(path, to, side):
+def copy_image(path, to, side):
     """A JPEG of quality 90 with the longer side at `side` px."""
-    img = open_photo(path)
+    img = open_image(path)
     scale = side / max(img.size)
     img.resize([max(1, round(side * scale)) for side in img.size], Image.LANCZOS).save(to, quality=90)
 
@@ -396,9 +397,9 @@ def show(rows, old):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="+", choices=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
-    parser.add_argument("--photos", metavar="DIR", help="photos for all sections but search")
+    parser.add_argument("--images", "--photos", metavar="DIR", help="images for all sections but search")
     parser.add_argument("--side", type=int, default=1000, metavar="PX", help="longer side (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=200, metavar="N", help="photos (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=200, metavar="N", help="images (default: %(default)s)")
     parser.add_argument("--links", type=int, default=1_000_000, metavar="N", help="of start (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--recipe", default="v31", metavar="NAME", help="exp/NAME.args (default: %(default)s)")
@@ -410,12 +411,12 @@ def parse_args(argv=None):
 
 def measure(bench):
     """Rows {section, what, value, unit, floor} of the sections asked for."""
-    if set(bench.sections) != {"search"} and not bench.photos:
-        raise InputError("--photos DIR is needed")
+    if set(bench.sections) != {"search"} and not bench.images:
+        raise InputError("--images DIR is needed")
     with tempfile.TemporaryDirectory() as work:
         bench.work, bench.folder = Path(work), Path(work) / "photos"
-        if bench.photos:
-            copy_photos(bench)
+        if bench.images:
+            copy_images(bench)
         return [{"section": name, "what": what, "value": float(value), "unit": unit,
                  "floor": None if floor is None else float(floor)}
                 for name in bench.sections for what, value, unit, floor in SECTIONS[name](bench)]

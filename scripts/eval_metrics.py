@@ -4,7 +4,7 @@
     python scripts/eval_metrics.py exp/v31/extract/fb-isc-submission.h5 input/public_ground_truth.csv
     python scripts/eval_metrics.py pairs.csv input/public_ground_truth.csv
     python scripts/eval_metrics.py new.h5 gt.csv --compare old.h5          is the difference real?
-    python scripts/eval_metrics.py sub.h5 gt.csv --report report --photos input
+    python scripts/eval_metrics.py sub.h5 gt.csv --report report --images input
     python scripts/eval_metrics.py sub.h5 gt.csv --threshold-precision 0.9     what the calibration promises
 
 The protocol is that of DISC21's descriptor track. The queries are those of the ground truth. Over all queries together
@@ -246,7 +246,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("calibration")
     g.add_argument("--threshold-precision", type=fraction, metavar="P", help="tell the threshold at which this "
                    "precision is promised for as many references, and precision and recall there")
-    g.add_argument("--copies-ratio", type=fraction, metavar="R", help="share of the queries that have a copy (default: "
+    g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy (default: "
                    "the calibration's)")
     g = parser.add_argument_group("intervals")
     g.add_argument("--bootstrap", type=positive, metavar="N", help="95 %% intervals from N resamples of the queries")
@@ -256,8 +256,8 @@ def parse_args(argv=None):
     g.add_argument("--candidates", metavar="FILE", help="write the candidates as CSV query_id, reference_id, score")
     g.add_argument("--report", metavar="DIR", help="write an HTML page with curves, errors and misses, and its PNGs")
     g.add_argument("--picture", metavar="FILE", help="write a PNG of some queries with their top answers (with "
-                   "--photos)")
-    g.add_argument("--photos", metavar="DIR", help="folder with query_images and reference_images, for "
+                   "--images)")
+    g.add_argument("--images", "--photos", metavar="DIR", help="folder with query_images and reference_images, for "
                    "thumbnails")
     g = parser.add_argument_group("machine")
     g.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs to search on; 0: CPU; default: all")
@@ -268,10 +268,10 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Everything about the flags that can be wrong, before any work."""
-    if args.picture and not args.photos:
-        raise InputError("--picture needs --photos DIR")
-    if args.photos and not (Path(args.photos) / "query_images").is_dir():
-        raise InputError(f"--photos {args.photos}: no folder query_images in it")
+    if args.picture and not args.images:
+        raise InputError("--picture needs --images DIR")
+    if args.images and not (Path(args.images) / "query_images").is_dir():
+        raise InputError(f"--images {args.images}: no folder query_images in it")
     for flag in ("candidates", "picture", "report"):
         file = getattr(args, flag)
         if file and not Path(file).resolve().parent.is_dir():
@@ -319,13 +319,13 @@ def evaluate(args):
 def draw(args, evaluation, result):
     """--report and --picture."""
     from copydet import report
-    photos = report.Photos(args.photos)
+    images = report.Thumbnails(args.images)
     if args.report:
         edits = Path(args.ground_truth).with_name("edits.csv")
-        report.write_report(args.report, evaluation, result, photos,
+        report.write_report(args.report, evaluation, result, images,
                             metrics_per_edit(evaluation, edits) if edits.is_file() else [])
     if args.picture:
-        report.write_picture(args.picture, evaluation, result["threshold_p90"], photos)
+        report.write_picture(args.picture, evaluation, result["threshold_p90"], images)
 
 
 def main(argv=None) -> int:

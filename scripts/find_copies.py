@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Find copies: from two folders of photos to a page of answers.
+"""Find copies: from two folders of images to a page of answers.
 
     python scripts/find_copies.py QUERIES ARCHIVE -o report --exp v31        what of QUERIES is in ARCHIVE?
-    python scripts/find_copies.py photo.jpg ARCHIVE -o report --exp v31      one picture
-    python scripts/find_copies.py PHOTOS -o report --exp v31                 near-duplicates within one folder
+    python scripts/find_copies.py image.jpg ARCHIVE -o report --exp v31      one picture
+    python scripts/find_copies.py IMAGES -o report --exp v31                 near-duplicates within one folder
     python scripts/find_copies.py queries.h5 archive.h5 -o report            descriptor files
 
-Photos are described by train.py, with flags of its own after `--`: -- --input-size 448 --device cpu. What is described
-stays in the cache: the next run describes only photos that are new or changed (size or time; --hash: content) and
+Images are described by train.py, with flags of its own after `--`: -- --input-size 448 --device cpu. What is described
+stays in the cache: the next run describes only images that are new or changed (size or time; --hash: content) and
 forgets those that are gone. A run that was killed goes on from its last chunk.
 
 The report is a folder that opens from disk: index.html with thumbnails, pairs.csv (query_id, reference_id: paths, or
 ids of descriptor files; score: minus the squared L2 distance; precision, where the checkpoint carries a calibration;
-group, within one collection), and skipped.csv, the photos that could not be read. Search is exact.
+group, within one collection), and skipped.csv, the images that could not be read. Search is exact.
 """
 import argparse
 import contextlib
@@ -41,12 +41,12 @@ from copydet.calibration import Calibration
 from copydet.checkpoints import newest_checkpoint
 from copydet.common import ROOT, InputError, WorkError, replacing, run_main
 from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
-from copydet.images import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
+from copydet.images import IMAGE_ENDINGS, UNREADABLE, list_images, open_image, write_skipped
 from copydet.options import Parser, fraction
 from copydet.search import count_gpus, search_topk
 
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
-CHUNKS = 2048, 65536  # least and most photos per run of train.py; in between as many as are described already
+CHUNKS = 2048, 65536  # least and most images per run of train.py; in between as many as are described already
 THUMBNAIL = 256  # px
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
 
@@ -76,7 +76,7 @@ class Stamp:
 class Cache:
     """SQLite file of the descriptors of one checkpoint with one set of flags, for any number of roots.
 
-    One row per photo: root and path (absolute, bytes), stamp, descriptor (float32) or the reason why there is none.
+    One row per image: root and path (absolute, bytes), stamp, descriptor (float32) or the reason why there is none.
     Only one process at a time can have it open.
     """
 
@@ -86,7 +86,7 @@ class Cache:
         self.db.executescript("""
             PRAGMA locking_mode = EXCLUSIVE;
             BEGIN EXCLUSIVE;
-            CREATE TABLE IF NOT EXISTS photos (root BLOB, path BLOB, size INTEGER, mtime INTEGER, sha256 TEXT, row BLOB,
+            CREATE TABLE IF NOT EXISTS images (root BLOB, path BLOB, size INTEGER, mtime INTEGER, sha256 TEXT, row BLOB,
                                                reason TEXT, PRIMARY KEY (root, path));
             CREATE TABLE IF NOT EXISTS attrs (name TEXT PRIMARY KEY, value TEXT);
             CREATE TABLE IF NOT EXISTS calibrations (root BLOB PRIMARY KEY, value TEXT);
@@ -94,25 +94,25 @@ class Cache:
 
     def stamps(self, root):
         """path -> Stamp of what is known below the root."""
-        rows = self.db.execute("SELECT path, size, mtime, sha256 FROM photos WHERE root = ?", (os.fsencode(root),))
+        rows = self.db.execute("SELECT path, size, mtime, sha256 FROM images WHERE root = ?", (os.fsencode(root),))
         return {os.fsdecode(path): Stamp(*stamp) for path, *stamp in rows}
 
     def count(self):
-        return self.db.execute("SELECT count(*) FROM photos").fetchone()[0]
+        return self.db.execute("SELECT count(*) FROM images").fetchone()[0]
 
     def attrs(self, root):
-        """Attributes of train.py's descriptor files, the calibration measured on this root's photos if there is one;
+        """Attributes of train.py's descriptor files, the calibration measured on this root's images if there is one;
         empty before the first."""
         rows = self.db.execute("SELECT name, value FROM attrs UNION ALL SELECT 'calibration', value FROM calibrations "
                                "WHERE root = ?", (os.fsencode(root),))
         return {name: json.loads(value) for name, value in rows}
 
-    def store(self, root, photos, attrs):
+    def store(self, root, images, attrs):
         """Write [(path, Stamp, row or None, reason or None)] in one transaction."""
         with self.db:
-            self.db.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?, ?, ?)", [
+            self.db.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", [
                 (os.fsencode(root), os.fsencode(path), stamp.size, stamp.mtime, stamp.sha256,
-                 None if row is None else row.tobytes(), reason) for path, stamp, row, reason in photos])
+                 None if row is None else row.tobytes(), reason) for path, stamp, row, reason in images])
             for name, value in attrs.items():
                 if name == "calibration" and json.loads(value).get("photos") == "references":
                     self.db.execute("INSERT OR REPLACE INTO calibrations VALUES (?, ?)",
@@ -121,22 +121,22 @@ class Cache:
                     self.db.execute("INSERT OR REPLACE INTO attrs VALUES (?, ?)", (name, json.dumps(value)))
 
     def touch(self, root, stamps):
-        """Write new stamps, path -> Stamp, of photos whose content is still the same."""
+        """Write new stamps, path -> Stamp, of images whose content is still the same."""
         with self.db:
-            self.db.executemany("UPDATE photos SET size = ?, mtime = ?, sha256 = ? WHERE root = ? AND path = ?", [
+            self.db.executemany("UPDATE images SET size = ?, mtime = ?, sha256 = ? WHERE root = ? AND path = ?", [
                 (stamp.size, stamp.mtime, stamp.sha256, os.fsencode(root), os.fsencode(path))
                 for path, stamp in stamps.items()])
 
     def forget(self, root, paths):
         with self.db:
-            self.db.executemany("DELETE FROM photos WHERE root = ? AND path = ?",
+            self.db.executemany("DELETE FROM images WHERE root = ? AND path = ?",
                                 [(os.fsencode(root), os.fsencode(path)) for path in paths])
 
     def read(self, root, wanted):
         """Of the `wanted` paths (a set): paths [n] sorted, rows float32 [n, d], [(path, reason)] of the others."""
         paths, rows, skipped = [], [], []
         for path, row, reason in self.db.execute(
-                "SELECT path, row, reason FROM photos WHERE root = ? ORDER BY path", (os.fsencode(root),)):
+                "SELECT path, row, reason FROM images WHERE root = ? ORDER BY path", (os.fsencode(root),)):
             path = os.fsdecode(path)
             if path in wanted and row is None:
                 skipped.append((path, reason))
@@ -147,12 +147,12 @@ class Cache:
 
 
 def stamp_files(root, output, with_hash):
-    """Photos of a folder, or one photo: path -> Stamp, and [(path, reason)] of what cannot be one.
+    """Images of a folder, or one image: path -> Stamp, and [(path, reason)] of what cannot be one.
 
     What lies below the folder `output` is left out: reports hold thumbnails.
     """
     single = os.path.isfile(root)
-    paths, odd = ([root], []) if single else list_photos(root)
+    paths, odd = ([root], []) if single else list_images(root)
     stamps, odd = {}, [(os.path.join(root, path), reason) for path, reason in odd]
     for path in tqdm(paths, desc=shown(root), unit="file", disable=None, leave=False, delay=1):
         path = os.path.join(root, path)
@@ -193,7 +193,7 @@ def update(cache, root, stamps, odd, extraction):
     while new:
         size = min(most, max(least, cache.count()))
         chunk, new = new[:size], new[size:]
-        print(f"describing {len(chunk):,} of {len(chunk) + len(new):,} new photos in {shown(root)}", file=sys.stderr)
+        print(f"describing {len(chunk):,} of {len(chunk) + len(new):,} new images in {shown(root)}", file=sys.stderr)
         described, attrs = extraction.describe(chunk, calibrate=len(chunk) > done)  # at each doubling
         done += len(chunk)
         cache.store(root, [(path, stamps[path], *described[i]) for i, path in enumerate(chunk)], attrs)
@@ -215,17 +215,17 @@ class Extraction:
         return hashlib.sha256(json.dumps([self.weights[0], self.sha256, flags]).encode()).hexdigest()[:16]
 
     def describe(self, files, calibrate):
-        """Photos -> [(row float32 [d], None) or (None, reason)] of each, and the descriptor file's attributes, with a
-        calibration measured on these photos if `calibrate`.
+        """Images -> [(row float32 [d], None) or (None, reason)] of each, and the descriptor file's attributes, with a
+        calibration measured on these images if `calibrate`.
 
         train.py takes ids from file names: here they are numbers, the names of links, so that any name will do.
         """
         staging = Path(tempfile.mkdtemp(prefix="chunk-", dir=self.folder))
         try:
-            photos, out = staging / "reference_images", staging / "extract"
-            photos.mkdir()
+            images, out = staging / "reference_images", staging / "extract"
+            images.mkdir()
             for i, file in enumerate(files):
-                os.symlink(file, photos / f"{i:08d}.jpg")
+                os.symlink(file, images / f"{i:08d}.jpg")
             code = subprocess.run([sys.executable, ROOT / "train.py", "--mode", "extract", "--target-set", "r",
                                    "--exp", staging, "-b", "128", *self.weights, *self.flags,
                                    *([] if calibrate else ["--calibrate", "0"]), staging],
@@ -233,7 +233,7 @@ class Extraction:
             described = [None] * len(files)
             for path, reason in read_skipped(out / "skipped.csv"):
                 described[int(Path(path).stem)] = None, reason
-            if code and None in described:  # train.py also fails where no photo of a chunk can be read
+            if code and None in described:  # train.py also fails where no image of a chunk can be read
                 self.fail(code)
             attrs = self.read_rows(out / "fb-isc-submission.h5", described) if None in described else {}
             return described, attrs
@@ -253,7 +253,7 @@ class Extraction:
         if shutil.disk_usage(self.folder).free < 2**20:
             raise WorkError(f"{self.folder}: no space left on device; what was described before is kept")
         error = InputError if code == 2 else WorkError
-        raise error("train.py could not describe the photos, see above; what was described before is kept")
+        raise error("train.py could not describe the images, see above; what was described before is kept")
 
 
 def read_skipped(file):
@@ -265,7 +265,7 @@ def read_skipped(file):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Collections: photos with their descriptors
+# Collections: images with their descriptors
 
 
 class ArrayRows(BlockRows):
@@ -280,8 +280,8 @@ class ArrayRows(BlockRows):
 
 @dataclass
 class Collection:
-    """n photos: ids [n] as pairs.csv has them, names [n] as people read them, files [n] or None where there is no photo
-    to show, rows [n, dim], attributes of their descriptor file, [(path, reason)] of skipped photos."""
+    """n images: ids [n] as pairs.csv has them, names [n] as people read them, files [n] or None where there is no image
+    to show, rows [n, dim], attributes of their descriptor file, [(path, reason)] of skipped images."""
     source: str
     ids: list
     names: list
@@ -292,33 +292,33 @@ class Collection:
 
 
 def read_folder(source, cache, extraction, args):
-    """Collection of a folder, or of one photo, through the cache. Raises InputError: no photo, none readable."""
+    """Collection of a folder, or of one image, through the cache. Raises InputError: no image, none readable."""
     root = os.path.realpath(source)
     stamps, odd = stamp_files(root, os.path.realpath(args.output), args.hash)
     if not stamps:
-        raise InputError(f"no photos in {shown(source)} ({', '.join(PHOTO_ENDINGS)})"
+        raise InputError(f"no images in {shown(source)} ({', '.join(IMAGE_ENDINGS)})"
                          + (f"; {shown(odd[0][0])}: {odd[0][1]}" if odd else ""))
     update(cache, root, stamps, odd, extraction)
     paths, rows, skipped = cache.read(root, stamps.keys())
     skipped = [(shown(path), reason) for path, reason in odd + skipped]
     if not paths:
         write_skipped(Path(args.output) / "skipped.csv", skipped)
-        raise InputError(f"none of the {len(stamps)} photos in {shown(source)} can be read, see "
+        raise InputError(f"none of the {len(stamps)} images in {shown(source)} can be read, see "
                          f"{Path(args.output) / 'skipped.csv'}")
     names = [shown(os.path.relpath(path, root) if path != root else os.path.basename(path)) for path in paths]
     ids = [shown(os.path.join(source, os.path.relpath(path, root)) if path != root else source) for path in paths]
     return Collection(source, ids, names, paths, ArrayRows(rows, ids), cache.attrs(root), skipped)
 
 
-def read_file(file, preference, photos):
-    """Collection of the first group in `preference` that an open descriptor file holds; its photos by id below the
-    folder `photos`."""
+def read_file(file, preference, images):
+    """Collection of the first group in `preference` that an open descriptor file holds; its images by id below the
+    folder `images`."""
     file.check_checkpoint()
     name = next(name for name in preference if name in file.groups)
     rows, by_id = file[name], {}
-    if photos:
-        folder = Path(photos).resolve() / f"{name}_images"
-        by_id = {Path(path).stem: str(folder / path) for path in list_photos(folder)[0]}
+    if images:
+        folder = Path(images).resolve() / f"{name}_images"
+        by_id = {Path(path).stem: str(folder / path) for path in list_images(folder)[0]}
     ids = rows.ids.tolist()
     return Collection(file.path, ids, ids, [by_id.get(name) for name in ids], rows, file.attrs)
 
@@ -353,7 +353,7 @@ PAIRS = np.dtype([("query", int), ("reference", int), ("score", float)])
 
 
 def find_pairs(queries, archive, k, ngpu):
-    """The k nearest of each query, exactly: PAIRS, best first. A photo is no copy of itself; within one collection a
+    """The k nearest of each query, exactly: PAIRS, best first. An image is no copy of itself; within one collection a
     pair is listed once."""
     within = archive is queries
     overlap = within or set(filter(None, queries.files)) & set(archive.files)
@@ -402,11 +402,11 @@ def write_pairs(file, queries, archive, pairs, calibration, grouped):
 
 
 def thumbnail(path):
-    """JPEG bytes of a photo, upright, at most THUMBNAIL px; None where it cannot be read."""
+    """JPEG bytes of an image, upright, at most THUMBNAIL px; None where it cannot be read."""
     try:
         with Image.open(path) as img:
             img.draft("RGB", (THUMBNAIL, THUMBNAIL))  # JPEG decodes at a fraction of its size
-            img = img.convert("RGB") if img.format == "JPEG" else open_photo(path)
+            img = img.convert("RGB") if img.format == "JPEG" else open_image(path)
             img = ImageOps.exif_transpose(img)
     except UNREADABLE:
         return None
@@ -417,7 +417,7 @@ def thumbnail(path):
 
 
 def write_thumbnail(path, folder):
-    """Name of a photo's thumbnail in `folder`, made unless it is there; None where there is no photo."""
+    """Name of an image's thumbnail in `folder`, made unless it is there; None where there is no image."""
     try:
         info = os.stat(path) if path else None
     except OSError:
@@ -435,8 +435,8 @@ def write_thumbnail(path, folder):
     return file.name
 
 
-def photo_table(queries, archive, pairs, folder):
-    """What the page shows of the photos in pairs: [[name, URI or None, thumbnail or None]], and pairs as rows of it:
+def image_table(queries, archive, pairs, folder):
+    """What the page shows of the images in pairs: [[name, URI or None, thumbnail or None]], and pairs as rows of it:
     [[query, reference, score]]."""
     rows, entries = {}, []
     for collection, column in ((queries, "query"), (archive, "reference")):
@@ -447,20 +447,20 @@ def photo_table(queries, archive, pairs, folder):
     folder.mkdir(exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         thumbs = list(tqdm(pool.map(write_thumbnail, [file for _, file in entries], [folder] * len(entries)),
-                           total=len(entries), desc="thumbnails", unit="photo", disable=None, delay=1))
-    photos = [[name, file and "file://" + quote(os.fsencode(file)), thumb]
+                           total=len(entries), desc="thumbnails", unit="image", disable=None, delay=1))
+    images = [[name, file and "file://" + quote(os.fsencode(file)), thumb]
               for (name, file), thumb in zip(entries, thumbs)]
-    return photos, [[rows[id(queries), i], rows[id(archive), j], score] for i, j, score in pairs.tolist()]
+    return images, [[rows[id(queries), i], rows[id(archive), j], score] for i, j, score in pairs.tolist()]
 
 
 def write_report(folder, queries, archive, pairs, threshold, calibration, most):
     """thumbs/, pairs.csv, skipped.csv and, last, index.html, each under its final name only when it is whole."""
     within, skipped = archive is queries, queries.skipped + (archive.skipped if archive is not queries else [])
     kept = pairs if threshold is None else pairs[pairs["score"] >= threshold]
-    photos, on_page = photo_table(queries, archive, pairs[:most], folder / "thumbs")
+    images, on_page = image_table(queries, archive, pairs[:most], folder / "thumbs")
     data = {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
             "count": [len(queries.ids), len(archive.ids)], "skipped": len(skipped), "threshold": threshold,
-            "left_out": len(pairs) - len(on_page), "photos": photos, "pairs": on_page,
+            "left_out": len(pairs) - len(on_page), "images": images, "pairs": on_page,
             "calibration": calibration and {"scores": calibration.scores.tolist(),
                                             "precision": calibration.precision.tolist(),
                                             "copies_ratio": calibration.copies_ratio}}
@@ -470,9 +470,9 @@ def write_report(folder, queries, archive, pairs, threshold, calibration, most):
     write_skipped(folder / "skipped.csv", skipped)
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    for name in set(os.listdir(folder / "thumbs")) - {thumb for *_, thumb in photos}:
+    for name in set(os.listdir(folder / "thumbs")) - {thumb for *_, thumb in images}:
         (folder / "thumbs" / name).unlink()
-    what = f"{len(queries.ids):,} photos" if within else f"{len(queries.ids):,} queries and {len(archive.ids):,} photos"
+    what = f"{len(queries.ids):,} images" if within else f"{len(queries.ids):,} queries and {len(archive.ids):,} images"
     print(f"{len(kept):,} pairs of {what}: {folder / 'index.html'}"
           + (f"; {len(skipped):,} skipped, see {folder / 'skipped.csv'}" if skipped else ""))
 
@@ -482,7 +482,7 @@ def write_report(folder, queries, archive, pairs, threshold, calibration, most):
 
 
 def pick_weights(args):
-    """The flag and file of what describes the photos. Raises InputError: none given, no such file."""
+    """The flag and file of what describes the images. Raises InputError: none given, no such file."""
     given = [(flag, file) for flag, file in (("--weight", args.weight), ("--backbone-weights", args.backbone_weights))
              if file]
     if args.exp:
@@ -491,7 +491,7 @@ def pick_weights(args):
             raise InputError(f"--exp {args.exp}: no checkpoint in {ROOT / 'exp' / args.exp / 'train'}")
         given.append(("--weight", newest))
     if len(given) != 1:
-        raise InputError("a folder of photos needs one of --exp NAME, --weight FILE, --backbone-weights FILE")
+        raise InputError("a folder of images needs one of --exp NAME, --weight FILE, --backbone-weights FILE")
     flag, file = given[0]
     if not os.path.isfile(file):
         raise InputError(f"{flag}: no such file: {file}")
@@ -507,8 +507,8 @@ def check_args(args):
     for source in filter(None, (args.queries, args.archive)):
         if not os.path.exists(source):
             raise InputError(f"no such file or folder: {shown(source)}")
-        if os.path.isfile(source) and not source.lower().endswith(H5_ENDINGS + PHOTO_ENDINGS):
-            raise InputError(f"{shown(source)} is neither a photo nor a descriptor file ({', '.join(H5_ENDINGS)})")
+        if os.path.isfile(source) and not source.lower().endswith(H5_ENDINGS + IMAGE_ENDINGS):
+            raise InputError(f"{shown(source)} is neither an image nor a descriptor file ({', '.join(H5_ENDINGS)})")
     if not Path(args.output).resolve().parent.is_dir():
         raise InputError(f"-o {args.output}: no such folder: {Path(args.output).parent}")
     if Path(args.output).exists() and not Path(args.output).is_dir():
@@ -553,7 +553,7 @@ def read_collections(args, stack):
         sources *= 2
     preferences = ("query", "reference", "train"), ("reference", "query", "train")
     collections = [read_folder(source, *through, args) if isinstance(source, str) else
-                   read_file(source, names, args.photos) for source, names in zip(sources, preferences)]
+                   read_file(source, names, args.images) for source, names in zip(sources, preferences)]
     return collections[0], collections[-1]
 
 
@@ -576,29 +576,29 @@ def parse_args(argv=None):
     at = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="Flags after -- go to train.py.", allow_abbrev=False)
-    parser.add_argument("queries", metavar="QUERIES", help="folder of photos, photo, or descriptor file")
+    parser.add_argument("queries", metavar="QUERIES", help="folder of images, image, or descriptor file")
     parser.add_argument("archive", metavar="ARCHIVE", nargs="?", help="the same; left out: QUERIES within itself, or "
                         "query against reference where a descriptor file holds both")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the report")
-    g = parser.add_argument_group("what describes photos")
+    g = parser.add_argument_group("what describes images")
     g.add_argument("--exp", metavar="NAME", help="the newest checkpoint of exp/NAME")
     g.add_argument("--weight", metavar="FILE", help="this checkpoint")
     g.add_argument("--backbone-weights", metavar="FILE", help="raw features of these weights (with -- -a ARCH)")
     g.add_argument("--cache", metavar="DIR", help="what was described, for any number of reports; can be deleted any "
                    "time (default: cache in the report)")
-    g.add_argument("--hash", action="store_true", help="tell changed photos by their content, not by size and time")
+    g.add_argument("--hash", action="store_true", help="tell changed images by their content, not by size and time")
     g = parser.add_argument_group("pairs")
     g.add_argument("--topk", type=int, default=10, metavar="K", help="answers per query (default: %(default)s)")
     g.add_argument("--threshold", type=float, metavar="SCORE", help="pairs.csv holds pairs from this score on, the "
                    "page starts with it (default: all)")
     g.add_argument("--precision", type=fraction, metavar="P", help="the threshold that reaches this precision, by the "
                    "checkpoint's calibration for an archive of this size")
-    g.add_argument("--copies-ratio", type=fraction, metavar="R", help="share of the queries that have a copy, for the "
+    g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy, for the "
                    "precision (default: the calibration's)")
     g.add_argument("--pairs", type=int, default=20_000, metavar="N", help="the best N pairs are on the page (default: "
                    "%(default)s)")
-    g.add_argument("--photos", metavar="DIR", help="folder with query_images and reference_images, for thumbnails of "
-                   "descriptor files")
+    g.add_argument("--images", "--photos", metavar="DIR", help="folder with query_images and reference_images, for "
+                   "thumbnails of descriptor files")
     g.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs to search on; 0: CPU; default: all")
     args = parser.parse_args(argv[:at])
     args.flags = argv[at + 1:]

@@ -555,7 +555,7 @@ def curve(args):
 
 
 def draw(table, output):
-    """PNG: share of exact search's AP against how many times faster than exact search."""
+    """PNG: fraction of exact search's AP against how many times faster than exact search."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4.5), layout="constrained", dpi=100)
     axes = fig.subplots()
@@ -564,7 +564,7 @@ def draw(table, output):
         axes.plot(exact.seconds / part.seconds, part.average_precision / exact.average_precision, "o-", label=name)
     axes.axhline(0.98, color="grey", linestyle=":")
     axes.axvline(10, color="grey", linestyle=":")
-    axes.set(xscale="log", xlabel="times faster than exact search", ylabel="share of exact search's AP")
+    axes.set(xscale="log", xlabel="times faster than exact search", ylabel="fraction of exact search's AP")
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(output) as temporary:

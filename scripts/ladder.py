@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Climb the ladder: train recipes with one small budget, score them on one benchmark, show which idea helps.
 
-    python scripts/ladder.py PHOTOS --recipes v5,v7,v31,v36 --budget-minutes 30 --seeds 3
-    python scripts/ladder.py PHOTOS --recipes v7,v31 --steps 500 --strength hard \\
+    python scripts/ladder.py IMAGES --recipes v5,v7,v31,v36 --budget-minutes 30 --seeds 3
+    python scripts/ladder.py IMAGES --recipes v7,v31 --steps 500 --strength hard \\
         -a tf_efficientnet_lite0 --backbone-weights LITE0.pth --input-size 128 --batch-size 32 --memory-size 4096
 
-PHOTOS is split by chance into training photos and a benchmark of edited copies, distractors and references
+IMAGES is split by chance into training images and a benchmark of edited copies, distractors and references
 (scripts/make_benchmark.py); or it holds `train` and `pool`, and the benchmark is made from the latter; or it is a
 benchmark already, like input/. Flags that are not listed here go to train.py, after those of each recipe;
 --memory-size leaves recipes alone that have no memory.
@@ -19,7 +19,7 @@ The folder of the ladder (-o) holds
     ladder.csv, ladder.png   a row per run, written when the run ends; AP and recall at 90 % precision, as extracted and
                              after embedding isolation (postprocess.py --preset v23-isolation)
     ladder.json              what the ladder was started with; other settings are refused
-    benchmark/, photos/      the benchmark, and links to its photos
+    benchmark/, photos/      the benchmark, and links to its images
     RECIPE-sSEED/            checkpoint, log and descriptors of a run; output.txt is what its commands said
 
 The same command goes on where a stopped ladder stood; rows that failed are tried again.
@@ -50,14 +50,14 @@ import numpy as np
 from copydet.checkpoints import newest_checkpoint
 from copydet.common import ROOT, InputError, replacing, run_main
 from copydet.descriptors import write_descriptors
-from copydet.images import FOLDERS, UNREADABLE, list_photos, open_photo, write_skipped
+from copydet.images import FOLDERS, UNREADABLE, list_images, open_image, write_skipped
 from copydet.options import recipe_words
 
 TRAIN, SCRIPTS = ROOT / "train.py", ROOT / "scripts"
 COLUMNS = ("recipe", "seed", "status", "steps", "minutes", "ap", "r_p90", "isolated_ap", "isolated_r_p90", "idea",
            "error")
 BASELINES = {"raw": "the network's features without training",
-             "centred": "raw, minus the mean of the training photos, unit length",
+             "centred": "raw, minus the mean of the training images, unit length",
              "pdq": "PDQ, a perceptual hash of 256 bits", "phash": "pHash, a perceptual hash of 64 bits"}
 OURS = ("--mode", "--exp", "--seed", "--weight", "--resume", "--start-epoch", "--epoch-steps", "--target-set")
 BENCHMARK_FLAGS = ("strength", "edits", "references", "queries", "distractors", "training", "tile")
@@ -90,7 +90,7 @@ def split_flags(words):
         if word.startswith("-") and not re.match(r"-\.?\d", word):
             groups.append(word.split("=", 1) if word.startswith("--") else [word])
         elif not groups:
-            raise InputError(f"{word}: belongs to no flag; PHOTOS, the one folder, comes first")
+            raise InputError(f"{word}: belongs to no flag; IMAGES, the one folder, comes first")
         else:
             groups[-1].append(word)
     return groups
@@ -138,7 +138,7 @@ def last_value(recipe, overrides, *names):
 def share_steps(steps, epochs, longest):
     """Epochs and steps in each, for a budget of `steps` and a recipe of `epochs`, none longer than `longest` steps.
 
-    As many epochs as the recipe has, unless the photos are too few for that (more) or the budget is too small (fewer).
+    As many epochs as the recipe has, unless the images are too few for that (more) or the budget is too small (fewer).
     Their product is `steps` or more, by less than one epoch.
     """
     each = min(math.ceil(steps / epochs), longest)
@@ -162,22 +162,22 @@ def phash_bits(img):
 HASHES = {"pdq": pdq_bits, "phash": phash_bits}  # PIL image -> bits [n]
 
 
-def hash_photo(name, path):
-    """Bits of a photo as +-1 / sqrt(n), float32 [n]: squared L2 is 4 / n x Hamming distance. Or why not."""
+def hash_image(name, path):
+    """Bits of an image as +-1 / sqrt(n), float32 [n]: squared L2 is 4 / n x Hamming distance. Or why not."""
     try:
-        bits = HASHES[name](open_photo(path))
+        bits = HASHES[name](open_image(path))
     except UNREADABLE as error:
         return str(error)
     return np.where(bits, 1, -1).astype(np.float32) / np.float32(math.sqrt(len(bits)))
 
 
 def write_hashes(name, benchmark, file):
-    """Descriptor file of a benchmark by perceptual hash; unreadable photos are listed in skipped.csv beside it."""
+    """Descriptor file of a benchmark by perceptual hash; unreadable images are listed in skipped.csv beside it."""
     groups, skipped = {}, []
     with ProcessPoolExecutor() as pool:
         for group, folder in FOLDERS.items():
-            paths = [benchmark / folder / path for path in list_photos(benchmark / folder)[0]]
-            found = dict(zip(paths, pool.map(partial(hash_photo, name), paths, chunksize=16)))
+            paths = [benchmark / folder / path for path in list_images(benchmark / folder)[0]]
+            found = dict(zip(paths, pool.map(partial(hash_image, name), paths, chunksize=16)))
             rows = {path.stem: row for path, row in found.items() if not isinstance(row, str)}
             groups[group] = np.stack(list(rows.values())), list(rows)
             skipped += [(str(path), why) for path, why in found.items() if isinstance(why, str)]
@@ -198,11 +198,11 @@ def is_benchmark(folder):
 
 
 def source_folders(args):
-    """Training photos, where they lie apart, and photos of the benchmark."""
-    photos, pool = args.photos, args.benchmark_photos
-    if not pool and (photos / "train").is_dir() and (photos / "pool").is_dir():
-        photos, pool = photos / "train", photos / "pool"
-    return [str(folder.resolve()) for folder in (photos, pool) if folder]
+    """Training images, where they lie apart, and images of the benchmark."""
+    images, pool = args.images, args.benchmark_images
+    if not pool and (images / "train").is_dir() and (images / "pool").is_dir():
+        images, pool = images / "train", images / "pool"
+    return [str(folder.resolve()) for folder in (images, pool) if folder]
 
 
 def last_checkpoint(folder):
@@ -240,8 +240,8 @@ class Ladder:
 
     def __init__(self, args):
         self.args, self.out = args, args.output
-        self.benchmark = args.photos if is_benchmark(args.photos) else self.out / "benchmark"
-        self.photos = self.out / "photos"  # without the ground truth: train.py would score, or refuse to
+        self.benchmark = args.images if is_benchmark(args.images) else self.out / "benchmark"
+        self.images = self.out / "photos"  # without the ground truth: train.py would score, or refuse to
         self.settings = {"photos": shlex.join(source_folders(args)), "benchmark": shlex.join(args.benchmark),
                          "budget": args.steps and f"{args.steps} steps" or f"{args.budget_minutes:g} minutes",
                          "overrides": shlex.join(itertools.chain(*args.overrides)), "recipes": {}}
@@ -302,20 +302,20 @@ class Ladder:
         return printed
 
     def build_benchmark(self):
-        """Make the benchmark unless it is there, and links to its photos. InputError: what make_benchmark.py says."""
+        """Make the benchmark unless it is there, and links to its images. InputError: what make_benchmark.py says."""
         if not is_benchmark(self.benchmark):
-            *training, photos = source_folders(self.args)
-            words = [photos, self.benchmark, *self.args.benchmark]
+            *training, images = source_folders(self.args)
+            words = [images, self.benchmark, *self.args.benchmark]
             say(f"making the benchmark in {self.benchmark}")
             try:
                 self.command(self.out / "benchmark.txt", SCRIPTS / "make_benchmark.py", *words,
-                             *(["--training-photos", *training] if training else []))
+                             *(["--training-images", *training] if training else []))
             except Failed as error:
                 raise InputError(str(error).removeprefix("make_benchmark.py: ")) from None
-        self.photos.mkdir(exist_ok=True)
+        self.images.mkdir(exist_ok=True)
         for name in FOLDERS.values():
-            if not (self.photos / name).exists():
-                (self.photos / name).symlink_to(self.benchmark / name)
+            if not (self.images / name).exists():
+                (self.images / name).symlink_to(self.benchmark / name)
         self.write_settings()
 
     def add_row(self, name, seed, idea, work):
@@ -353,9 +353,9 @@ class Ladder:
         return row
 
     def extract(self, folder, *words):
-        """Descriptors of the benchmark's photos -> their file."""
+        """Descriptors of the benchmark's images -> their file."""
         say(f"{folder.name}: extracting")
-        self.command(folder / "output.txt", TRAIN, self.photos, "--mode", "extract", *words, "--exp", folder,
+        self.command(folder / "output.txt", TRAIN, self.images, "--mode", "extract", *words, "--exp", folder,
                      "--target-set", "qrt")
         return folder / "extract" / "fb-isc-submission.h5"
 
@@ -393,8 +393,8 @@ class Ladder:
 
     def training_words(self, recipe, overrides, seed):
         """What train.py needs but for the folder and the budget. Raises Failed if the parent did."""
-        photos = self.benchmark if "pairs" in recipe.flags else self.benchmark / FOLDERS["train"]
-        words = [photos, "--save-steps", SAVE_STEPS, f"@{recipe.file}", *overrides, "--seed", seed]
+        images = self.benchmark if "pairs" in recipe.flags else self.benchmark / FOLDERS["train"]
+        words = [images, "--save-steps", SAVE_STEPS, f"@{recipe.file}", *overrides, "--seed", seed]
         for flag, value in recipe.flags.items():
             if value.startswith("input/"):
                 words += [f"--{flag}", self.benchmark / value.removeprefix("input/")]
@@ -405,14 +405,14 @@ class Ladder:
         return words
 
     def longest_epoch(self, recipe):
-        """Steps after which a recipe has seen all its photos or pairs."""
+        """Steps after which a recipe has seen all its images or pairs."""
         value = partial(last_value, recipe, self.args.overrides)
         if "pairs" in recipe.flags:
             with open(self.benchmark / TRUTH, newline="", encoding="utf-8") as lines:
-                photos = sum(bool(row["reference_id"]) for row in csv.DictReader(lines))
+                images = sum(bool(row["reference_id"]) for row in csv.DictReader(lines))
         else:
-            photos = len(list_photos(self.benchmark / FOLDERS["train"])[0])
-        return max(1, min(photos, int(value("sample-size") or photos)) // int(value("b", "batch-size")))
+            images = len(list_images(self.benchmark / FOLDERS["train"])[0])
+        return max(1, min(images, int(value("sample-size") or images)) // int(value("b", "batch-size")))
 
     def steps(self, recipe, words):
         """The budget in steps; a budget in minutes becomes steps by a probe, once for all seeds."""
@@ -546,7 +546,7 @@ def positive(kind):
 
 def build_parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("photos", metavar="PHOTOS", type=Path, help="folder of photos, or with train and pool in it, or a "
+    p.add_argument("images", metavar="IMAGES", type=Path, help="folder of images, or with train and pool in it, or a "
                    "benchmark; before the flags for train.py")
     p.add_argument("--recipes", required=True, metavar="A,B,C", help="exp/A.args, ...; or files that end in .args")
     budget = p.add_mutually_exclusive_group()
@@ -560,7 +560,8 @@ def build_parser():
     p.add_argument("-o", "--output", type=Path, default=ROOT / "exp" / "ladder", metavar="DIR", help="folder of the "
                    "ladder (default: exp/ladder)")
     g = p.add_argument_group("benchmark (see make_benchmark.py)")
-    g.add_argument("--benchmark-photos", type=Path, metavar="DIR", help="make it from these; PHOTOS are for training")
+    g.add_argument("--benchmark-images", "--benchmark-photos", type=Path, metavar="DIR", help="make it from these; "
+                   "IMAGES are for training")
     for flag in BENCHMARK_FLAGS:
         g.add_argument(f"--{flag}", metavar=flag.upper())
     return p
@@ -569,10 +570,10 @@ def build_parser():
 def parse_args(argv=None):
     """The command line, checked: recipes with their parents, baselines, [[flag, value...]] for train.py."""
     args, words = build_parser().parse_known_args(argv)
-    for folder in filter(None, (args.photos, args.benchmark_photos)):
+    for folder in filter(None, (args.images, args.benchmark_images)):
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; PHOTOS comes before the flags for train.py")
-    args.photos, args.output, args.overrides = args.photos.resolve(), args.output.resolve(), split_flags(words)
+            raise InputError(f"{folder}: no such folder; IMAGES comes before the flags for train.py")
+    args.images, args.output, args.overrides = args.images.resolve(), args.output.resolve(), split_flags(words)
     flags = {group[0] for group in args.overrides}
     known = subprocess.run([sys.executable, TRAIN, "--help"], capture_output=True, text=True, check=True).stdout
     for flag in sorted(flags):
@@ -583,10 +584,10 @@ def parse_args(argv=None):
     args.recipes = with_parents(args.recipes.split(","))
     args.baselines = choose_baselines(args.baselines, flags)
     args.benchmark = [f"--{flag}={getattr(args, flag)}" for flag in BENCHMARK_FLAGS if getattr(args, flag)]
-    if is_benchmark(args.photos) and not all((args.photos / name).is_dir() for name in FOLDERS.values()):
-        raise InputError(f"{args.photos}: a benchmark needs the folders {', '.join(FOLDERS.values())}")
-    if is_benchmark(args.photos) and (args.benchmark or args.benchmark_photos):
-        raise InputError(f"{args.photos} is a benchmark already, of which --benchmark-photos, --strength and the like "
+    if is_benchmark(args.images) and not all((args.images / name).is_dir() for name in FOLDERS.values()):
+        raise InputError(f"{args.images}: a benchmark needs the folders {', '.join(FOLDERS.values())}")
+    if is_benchmark(args.images) and (args.benchmark or args.benchmark_images):
+        raise InputError(f"{args.images} is a benchmark already, of which --benchmark-images, --strength and the like "
                          "change nothing")
     return args
 

@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Build a copy-detection benchmark, shaped like DISC21, from any folder of photos.
+"""Build a copy-detection benchmark, shaped like DISC21, from any folder of images.
 
-    python scripts/make_benchmark.py PHOTOS OUT --strength hard
-    python scripts/make_benchmark.py PHOTOS OUT --training-photos OTHER_PHOTOS --edits crop,overlay,text
+    python scripts/make_benchmark.py IMAGES OUT --strength hard
+    python scripts/make_benchmark.py IMAGES OUT --training-images OTHER_IMAGES --edits crop,overlay,text
     python scripts/make_benchmark.py --list-edits
 
 OUT then holds
 
-    query_images/Q00000.jpg ...       edited copies of some references, and distractors: edited photos without original
-    reference_images/R000000.jpg ...  the photos to be found
-    training_images/T000000.jpg ...   other photos, to train on
+    query_images/Q00000.jpg ...       edited copies of some references, and distractors: edited images without original
+    reference_images/R000000.jpg ...  the images to be found
+    training_images/T000000.jpg ...   other images, to train on
     public_ground_truth.csv           query_id,reference_id; reference_id is empty for distractors
     edits.csv                         query_id,reference_id,edits,amounts: names joined by +, amounts as JSON
-    sources.csv                       id,path,tile: the photo behind each image, tile as left,top,right,bottom
-    skipped.csv                       path,reason: photos that could not be used; only if there are any
+    sources.csv                       id,path,tile: the file that each comes from, tile as left,top,right,bottom
+    skipped.csv                       path,reason: images that could not be used; only if there are any
 
-Where a number is not given: 40 % of the photos are for training (none with --training-photos: then all of those), half
-of the rest are references, the other half distractors, and half of the references get a query. The same photos, flags
+Where a number is not given: 40 % of the images are for training (none with --training-images: then all of those), half
+of the rest are references, the other half distractors, and half of the references get a query. The same images, flags
 and seed give the same bytes, whatever -j is.
 """
 import argparse
@@ -44,11 +44,11 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
 from tqdm import tqdm
 
 from copydet.common import InputError, WorkError, run_main
-from copydet.images import PHOTO_ENDINGS, UNREADABLE, list_photos, open_photo, write_skipped
+from copydet.images import IMAGE_ENDINGS, UNREADABLE, list_images, open_image, write_skipped
 
-SMALLEST, LARGEST = 64, 1024  # pixels: shorter side of a usable photo, longer side of a query
-DULL = 8  # standard deviation of grey levels (0..255) below which a photo shows almost nothing
-DONORS = 4  # other photos that one query can need: three in a collage, one blended in
+SMALLEST, LARGEST = 64, 1024  # pixels: shorter side of a usable image, longer side of a query
+DULL = 8  # standard deviation of grey levels (0..255) below which an image shows almost nothing
+DONORS = 4  # other images that one query can need: three in a collage, one blended in
 
 
 class Edit(NamedTuple):
@@ -62,12 +62,12 @@ class Edit(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A photo, or the tile (left, top, right, bottom) of one."""
+    """An image, or the tile (left, top, right, bottom) of one."""
     path: str
     tile: tuple = ()
 
     def open(self):
-        img = open_photo(self.path)
+        img = open_image(self.path)
         return img.crop(self.tile) if self.tile else img
 
 
@@ -133,7 +133,7 @@ def change_brightness(img, factor, rng, donors):
     return ImageEnhance.Brightness(img).enhance(factor ** rng.choice([-1, 1]))
 
 
-def apply_filter(img, share, rng, donors):
+def apply_filter(img, fraction, rng, donors):
     """Blend in a filtered image: sharpened, edges, relief, few colours, inverted lights or stretched contrast."""
     filters = [lambda: img.filter(ImageFilter.UnsharpMask(4, 300, 0)),
                lambda: img.filter(ImageFilter.EDGE_ENHANCE_MORE),
@@ -142,11 +142,11 @@ def apply_filter(img, share, rng, donors):
                lambda: ImageOps.posterize(img, 2),
                lambda: ImageOps.solarize(img, 128),
                lambda: ImageOps.equalize(img)]
-    return Image.blend(img, filters[rng.integers(len(filters))](), share)
+    return Image.blend(img, filters[rng.integers(len(filters))](), fraction)
 
 
-def blur(img, share, rng, donors):
-    return imaugs.blur(img, radius=share * min(img.size))
+def blur(img, fraction, rng, donors):
+    return imaugs.blur(img, radius=fraction * min(img.size))
 
 
 def pixelize(img, ratio, rng, donors):
@@ -158,10 +158,10 @@ def add_noise(img, sigma, rng, donors):
     return Image.fromarray((np.asarray(img) + noise).clip(0, 255).astype(np.uint8))
 
 
-def shuffle_pixels(img, share, rng, donors):
-    """Permute a share of the pixels among themselves."""
+def shuffle_pixels(img, fraction, rng, donors):
+    """Permute a fraction of the pixels among themselves."""
     pixels = np.array(img).reshape(-1, 3)
-    chosen = rng.choice(len(pixels), int(share * len(pixels)), replace=False)
+    chosen = rng.choice(len(pixels), int(fraction * len(pixels)), replace=False)
     pixels[chosen] = pixels[rng.permutation(chosen)]
     return Image.fromarray(pixels.reshape(img.height, img.width, 3))
 
@@ -192,18 +192,18 @@ def overlay_stripes(img, opacity, rng, donors):
 
 
 def blend(img, opacity, rng, donors):
-    """Show another photo through."""
+    """Show another image through."""
     return Image.blend(img, next(donors).resize(img.size), opacity)
 
 
-def pad(img, share, rng, donors):
+def pad(img, fraction, rng, donors):
     """Add a border in one colour: on all sides, beside, or above and below."""
-    sides = [(share, share), (share, 0), (0, share)][rng.integers(3)]
+    sides = [(fraction, fraction), (fraction, 0), (0, fraction)][rng.integers(3)]
     return imaugs.pad(img, w_factor=sides[0], h_factor=sides[1], color=random_color(rng))
 
 
-def overlay_onto_photo(img, size, rng, donors):
-    """Paste the image onto another photo: the query then mostly shows that one."""
+def overlay_onto_image(img, size, rng, donors):
+    """Paste the image onto another image: the query then mostly shows that one."""
     background = next(donors)
     stretch = img.width / img.height * background.height / background.width
     size = min(size, 0.95 / stretch)  # not wider than the background
@@ -212,13 +212,13 @@ def overlay_onto_photo(img, size, rng, donors):
 
 
 def make_collage(img, cells, rng, donors):
-    """Put the image beside one other photo or two by two with three, all cut to the same size."""
+    """Put the image beside one other image or two by two with three, all cut to the same size."""
     columns, rows = (2, 2) if cells >= 3 else [(2, 1), (1, 2)][rng.integers(2)]
     own = rng.integers(columns * rows)
     canvas = Image.new("RGB", (columns * img.width, rows * img.height))
     for i in range(columns * rows):
-        photo = img if i == own else ImageOps.fit(next(donors), img.size)
-        canvas.paste(photo, (i % columns * img.width, i // columns * img.height))
+        image = img if i == own else ImageOps.fit(next(donors), img.size)
+        canvas.paste(image, (i % columns * img.width, i // columns * img.height))
     return canvas
 
 
@@ -248,7 +248,7 @@ def contrast(img):
 GROUPS = {"shape": 2, "tone": 1, "detail": 1, "mark": 2, "frame": 1, "encoding": 1}  # in order: most edits of a query
 STRENGTHS = {"mild": (1, 2), "medium": (1, 3), "hard": (2, 3)}  # fewest and most edits of a query
 EDITS = {
-    "crop": Edit("shape", crop, "share of the area kept", (0.6, 0.9), (0.4, 0.7), (0.25, 0.5)),
+    "crop": Edit("shape", crop, "fraction of the area kept", (0.6, 0.9), (0.4, 0.7), (0.25, 0.5)),
     "aspect": Edit("shape", change_aspect, "stretch of one side", (1.1, 1.3), (1.2, 1.5), (1.4, 1.9)),
     "rotate": Edit("shape", rotate, "degrees, either way", (2, 10), (5, 25), (15, 90)),
     "perspective": Edit("shape", perspective, "shift of corners / side", (0.05, 0.1), (0.1, 0.15), (0.15, 0.25)),
@@ -257,37 +257,37 @@ EDITS = {
     "color": Edit("tone", jitter_color, "jitter", (0.1, 0.25), (0.2, 0.4), (0.35, 0.6)),
     "gray": Edit("tone", lambda img, *_: img.convert("L").convert("RGB")),
     "brightness": Edit("tone", change_brightness, "factor or its inverse", (1.1, 1.3), (1.2, 1.6), (1.5, 2.1)),
-    "filter": Edit("tone", apply_filter, "share of the filtered image", (0.2, 0.4), (0.3, 0.6), (0.5, 1)),
+    "filter": Edit("tone", apply_filter, "fraction of the filtered image", (0.2, 0.4), (0.3, 0.6), (0.5, 1)),
     "blur": Edit("detail", blur, "radius / shorter side", (0.005, 0.01), (0.01, 0.015), (0.01, 0.02)),
     "pixelize": Edit("detail", pixelize, "resolution kept", (0.4, 0.6), (0.3, 0.5), (0.2, 0.35)),
     "noise": Edit("detail", add_noise, "sigma / white", (0.02, 0.05), (0.04, 0.08), (0.06, 0.14)),
-    "shuffle": Edit("detail", shuffle_pixels, "share of the pixels", (0.03, 0.08), (0.05, 0.12), (0.1, 0.25)),
+    "shuffle": Edit("detail", shuffle_pixels, "fraction of the pixels", (0.03, 0.08), (0.05, 0.12), (0.1, 0.25)),
     "text": Edit("mark", overlay_text, "letter height / shorter side", (0.05, 0.1), (0.08, 0.15), (0.12, 0.22)),
     "emoji": Edit("mark", overlay_emoji, "height / image height", (0.1, 0.2), (0.15, 0.3), (0.25, 0.4)),
     "stripes": Edit("mark", overlay_stripes, "opacity", (0.1, 0.3), (0.2, 0.5), (0.4, 0.7)),
-    "blend": Edit("mark", blend, "opacity of another photo", (0.1, 0.2), (0.15, 0.25), (0.2, 0.35)),
+    "blend": Edit("mark", blend, "opacity of another image", (0.1, 0.2), (0.15, 0.25), (0.2, 0.35)),
     "pad": Edit("frame", pad, "border / side", (0.05, 0.15), (0.1, 0.25), (0.25, 0.5)),
-    "overlay": Edit("frame", overlay_onto_photo, "height / other photo's height", (0.7, 0.9), (0.55, 0.8), (0.4, 0.65)),
+    "overlay": Edit("frame", overlay_onto_image, "height / other image's height", (0.7, 0.9), (0.55, 0.8), (0.4, 0.65)),
     "collage": Edit("frame", make_collage, "cells: 2, or 4 from 3 on", (2, 2.5), (2, 3), (2, 4)),
-    "screenshot": Edit("frame", make_screenshot, "share of the page around it", (0, 0.3), (0.2, 0.6), (0.5, 1)),
+    "screenshot": Edit("frame", make_screenshot, "fraction of the page around it", (0, 0.3), (0.2, 0.6), (0.5, 1)),
     "jpeg": Edit("encoding", encode_jpeg, "quality", (40, 70), (15, 40), (8, 25)),
 }
 NEED_DONORS = ("blend", "overlay", "collage")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Source photos
+# Source images
 
 
-def find_photos(folder, sample_size, seed):
-    """Paths of the photos below `folder`, at most `sample_size` if given, and [(path, reason)] of what is none.
+def find_images(folder, sample_size, seed):
+    """Paths of the images below `folder`, at most `sample_size` if given, and [(path, reason)] of what is none.
 
-    Raises InputError where the folder does not exist or holds no photo.
+    Raises InputError where the folder does not exist or holds no image.
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
-    paths, odd = list_photos(folder)
+    paths, odd = list_images(folder)
     if not paths:
-        raise InputError(f"{folder}: holds no photo ({', '.join(PHOTO_ENDINGS)})")
+        raise InputError(f"{folder}: holds no image ({', '.join(IMAGE_ENDINGS)})")
     if sample_size and sample_size < len(paths):
         drawn = np.random.default_rng([seed, 2]).choice(len(paths), sample_size, replace=False)
         paths = [paths[i] for i in sorted(drawn)]
@@ -295,9 +295,9 @@ def find_photos(folder, sample_size, seed):
 
 
 def examine(path, tile=None):
-    """Find what of a photo can be used: [(source, perceptual hash as 8 bytes)] and [(path, reason)] for the rest."""
+    """Find what of an image can be used: [(source, perceptual hash as 8 bytes)] and [(path, reason)] for the rest."""
     try:
-        img = open_photo(path)
+        img = open_image(path)
     except UNREADABLE as error:
         return [], [(path, " ".join(str(error).split()) or type(error).__name__)]
     smallest = tile or SMALLEST
@@ -332,7 +332,7 @@ def collect(folders, args, run):
     """
     found, skipped = [], []
     for number, folder in enumerate(folders):
-        paths, odd = find_photos(folder, args.sample_size, args.seed)
+        paths, odd = find_images(folder, args.sample_size, args.seed)
         skipped += odd
         for parts, rest in run(partial(examine, tile=args.tile), paths, f"reading {folder}"):
             found += [(number, *part) for part in parts]
@@ -347,8 +347,8 @@ def collect(folders, args, run):
             skipped.append((source.path, f"near-duplicate of {found[twin][1].path}"))
     for folder, sources in zip(folders, usable):
         if not sources:
-            raise InputError(f"{folder}: no usable photo; first of {len(skipped)} left out: {': '.join(skipped[0])}")
-        print(f"{folder}: {len(sources)} usable {'tiles' if args.tile else 'photos'}")
+            raise InputError(f"{folder}: no usable image; first of {len(skipped)} left out: {': '.join(skipped[0])}")
+        print(f"{folder}: {len(sources)} usable {'tiles' if args.tile else 'images'}")
     print(f"left out: {unusable} unreadable, too small or empty, {len(skipped) - unusable} near-duplicates")
     return usable, skipped
 
@@ -357,28 +357,28 @@ def collect(folders, args, run):
 # Benchmark
 
 
-def share_out(args, photos, others):
-    """Numbers of training photos, references, distractors and queries with an original, from flags and defaults.
+def share_out(args, images, others):
+    """Numbers of training images, references, distractors and queries with an original, from flags and defaults.
 
-    `photos`: usable ones in PHOTOS; `others`: usable ones in --training-photos, None without. Raises InputError where
+    `images`: usable ones in IMAGES; `others`: usable ones in --training-images, None without. Raises InputError where
     they do not suffice, with the sum.
     """
     taken = (args.references or 0) + (args.distractors or 0)
     if others is None:
-        training = max(0, min(photos * 2 // 5, photos - taken)) if args.training is None else args.training
-        rest = photos - training
+        training = max(0, min(images * 2 // 5, images - taken)) if args.training is None else args.training
+        rest = images - training
     else:
-        training, rest = others if args.training is None else args.training, photos
+        training, rest = others if args.training is None else args.training, images
         if training > others:
-            raise InputError(f"--training {training}: {args.training_photos} has only {others} usable photos")
+            raise InputError(f"--training {training}: {args.training_images} has only {others} usable images")
     default = rest // 2 if args.distractors is None else rest - args.distractors
     references = default if args.references is None else args.references
     distractors = rest - references if args.distractors is None else args.distractors
     queries = references // 2 if args.queries is None else args.queries
     if references < 1 or queries < 1 or distractors < 0 or references + distractors > rest:
         terms = f"{references} references + {max(distractors, 0)} distractors"
-        terms += f" + {training} training photos" if others is None else ""
-        raise InputError(f"too few photos: {args.photos} has {photos} usable ones, for {terms}, and at least 2 are "
+        terms += f" + {training} training images" if others is None else ""
+        raise InputError(f"too few images: {args.images} has {images} usable ones, for {terms}, and at least 2 are "
                          "needed for 1 reference and 1 query")
     if queries > references:
         raise InputError(f"--queries {queries}: more than the {references} references, each of which has one at most")
@@ -387,10 +387,10 @@ def share_out(args, photos, others):
 
 def deal(args, usable):
     """Deal the sources out at random: (training, references, distractors, number of queries with an original)."""
-    photos, *others = usable
+    images, *others = usable
     rng = np.random.default_rng(args.seed)
-    training, references, distractors, queries = share_out(args, len(photos), len(others[0]) if others else None)
-    dealt = [photos[i] for i in rng.permutation(len(photos))]
+    training, references, distractors, queries = share_out(args, len(images), len(others[0]) if others else None)
+    dealt = [images[i] for i in rng.permutation(len(images))]
     refs, rest = dealt[:references], dealt[references:]
     if others:
         pool, spare = [others[0][i] for i in rng.permutation(len(others[0]))], rest
@@ -414,7 +414,7 @@ def plan_queries(args, training, references, distractors, queries):
     donors = training or distractors
     names = [name for name in args.edits if name not in NEED_DONORS or len(donors) > 1]
     if not names:
-        raise InputError(f"--edits {','.join(args.edits)}: need training photos or distractors to put the photo on")
+        raise InputError(f"--edits {','.join(args.edits)}: need training images or distractors to put the image on")
     sources = references[:queries] + distractors
     plan = []
     for i, k in enumerate(np.random.default_rng([args.seed, len(sources)]).permutation(len(sources))):
@@ -427,10 +427,10 @@ def plan_queries(args, training, references, distractors, queries):
 
 
 def make_query(query, strength, quality, folder):
-    """Edit a photo, store it, and return the amounts: {edit: number, None for edits without amount}."""
+    """Edit an image, store it, and return the amounts: {edit: number, None for edits without amount}."""
     img = query.source.open()
     img.thumbnail((LARGEST, LARGEST))
-    side = round(math.sqrt(img.width * img.height))  # donors about as large as the photo, whatever their shape
+    side = round(math.sqrt(img.width * img.height))  # donors about as large as the image, whatever their shape
     donors = (ImageOps.cover(donor.open(), (side, side)) for donor in itertools.cycle(query.donors))
     amounts = {}
     for name in query.edits:
@@ -460,7 +460,7 @@ def write_csv(file, header, rows):
 
 def build(args, out, run):
     """Make the whole benchmark in the folder `out`. Raises InputError before anything is written."""
-    folders = [args.photos] + ([args.training_photos] if args.training_photos else [])
+    folders = [args.images] + ([args.training_images] if args.training_images else [])
     usable, skipped = collect(folders, args, run)
     training, references, distractors, queries = deal(args, usable)
     plan = plan_queries(args, training, references, distractors, queries)
@@ -470,7 +470,7 @@ def build(args, out, run):
     named += [(f"T{i:06d}", source) for i, source in enumerate(training)]
     places = {"R": out / "reference_images", "T": out / "training_images"}
     run(partial(store, quality=args.quality), [(source, places[name[0]] / f"{name}.jpg") for name, source in named],
-        "storing photos")
+        "storing images")
     amounts = run(partial(make_query, strength=args.strength, quality=args.quality, folder=out / "query_images"), plan,
                   "making queries")
     write_csv(out / "public_ground_truth.csv", ("query_id", "reference_id"), [(q.id, q.reference_id) for q in plan])
@@ -480,7 +480,7 @@ def build(args, out, run):
               [(name, s.path, ",".join(map(str, s.tile))) for name, s in [(q.id, q.source) for q in plan] + named])
     write_skipped(out / "skipped.csv", skipped)
     print(f"{args.out}: {len(references)} references, {queries} queries with and {len(distractors)} without an "
-          f"original, {len(training)} training photos, {args.strength} edits")
+          f"original, {len(training)} training images, {args.strength} edits")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,7 +523,7 @@ class ListEdits(argparse.Action):
 
 def build_parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("photos", metavar="PHOTOS", help="folder of photos, nested or not: " + " ".join(PHOTO_ENDINGS))
+    p.add_argument("images", metavar="IMAGES", help="folder of images, nested or not: " + " ".join(IMAGE_ENDINGS))
     p.add_argument("out", metavar="OUT", help="folder to make; must not exist or be empty")
     p.add_argument("--strength", choices=STRENGTHS, default="medium", help="number of edits per query and their ranges "
                    "(default: %(default)s)")
@@ -532,18 +532,19 @@ def build_parser():
     p.add_argument("--queries", type=number(1), metavar="N", help="queries with an original (default: references / 2)")
     p.add_argument("--distractors", type=number(0), metavar="N", help="queries without (default: what remains)")
     p.add_argument("--references", type=number(1), metavar="N", help="(default: half of what training leaves)")
-    p.add_argument("--training", type=number(0), metavar="N", help="training photos (default: 40 %% of PHOTOS, or all "
-                   "of --training-photos)")
-    p.add_argument("--training-photos", metavar="DIR", help="take training photos from this folder, not from PHOTOS")
-    p.add_argument("--sample-size", type=number(2), metavar="N", help="use N photos of each folder, drawn at random "
+    p.add_argument("--training", type=number(0), metavar="N", help="training images (default: 40 %% of IMAGES, or all "
+                   "of --training-images)")
+    p.add_argument("--training-images", "--training-photos", metavar="DIR", help="take training images from this "
+                   "folder, not from IMAGES")
+    p.add_argument("--sample-size", type=number(2), metavar="N", help="use N images of each folder, drawn at random "
                    "(default: all)")
-    p.add_argument("--tile", type=number(SMALLEST), metavar="PX", help="cut every photo into disjoint squares of this "
-                   "side first and take each as a photo: for a handful of large photos")
-    p.add_argument("--duplicate-bits", type=number(0, 64), default=6, metavar="N", help="photos whose 64-bit "
+    p.add_argument("--tile", type=number(SMALLEST), metavar="PX", help="cut every image into disjoint squares of this "
+                   "side first and take each as an image: for a handful of large images")
+    p.add_argument("--duplicate-bits", type=number(0, 64), default=6, metavar="N", help="images whose 64-bit "
                    "perceptual hashes differ in at most N bits count as near-duplicates; all but one are left out "
                    "(default: %(default)s)")
     p.add_argument("--quality", type=number(1, 100), default=95, metavar="Q", help="JPEG quality of what is encoded "
-                   "anew: queries, tiles, photos that are not JPEG (default: %(default)s)")
+                   "anew: queries, tiles, images that are not JPEG (default: %(default)s)")
     p.add_argument("--seed", type=number(0), default=0, metavar="N", help="(default: %(default)s)")
     p.add_argument("-j", "--workers", type=number(1), default=os.cpu_count(), metavar="N", help="processes (default: "
                    "number of CPUs)")
@@ -555,9 +556,9 @@ def check_out(args):
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists already; give a new folder or remove it")
-    for folder in filter(None, (args.photos, args.training_photos)):
+    for folder in filter(None, (args.images, args.training_images)):
         if Path(folder).resolve() in [out.resolve(), *out.resolve().parents]:
-            raise InputError(f"{out}: lies inside the photos of {folder}; give a folder outside")
+            raise InputError(f"{out}: lies inside the images of {folder}; give a folder outside")
     return out
 
 
@@ -567,7 +568,7 @@ def progress_map(workers):
     with ProcessPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool:
         def run(function, items, title):
             results = pool.map(function, items, chunksize=8) if pool else map(function, items)
-            return list(tqdm(results, title, len(items), unit=" photos", smoothing=0))
+            return list(tqdm(results, title, len(items), unit=" images", smoothing=0))
         yield run
 
 

@@ -19,7 +19,7 @@ from copydet.descriptors import Descriptors, write_descriptors
 OWN = ("shard", "checkpoint")  # attributes that may differ: the part, and the checkpoint's path on that machine
 
 
-class Joined:
+class Concatenated:
     """Rows [n, dim] of several files, one after another, read as they are indexed."""
 
     def __init__(self, parts):
@@ -73,7 +73,7 @@ def merge(shards, output):
         attrs, groups = check_shards(files), {}
         for name in files[0].groups:
             parts = [file[name] for file in files]
-            groups[name] = Joined(parts), np.concatenate([part.ids for part in parts])
+            groups[name] = Concatenated(parts), np.concatenate([part.ids for part in parts])
         write_descriptors(output, groups, attrs)
     print(f"wrote {output}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()))
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From photos to a scored copy-detection descriptor: bash scripts/quickstart.sh [PHOTOS]
+# From images to a scored copy-detection descriptor: bash scripts/quickstart.sh [IMAGES]
 #
-# Makes the environment .venv, a benchmark from PHOTOS (a folder, nested or not; at most 1,500 of its photos are used),
-# descriptors of an ImageNet network as it is, the same after training on the benchmark's training photos, and the
+# Makes the environment .venv, a benchmark from IMAGES (a folder, nested or not; at most 1,500 of its images are used),
+# descriptors of an ImageNet network as it is, the same after training on the benchmark's training images, and the
 # scores of both. Everything goes to quickstart/, exp/quickstart*/ and quickstart.png, which a later run replaces.
-# Without PHOTOS, tiles of the photos that scikit-image and scikit-learn ship are used.
+# Without IMAGES, tiles of the photos that scikit-image and scikit-learn ship are used.
 set -euo pipefail
-[ $# -le 1 ] || { echo "usage: bash scripts/quickstart.sh [PHOTOS]" >&2; exit 2; }
+[ $# -le 1 ] || { echo "usage: bash scripts/quickstart.sh [IMAGES]" >&2; exit 2; }
 photos=
 if [ $# = 1 ]; then
     [ -d "$1" ] || { echo "$1: no such folder" >&2; exit 2; }
@@ -49,12 +49,12 @@ print(m.get_model_file_path())')
 network=(-a tf_efficientnet_lite0 --backbone-weights "$lite0" --input-size 128 --resize square)
 rm -rf quickstart exp/quickstart exp/quickstart-raw quickstart.png
 
-step "Benchmark: edited copies to find, distractors, references, training photos"
+step "Benchmark: edited copies to find, distractors, references, training images"
 if [ -n "$photos" ]; then
     show_and_run "$python" scripts/make_benchmark.py "$photos" quickstart/benchmark --sample-size 1500
     epochs=6
 else
-    echo "No PHOTOS given: tiles of photos from scikit-image and scikit-learn. They show the commands, not an accuracy."
+    echo "No IMAGES given: tiles of photos from scikit-image and scikit-learn. They show the commands, not an accuracy."
     copy_shipped_photos
     show_and_run "$python" scripts/make_benchmark.py quickstart/photos quickstart/benchmark --tile 112
     epochs=20
@@ -73,7 +73,7 @@ show_and_run "$python" train.py --mode extract --exp quickstart --target-set qrt
 
 step "The same scores with a picture; those before training stand above"
 show_and_run "$python" scripts/eval_metrics.py exp/quickstart/extract/fb-isc-submission.h5 \
-    quickstart/benchmark/public_ground_truth.csv --picture quickstart.png --photos quickstart/benchmark
+    quickstart/benchmark/public_ground_truth.csv --picture quickstart.png --images quickstart/benchmark
 
 step "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s: quickstart.png shows queries with their best answers"
 [ -n "$photos" ] || echo "Tiles of a few photos: this shows the commands, not an accuracy."

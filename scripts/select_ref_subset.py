@@ -22,7 +22,7 @@ DISC21 = 1_000_000  # references R000000 to R999999
 
 
 def reference_ids(source):
-    """Ids [n], sorted, from a number (of DISC21's ids), a folder of photos, or a descriptor file."""
+    """Ids [n], sorted, from a number (of DISC21's ids), a folder of images, or a descriptor file."""
     if source.isdecimal():
         return np.char.mod("R%06d", np.arange(int(source)))
     path = Path(source)
@@ -46,7 +46,7 @@ def build_parser():
     parser.add_argument("ground_truth", help="CSV query_id, reference_id")
     parser.add_argument("-o", "--output", default="input/rids_subset.txt", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--references", default=str(DISC21), metavar="N|DIR|FILE", help="draw from R000000 ... (N ids, "
-                        "default: %(default)s), the photos in a folder, or the references of a descriptor file")
+                        "default: %(default)s), the images in a folder, or the references of a descriptor file")
     parser.add_argument("--size", type=positive, default=100_000, metavar="N", help="draws (default: %(default)s)")
     parser.add_argument("--replacement", action="store_true", help="draw with replacement, as in the notes")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

@@ -25,8 +25,8 @@ def run(*command, code=0, cwd=ROOT, env=None, timeout=300):
     return done
 
 
-def draw_photos(folder, count, size=64, seed=0, name="{:04d}.jpg"):
-    """Write `count` small photos of random shapes that differ from each other; returns the folder."""
+def draw_images(folder, count, size=64, seed=0, name="{:04d}.jpg"):
+    """Write `count` small images of random shapes that differ from each other; returns the folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -40,14 +40,14 @@ def draw_photos(folder, count, size=64, seed=0, name="{:04d}.jpg"):
 
 
 def data_folder(root, queries=6, references=10, training=4):
-    draw_photos(root / "query_images", queries, seed=1, name="Q{:05d}.jpg")
-    draw_photos(root / "reference_images", references, seed=2, name="R{:06d}.jpg")
-    draw_photos(root / "training_images", training, seed=3, name="T{:06d}.jpg")
+    draw_images(root / "query_images", queries, seed=1, name="Q{:05d}.jpg")
+    draw_images(root / "reference_images", references, seed=2, name="R{:06d}.jpg")
+    draw_images(root / "training_images", training, seed=3, name="T{:06d}.jpg")
     return root
 
 
-def odd_photos(folder):
-    """Photos of unusual kinds, all readable but for the header bomb."""
+def odd_images(folder):
+    """Images of unusual kinds, all readable but for the header bomb."""
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 256, (48, 64), dtype=np.uint8)
     rgb = Image.fromarray(np.stack([grey, grey.T.reshape(48, 64), 255 - grey], -1))
@@ -63,10 +63,10 @@ def odd_photos(folder):
     rgb.save(folder / "turned.JPEG", exif=exif)
     rgb.resize((1, 1)).save(folder / "dot.PNG")
     rgb.resize((3, 500)).save(folder / "line.jpg")
-    rgb.save(folder / "photo.webp"), rgb.save(folder / "photo.bmp"), rgb.save(folder / "photo2.tif")
+    rgb.save(folder / "image.webp"), rgb.save(folder / "image.bmp"), rgb.save(folder / "photo2.tif")
     bomb = bytearray((folder / "grey8.png").read_bytes())
     bomb[16:24] = (20000).to_bytes(4, "big") * 2
     bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
     (folder / "bomb.png").write_bytes(bytes(bomb))
-    os.rename(folder / "photo.bmp", folder / "photo3.BMP")
+    os.rename(folder / "image.bmp", folder / "photo3.BMP")
     return folder

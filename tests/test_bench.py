@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import bench
-from helpers import draw_photos, run
+from helpers import draw_images, run
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return draw_photos(tmp_path_factory.mktemp("photos"), 4)
+def images(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("photos"), 4)
 
 
 def measured(capsys, *words):
@@ -18,8 +18,8 @@ def measured(capsys, *words):
     return capsys.readouterr().out
 
 
-def test_figures_stand_beside_floors_and_earlier_ones(photos, tmp_path, capsys):
-    small = ["--photos", photos, "--side", 80, "--repeats", 1]
+def test_figures_stand_beside_floors_and_earlier_ones(images, tmp_path, capsys):
+    small = ["--images", images, "--side", 80, "--repeats", 1]
     table = measured(capsys, "views", "decode", *small, "--input-size", 32, "-o", tmp_path / "a.json")
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert {row["section"] for row in rows} == {"views", "decode"} and "of which jitter" in table
@@ -30,8 +30,8 @@ def test_figures_stand_beside_floors_and_earlier_ones(photos, tmp_path, capsys):
     assert "change" in table and table.count("%") == 2
 
 
-def test_training_and_extraction_with_a_tiny_network(photos, capsys):
-    table = measured(capsys, "train", "loop", "extract", "--photos", photos, "--count", 8, "--side", 80, "--repeats", 1,
+def test_training_and_extraction_with_a_tiny_network(images, capsys):
+    table = measured(capsys, "train", "loop", "extract", "--images", images, "--count", 8, "--side", 80, "--repeats", 1,
                      "-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4,
                      "--memory-size", 64, "-j", 0, "--device", "cpu")
     assert "training step, test_efficientnet, 32 px, memory 64" in table and "beside a plain loop" in table
@@ -40,12 +40,12 @@ def test_training_and_extraction_with_a_tiny_network(photos, capsys):
     assert cosine > 0.99
 
 
-def test_start_over_many_photos(photos, capsys):
-    table = measured(capsys, "start", "--photos", photos, "--side", 64, "--links", 2500, "--repeats", 1,
+def test_start_over_many_photos(images, capsys):
+    table = measured(capsys, "start", "--images", images, "--side", 64, "--links", 2500, "--repeats", 1,
                      "--device", "cpu", "-j", 0)
     memory = float(table.split("2,500 paths")[1].split()[0])
     assert 0 < memory < 2500 * 300 / 2**20  # 300 MB for a million
-    assert "list 2,500 photos, beside os.walk" in table and "from start to exit" in table
+    assert "list 2,500 images, beside os.walk" in table and "from start to exit" in table
 
 
 def test_medians_are_of_rounds_in_turns(monkeypatch):
@@ -56,7 +56,7 @@ def test_medians_are_of_rounds_in_turns(monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["views"], "--photos DIR is needed"), (["decode", "--photos", "nowhere"], "no photos in nowhere"),
+    (["views"], "--images DIR is needed"), (["decode", "--images", "nowhere"], "no images in nowhere"),
     (["search", "--compare", "nowhere.json"], "--compare nowhere.json: not written by -o")])
 def test_wrong_use_is_told(words, message):
     assert message in run("scripts/bench.py", *words, code=2).stderr

@@ -49,7 +49,7 @@ def test_false_rates_beyond_the_scores_seen_follow_an_exponential_tail():
 
 
 def test_duplicates_in_the_archive_are_not_false():
-    """A fifth of the originals has a second photo in the archive, re-encoded."""
+    """A fifth of the originals has a second image in the archive, re-encoded."""
     rng = np.random.default_rng(2)
     copies, archive = copies_and_archive(rng, 100, 900, 0.2)
     twins = unit(archive[:20] + 0.01 * rng.standard_normal((20, 16)))
@@ -82,7 +82,7 @@ def test_what_is_no_calibration_is_refused(change):
 
 
 def test_the_promise_holds_on_data_of_the_same_kind(tmp_path):
-    """Another 1,000 photos, 250 copies among 1,000 queries: at least about the precision promised."""
+    """Another 1,000 images, 250 copies among 1,000 queries: at least about the precision promised."""
     rng = np.random.default_rng(1)
     copies, archive = copies_and_archive(rng, 500, 1500, 0.16)
     calibration = measure(copies, archive[:500], [archive[500:]], "training") | {"copies_ratio": 0.25}

@@ -342,9 +342,9 @@ def test_t7_collapsed_descriptors_score_the_worst_case(tmp_path, capsys, n):
 
 def test_wrong_flags(tmp_path, capsys):
     file, gt = save(tmp_path / "a.h5", unit(2), unit(2)), write_truth(tmp_path / "gt.csv", [("Q0", "R0")])
-    for flags, message in [(["--picture", "p.png"], "--picture needs --photos"),
+    for flags, message in [(["--picture", "p.png"], "--picture needs --images"),
                            (["--ngpu", 9], "--ngpu 9: faiss sees"),
-                           (["--photos", tmp_path], "no folder query_images"),
+                           (["--images", tmp_path], "no folder query_images"),
                            (["--report", tmp_path / "x/y"], "no such folder")]:
         assert message in scores(capsys, file, gt, *flags, code=2)[1]
     shutil.copy(file, tmp_path / "a.bin")
@@ -353,7 +353,7 @@ def test_wrong_flags(tmp_path, capsys):
 
 
 @pytest.fixture
-def photos(tmp_path):
+def images(tmp_path):
     """A DISC-shaped folder with edits.csv beside its ground truth, and descriptors: right, wrong and missed queries."""
     rng = np.random.default_rng(0)
     for kind, letter, n in (("query", "Q", 12), ("reference", "R", 150)):
@@ -372,10 +372,10 @@ def photos(tmp_path):
     return save(tmp_path / "a.h5", q, r), write_truth(tmp_path / "gt.csv", truth)
 
 
-def test_report_and_picture(photos, tmp_path, capsys):
-    file, gt = photos
+def test_report_and_picture(images, tmp_path, capsys):
+    file, gt = images
     assert "is a file" in scores(capsys, file, gt, "--report", gt, code=2)[1]
-    scores(capsys, file, gt, "--report", tmp_path / "report", "--photos", tmp_path, "--picture", tmp_path / "p.png")
+    scores(capsys, file, gt, "--report", tmp_path / "report", "--images", tmp_path, "--picture", tmp_path / "p.png")
     page = (tmp_path / "report/index.html").read_text()
     files = sorted(file.name for file in (tmp_path / "report").iterdir())
     assert files == ["index.html", "precision_recall.png", "recall.png", "scores.png"]
@@ -385,8 +385,8 @@ def test_report_and_picture(photos, tmp_path, capsys):
     assert Image.open(tmp_path / "p.png").size[0] == 900
 
 
-def test_edit_table_is_the_metric_of_the_queries_with_that_edit(photos, tmp_path, capsys):
-    file, gt = photos
+def test_edit_table_is_the_metric_of_the_queries_with_that_edit(images, tmp_path, capsys):
+    file, gt = images
     args = eval_metrics.parse_args([str(file), str(gt)])
     args.ngpu = 0
     e = eval_metrics.Evaluation(file, read_ground_truth(gt), args)
@@ -402,10 +402,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium")
 @pytest.mark.parametrize("width", [400, 1400])
-def test_report_in_a_browser(photos, tmp_path, capsys, width):
+def test_report_in_a_browser(images, tmp_path, capsys, width):
     """Nothing is wider than the window, every image is shown, nothing is logged to the console."""
-    file, gt = photos
-    scores(capsys, file, gt, "--report", tmp_path / "report", "--photos", tmp_path)
+    file, gt = images
+    scores(capsys, file, gt, "--report", tmp_path / "report", "--images", tmp_path)
     page = tmp_path / "report/index.html"
     probe = ("<script>onload=()=>{const w=document.documentElement.clientWidth;document.title=JSON.stringify({"
              "wide:[...document.querySelectorAll('body *')].filter(e=>e.getBoundingClientRect().right>w+1).length,"

@@ -8,28 +8,28 @@ from PIL import Image
 
 import train
 from copydet import load_descriptor
-from copydet.batches import collate_photos
+from copydet.batches import collate_images
 from copydet.checkpoints import find_source, load_net
 from copydet.common import InputError
 from copydet.options import parse_args
-from copydet.views import Preprocessing, WholePhotos
-from helpers import ROOT, draw_photos, run
+from copydet.views import Preprocessing, WholeImages
+from helpers import ROOT, draw_images, run
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return sorted(draw_photos(tmp_path_factory.mktemp("photos"), 7).iterdir())
+def images(tmp_path_factory):
+    return sorted(draw_images(tmp_path_factory.mktemp("photos"), 7).iterdir())
 
 
 @pytest.fixture(scope="module")
-def expected(weights, photos):
-    """Input tensors and descriptors of the photos, by the network itself."""
+def expected(weights, images):
+    """Input tensors and descriptors of the images, by the network itself."""
     args, source = find_source(parse_args(["--mode", "extract", "--weight", weights, "x"]))
     net = load_net(args, source)
-    whole = WholePhotos([str(path) for path in photos], Preprocessing.of(args, net))
-    images = collate_photos([whole[i] for i in range(len(photos))])[1].to("cpu")
+    whole = WholeImages([str(path) for path in images], Preprocessing.of(args, net))
+    tensors = collate_images([whole[i] for i in range(len(images))])[1].to("cpu")
     with torch.no_grad():
-        return images, net(images).numpy()
+        return tensors, net(tensors).numpy()
 
 
 def exported(weights, folder, form):
@@ -39,13 +39,13 @@ def exported(weights, folder, form):
     return path
 
 
-def test_load_descriptor_describes_paths_and_images(weights, photos, expected):
+def test_load_descriptor_describes_paths_and_images(weights, images, expected):
     descriptor = load_descriptor(weights)
-    rows = descriptor([photos[0], *map(str, photos[1:])])
+    rows = descriptor([images[0], *map(str, images[1:])])
     assert rows.dtype == np.float32 and rows.shape == (7, 256) and np.allclose(rows, expected[1], atol=1e-5)
-    assert np.allclose(descriptor([Image.open(photos[2])]), expected[1][2:3], atol=1e-5)
+    assert np.allclose(descriptor([Image.open(images[2])]), expected[1][2:3], atol=1e-5)
     with pytest.raises(InputError, match="not a readable checkpoint"):
-        load_descriptor(photos[0])
+        load_descriptor(images[0])
 
 
 def test_import_does_nothing_else(tmp_path):
@@ -77,11 +77,11 @@ def test_torchscript_gives_the_same_descriptors(weights, tmp_path, expected):
     assert json.loads(extra["config.json"])["input_size"] == 32
 
 
-def test_safetensors_load_as_a_checkpoint(weights, tmp_path, photos, expected):
+def test_safetensors_load_as_a_checkpoint(weights, tmp_path, images, expected):
     (tmp_path / "a").mkdir()
     path = exported(weights, tmp_path / "a", "safetensors")
     assert json.loads((path.parent / "config.json").read_text())["gem_eval_p"] == 5
-    assert np.allclose(load_descriptor(path)(photos), expected[1], atol=1e-5)
+    assert np.allclose(load_descriptor(path)(images), expected[1], atol=1e-5)
     (path.parent / "config.json").unlink()
     with pytest.raises(InputError, match="config.json"):
         load_descriptor(path)

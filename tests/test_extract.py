@@ -1,4 +1,4 @@
-"""train.py --mode extract: which photos, which rows, which file."""
+"""train.py --mode extract: which images, which rows, which file."""
 import csv
 import json
 import os
@@ -21,7 +21,7 @@ from copydet.common import WorkError
 from copydet.extraction import Blocks, prepare_extraction, settings_of
 from copydet.network import build_net, fold_batch_norms
 from copydet.options import parse_args
-from helpers import ROOT, data_folder, odd_photos, run
+from helpers import ROOT, data_folder, odd_images, run
 
 RAW = ["--mode", "extract", "-a", "test_efficientnet", "--no-pretrained", "--seed", 1, "--input-size", 32, "-j", 1,
        "--batch-size", 16]
@@ -80,7 +80,7 @@ def test_bad_files_are_skipped_and_listed(tmp_path, extract):
     data = data_folder(tmp_path)
     folder = data / "query_images"
     (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.jpg").write_text("no photo")
+    (folder / "text.jpg").write_text("no image")
     (folder / "cut.jpg").write_bytes((folder / "Q00000.jpg").read_bytes()[:400])
     (folder / "folder.jpg").mkdir()
     done = extract(data)
@@ -91,7 +91,7 @@ def test_bad_files_are_skipped_and_listed(tmp_path, extract):
     for name in folder.glob("Q*"):
         name.unlink()
     done = extract(data, code=2)
-    assert "none of the 3 photos" in done.stderr and len(done.stderr.strip().splitlines()[-1:]) == 1
+    assert "none of the 3 images" in done.stderr and len(done.stderr.strip().splitlines()[-1:]) == 1
 
 
 def test_names_stay_whole_and_unique(tmp_path, extract):
@@ -114,8 +114,8 @@ def test_names_stay_whole_and_unique(tmp_path, extract):
 
 def test_odd_photos_give_finite_descriptors(tmp_path, extract):
     data = data_folder(tmp_path)
-    odd_photos(data / "query_images")
-    os.remove(data / "query_images" / "photo.webp")  # the same stem twice is an error of its own
+    odd_images(data / "query_images")
+    os.remove(data / "query_images" / "image.webp")  # the same stem twice is an error of its own
     done = extract(data)
     rows, _ = read(extract.out() / "fb-isc-submission.h5")
     assert "1 skipped" in done.stdout and "DecompressionBomb" in skipped(extract.out())["bomb.png"]
@@ -134,7 +134,7 @@ def test_three_processes_write_the_same_file(tmp_path, extract):
     assert len(set(three["query_ids"])) == len(three["query"]) == 1003
     for name in ("query", "reference", "train"):
         assert (one[f"{name}_ids"] == three[f"{name}_ids"]).all()
-        assert np.abs(one[name] - three[name]).max() < 1e-6  # batches differ: 15 photos, and 5 in each process
+        assert np.abs(one[name] - three[name]).max() < 1e-6  # batches differ: 15 images, and 5 in each process
     assert skipped(extract.out()) == skipped(extract.out("-3"))
     assert not [file for file in os.listdir(extract.out("-3")) if file.startswith(".")]
 

@@ -18,8 +18,8 @@ from PIL import Image
 import find_copies as fc
 from copydet.common import InputError
 from copydet.descriptors import write_descriptors
-from copydet.images import list_photos
-from helpers import ROOT, draw_photos, run
+from copydet.images import list_images
+from helpers import ROOT, draw_images, run
 
 SCRIPT = "scripts/find_copies.py"
 HOSTILE = ["<img src=x onerror=\"document.title='owned'\">.jpg", "</script><script>document.title='owned'</script>.jpg",
@@ -54,11 +54,11 @@ FLAGS = ["--", "-a", "test_efficientnet", "--input-size", 32, "-j"]
 
 
 def test_hostile_folders_become_a_report_and_the_second_run_describes_nothing(tmp_path, weights):
-    archive = draw_photos(tmp_path / "archive", 3)
+    archive = draw_images(tmp_path / "archive", 3)
     for i, name in enumerate(HOSTILE):
         target = archive / f"folder {i}" / name.replace("</", "<")
         target.parent.mkdir()
-        shutil.move(draw_photos(tmp_path / "one", 1, seed=9 + i) / "0000.jpg", target)
+        shutil.move(draw_images(tmp_path / "one", 1, seed=9 + i) / "0000.jpg", target)
     shutil.copy(archive / "0001.jpg", os.fsencode(archive / "bytes ") + b"\xff.jpg")
     (archive / "same").mkdir()
     shutil.copy(archive / "0000.jpg", archive / "same" / "0000.jpg")
@@ -68,7 +68,7 @@ def test_hostile_folders_become_a_report_and_the_second_run_describes_nothing(tm
     os.mkfifo(archive / "pipe.jpg")
     for name, target in (("loop", "loop"), ("again", "."), ("nowhere.jpg", "gone.jpg")):
         (archive / name).symlink_to(target)
-    report = archive / "report"  # inside: its thumbnails are no photos of the archive
+    report = archive / "report"  # inside: its thumbnails are no images of the archive
     command = [SCRIPT, archive, "-o", report, "--backbone-weights", weights, *FLAGS]
     run(*command, 1, "-b", 8)
     pairs = table(report / "pairs.csv")
@@ -76,7 +76,7 @@ def test_hostile_folders_become_a_report_and_the_second_run_describes_nothing(tm
     assert sorted(copies) == [(f"{archive}/0000.jpg", f"{archive}/same/0000.jpg"),
                               (f"{archive}/0001.jpg", f"{archive}/bytes \\xff.jpg")]
     names = {row[column] for row in pairs for column in ("query_id", "reference_id")}
-    assert names == {f"{archive}/{fc.shown(path)}" for path in list_photos(archive)[0]
+    assert names == {f"{archive}/{fc.shown(path)}" for path in list_images(archive)[0]
                      if not path.startswith("report/")} - {f"{archive}/{name}" for name in BAD}
     skipped = {Path(row["path"]).name: row["reason"] for row in table(report / "skipped.csv")}
     assert set(skipped) == {*BAD, "folder.jpg", "loop"}
@@ -91,7 +91,7 @@ def test_a_folder_without_a_readable_photo_is_an_error(tmp_path, weights):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_text("text")
     done = run(SCRIPT, tmp_path / "bad", "-o", tmp_path / "r", "--backbone-weights", weights, *FLAGS, 0, code=2)
-    assert "none of the 1 photos" in done.stderr and not (tmp_path / "r" / "index.html").exists()
+    assert "none of the 1 images" in done.stderr and not (tmp_path / "r" / "index.html").exists()
     assert table(tmp_path / "r" / "skipped.csv")[0]["path"] == str(tmp_path / "bad" / "a.jpg")
 
 
@@ -114,7 +114,7 @@ def bring_up(cache, folder, with_hash=False, extraction=None):
 
 
 def test_cache_describes_what_is_new_or_changed_and_forgets_what_is_gone(tmp_path):
-    folder = draw_photos(tmp_path / "photos", 4)
+    folder = draw_images(tmp_path / "photos", 4)
     names = sorted(path.name for path in folder.iterdir())
     cache = fc.Cache(tmp_path / "c.sqlite")
     assert bring_up(cache, folder) == (names, names)
@@ -135,11 +135,11 @@ def test_cache_describes_what_is_new_or_changed_and_forgets_what_is_gone(tmp_pat
 
 
 def test_photos_in_a_folder_that_cannot_be_read_now_are_not_forgotten(tmp_path, monkeypatch):
-    folder = draw_photos(tmp_path / "photos", 1)
-    draw_photos(folder / "drive", 2)
+    folder = draw_images(tmp_path / "photos", 1)
+    draw_images(folder / "drive", 2)
     cache = fc.Cache(tmp_path / "c.sqlite")
     bring_up(cache, folder)
-    monkeypatch.setattr(fc, "list_photos", lambda root: (["0000.jpg"], [("drive", "Permission denied")]))
+    monkeypatch.setattr(fc, "list_images", lambda root: (["0000.jpg"], [("drive", "Permission denied")]))
     assert bring_up(cache, folder) == ([], ["0000.jpg"]) and cache.count() == 3
     monkeypatch.undo()
     assert bring_up(cache, folder) == ([], ["0000.jpg", "0000.jpg", "0001.jpg"])
@@ -159,7 +159,7 @@ t.bring_up(fc.Cache(sys.argv[1]), sys.argv[2], extraction=Dies())
 
 
 def test_a_killed_run_loses_one_chunk(tmp_path):
-    folder = draw_photos(tmp_path / "photos", 20)
+    folder = draw_images(tmp_path / "photos", 20)
     killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "c.sqlite", folder], cwd=ROOT)
     assert killed.returncode == -9
     cache = fc.Cache(tmp_path / "c.sqlite")
@@ -168,12 +168,12 @@ def test_a_killed_run_loses_one_chunk(tmp_path):
 
 
 def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, weights):
-    archive, queries = draw_photos(tmp_path / "archive", 24), draw_photos(tmp_path / "queries", 5, seed=5)
+    archive, queries = draw_images(tmp_path / "archive", 24), draw_images(tmp_path / "queries", 5, seed=5)
     command = [SCRIPT, queries, archive, "-o", tmp_path / "report", "--backbone-weights", weights, *FLAGS, 1,
                "--calibrate", 20]
     found = []
     for more in (0, 1, 30):
-        draw_photos(archive / f"new {more}", more, seed=more)
+        draw_images(archive / f"new {more}", more, seed=more)
         run(*command)
         file, = (tmp_path / "report" / "cache").glob("*.sqlite")
         cache = fc.Cache(file)
@@ -186,7 +186,7 @@ def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, w
 
 
 def test_a_cache_in_use_is_an_error(tmp_path, weights):
-    args = fc.parse_args([str(draw_photos(tmp_path / "a", 1)), "-o", str(tmp_path), "--weight", str(weights)])
+    args = fc.parse_args([str(draw_images(tmp_path / "a", 1)), "-o", str(tmp_path), "--weight", str(weights)])
     held = fc.open_cache(args)
     with pytest.raises(InputError, match="in use by another run"):
         fc.open_cache(args)
@@ -197,7 +197,7 @@ def test_a_cache_in_use_is_an_error(tmp_path, weights):
 # Descriptor files, pairs, calibration
 
 CALIBRATION = {"scores": [-1.0, -0.5, -0.1], "recall": [0.8, 0.4, 0.2], "false_rate": [0.008, 0.00025, 0.0],
-               "copies_ratio": 0.25}  # for 100 photos a precision of 0.2, 0.8 and 1
+               "copies_ratio": 0.25}  # for 100 images a precision of 0.2, 0.8 and 1
 
 
 def planted(folder, ids=None, copies=30, others=70, name="all.h5", **attrs):
@@ -252,7 +252,7 @@ def test_precision_sets_the_threshold_by_the_calibration(tmp_path):
     (["{tmp}", "-o", "{tmp}/r"], "needs one of --exp"),
     (["{tmp}", "-o", "{tmp}/r", "--exp", "no-such"], "no checkpoint in"),
     (["{tmp}/none", "-o", "{tmp}/r"], "no such file or folder"),
-    (["{tmp}", "-o", "{tmp}/r", "--weight", "{all}"], "no photos in"),
+    (["{tmp}", "-o", "{tmp}/r", "--weight", "{all}"], "no images in"),
     (["{tmp}", "-o", "{tmp}/r", "--weight", "{all}", "--", "--exp", "x"], "cannot be given to train.py"),
 ])
 def test_what_is_wrong_is_said_before_any_work(tmp_path, capsys, flags, message):
@@ -358,14 +358,14 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Report of 400 queries, 4,000 pairs; references have hostile names, a few of them are there as photos."""
+    """Report of 400 queries, 4,000 pairs; references have hostile names, a few of them are there as images."""
     folder = tmp_path_factory.mktemp("page")
     ids = [f"{i:04d} {HOSTILE[i % len(HOSTILE)][:-4]}" for i in range(400)]
     file = planted(folder, ids, 100, 300, calibration=CALIBRATION)
     (folder / "query_images").mkdir()
     for i in range(5):
-        draw_photos(folder / "reference_images", 1, seed=i, name=ids[i].replace("/", "_") + ".jpg")
-    assert fc.main([str(file), "-o", str(folder / "r"), "--photos", str(folder), "--threshold", "-0.01"]) == 0
+        draw_images(folder / "reference_images", 1, seed=i, name=ids[i].replace("/", "_") + ".jpg")
+    assert fc.main([str(file), "-o", str(folder / "r"), "--images", str(folder), "--threshold", "-0.01"]) == 0
     return folder / "r" / "index.html"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import imagehash
 import numpy as np
 import pytest
-from helpers import ROOT, draw_photos, run
+from helpers import ROOT, draw_images, run
 from PIL import Image
 
 import ladder
@@ -37,7 +37,7 @@ def climbed(tmp_path_factory):
     (tmp / "second.args").write_text("# second: first, continued.\n" + PARENT.format(name="x") +
                                      "--weight exp/first/train/checkpoint_0004.pth.tar\n")
     (tmp / "broken.args").write_text(PARENT.format(name="broken") + "--ncrops 1\n")
-    draw_photos(tmp / "photos", 24)
+    draw_images(tmp / "photos", 24)
     command = ["scripts/ladder.py", tmp / "photos", "-o", tmp / "ladder", "--training", 8, *FLAGS, "--seeds"]
     both = [*command, 1, "--recipes", f"{tmp}/second.args,{tmp}/broken.args"]
     process = subprocess.Popen([sys.executable, *map(str, both)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -63,7 +63,7 @@ def test_a_stopped_ladder_goes_on_and_keeps_its_rows(climbed):
 def test_rows_hold_scores_steps_and_minutes(climbed):
     for row in rows(climbed[0]):
         if row["recipe"] == "broken":
-            assert row["status"] == "failed" and "--ncrops 1: a photo needs at least 2 views" in row["error"]
+            assert row["status"] == "failed" and "--ncrops 1: an image needs at least 2 views" in row["error"]
         else:
             assert row["status"] == "ok" and not row["error"]
             scores = [float(row[name]) for name in ("ap", "r_p90", "isolated_ap", "isolated_r_p90")]
@@ -157,8 +157,8 @@ def test_distance_of_hashes_is_hamming_distance(name, tmp_path):
     if name == "pdq":
         pytest.importorskip("pdqhash")
     for folder in ladder.FOLDERS.values():
-        draw_photos(tmp_path / folder, 12, size=96, seed=len(folder))
-    (tmp_path / "query_images" / "bad.jpg").write_text("no photo")
+        draw_images(tmp_path / folder, 12, size=96, seed=len(folder))
+    (tmp_path / "query_images" / "bad.jpg").write_text("no image")
     ladder.write_hashes(name, tmp_path, tmp_path / "hashes.h5")
     bits = [ladder.HASHES[name](Image.open(tmp_path / f"query_images/{i:04d}.jpg")) for i in range(12)]
     hamming = np.array([[(a != b).sum() for b in bits] for a in bits])
@@ -171,10 +171,10 @@ def test_distance_of_hashes_is_hamming_distance(name, tmp_path):
 
 
 def test_phash_is_the_library_distance(tmp_path):
-    draw_photos(tmp_path, 2, size=96)
+    draw_images(tmp_path, 2, size=96)
     one, other = (Image.open(tmp_path / f"000{i}.jpg") for i in range(2))
-    distance = np.square(ladder.hash_photo("phash", tmp_path / "0000.jpg") -
-                         ladder.hash_photo("phash", tmp_path / "0001.jpg")).sum()
+    distance = np.square(ladder.hash_image("phash", tmp_path / "0000.jpg") -
+                         ladder.hash_image("phash", tmp_path / "0001.jpg")).sum()
     assert imagehash.phash(one) - imagehash.phash(other) == round(float(distance) * 64 / 4)
 
 
@@ -193,9 +193,9 @@ class Recorder(ladder.Ladder):
 
 @pytest.fixture
 def recorder(tmp_path):
-    """A ladder of recipe v101 on a benchmark of four training photos and two pairs, with a budget of 3 minutes."""
+    """A ladder of recipe v101 on a benchmark of four training images and two pairs, with a budget of 3 minutes."""
     for folder in ladder.FOLDERS.values():
-        draw_photos(tmp_path / "data" / folder, 4)
+        draw_images(tmp_path / "data" / folder, 4)
     (tmp_path / "data" / ladder.TRUTH).write_text("query_id,reference_id\n0000,0001\n0001,0002\n0002,\n")
     words = [str(tmp_path / "data"), "--recipes", "v101", "--budget-minutes", "3", "-o", str(tmp_path / "ladder"),
              "-b", "2", "--no-pretrained"]
@@ -225,9 +225,9 @@ def test_pairs_and_negatives_are_those_of_the_benchmark(recorder):
     (recorder.out / "v98-s1" / "train").mkdir(parents=True)
     checkpoint = recorder.out / "v98-s1" / "train" / "checkpoint_0001.pth.tar"
     checkpoint.touch()
-    photos, *words = recorder.training_words(recipe, [], "1")
+    images, *words = recorder.training_words(recipe, [], "1")
     flags = dict(zip(words, words[1:]))
     data = recorder.benchmark
-    assert (photos, flags["--pairs"], flags["--weight"]) == (data, data / ladder.TRUTH, checkpoint)
+    assert (images, flags["--pairs"], flags["--weight"]) == (data, data / ladder.TRUTH, checkpoint)
     assert flags["--negatives-dir"] == data / "reference_images"
     assert recorder.longest_epoch(recipe) == 1 and recorder.longest_epoch(recorder.args.recipes[0]) == 2

@@ -107,7 +107,7 @@ def memory_of_rank(rank, enqueue):
     ours = criterion(world_size=2, memory_enqueue=enqueue)
     for descriptors, labels in batches_of(5, 8):
         half = torch.arange(4) + 4 * rank
-        if enqueue == "view0":  # two photos, view after view
+        if enqueue == "view0":  # two images, view after view
             half = torch.tensor([0, 1, 4, 5]) + 2 * rank
         loss, gradient = value_and_gradient(ours, descriptors[half], labels[half])
     whole = torch.zeros(8, 8)

@@ -20,13 +20,13 @@ from PIL import Image
 import train
 from copydet import augmentations, losses, options
 from copydet.augmentations import OPS, RESIZES
-from copydet.batches import collate_photos, collate_views
+from copydet.batches import collate_images, collate_views
 from copydet.common import InputError
 from copydet.distributed import Rank, pick_precision
 from copydet.network import build_net
 from copydet.options import parse_args
-from copydet.views import NEGATIVE_LABEL, Pairs, Preprocessing, Views, WholePhotos, parse_ops
-from helpers import ROOT, draw_photos
+from copydet.views import NEGATIVE_LABEL, Pairs, Preprocessing, Views, WholeImages, parse_ops
+from helpers import ROOT, draw_images
 
 RECIPES = sorted(path.stem for path in (ROOT / "exp").glob("*.args"))
 PARENTS = {  # recipe -> its parent and the flags that its note changes (besides --exp)
@@ -70,11 +70,11 @@ def flags_of(name):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """input/ as DISC21 lays it out, with generated photos."""
+    """input/ as DISC21 lays it out, with generated images."""
     root = tmp_path_factory.mktemp("input")
-    draw_photos(root / "training_images", 8)
-    draw_photos(root / "query_images", 8, name="Q{:05d}.jpg")
-    draw_photos(root / "reference_images", 40, name="R{:06d}.jpg")
+    draw_images(root / "training_images", 8)
+    draw_images(root / "query_images", 8, name="Q{:05d}.jpg")
+    draw_images(root / "reference_images", 40, name="R{:06d}.jpg")
     pairs = [f"Q{i:05d},R{i:06d}" if i < 4 else f"Q{i:05d}," for i in range(8)]
     (root / "public_ground_truth.csv").write_text("\n".join(["query_id,reference_id", *pairs]) + "\n")
     return root
@@ -209,18 +209,18 @@ def load(file):
 
 
 def class_vectors(net, folder, classes):
-    """What the class vectors of the first photos are to start as: the network's output for the clean photo."""
+    """What the class vectors of the first images are to start as: the network's output for the clean image."""
     paths = sorted(str(path) for path in folder.iterdir())[:classes]
-    whole = WholePhotos(paths, Preprocessing.of(args_of("v3", folder), net))
+    whole = WholeImages(paths, Preprocessing.of(args_of("v3", folder), net))
     with torch.no_grad():
-        return net.eval().embed(collate_photos([whole[i] for i in range(classes)])[1].to("cpu")).T
+        return net.eval().embed(collate_images([whole[i] for i in range(classes)])[1].to("cpu")).T
 
 
 def test_v3_classes_start_as_their_photos_on_any_number_of_processes(data, tmp_path, monkeypatch):
     monkeypatch.setattr(options, "ROOT", tmp_path)
     torch.manual_seed(7)
     expected = class_vectors(build_net(args_of("v3"), False), data / "training_images", 8)
-    assert expected.std(1).min() > 1e-4  # photos differ
+    assert expected.std(1).min() > 1e-4  # images differ
     port = ["--dist-url", f"tcp://localhost:{20000 + os.getpid() % 20000}"]
     for exp, flags in (("one", []), ("two", ["--multiprocessing-distributed", "--nproc", 2, *port])):
         out = run_recipe("v3", tmp_path, data / "training_images", "--epochs", 1, "--lr", 0, "--exp", exp, *flags)
@@ -458,7 +458,7 @@ def test_v101_trains_on_pairs_and_is_marked(data, tmp_path, monkeypatch):
     assert dataset.paths == [(f"query_images/Q{i:05d}.jpg", f"reference_images/R{i:06d}.jpg") for i in range(4)]
     assert sorted(Path(path).stem for path in dataset.negative_images) == [f"R{i:06d}" for i in range(4, 40)]
     images, labels, _, _ = dataset[(0, 2)]
-    for view, path in zip(images.to("cpu"), dataset.paths[2]):  # whole photos, unedited
+    for view, path in zip(images.to("cpu"), dataset.paths[2]):  # whole images, unedited
         expected = np.asarray(Image.open(data / path).resize((32, 32), Image.BILINEAR)).transpose(2, 0, 1) / 255
         mean, std = (np.array(x)[:, None, None] for x in (dataset.preprocessing.mean, dataset.preprocessing.std))
         assert np.abs(view.numpy() * std + mean - expected).max() < 0.01
@@ -483,5 +483,5 @@ def test_flags_that_do_not_go_together(flags, words, capsys):
 def test_pairs_without_photos_are_named(data, tmp_path):
     (tmp_path / "gt.csv").write_text("query_id,reference_id\nQ00001,R000001\nQ00009,R000002\n")
     args = parse_args([*TINY, "--pairs", str(tmp_path / "gt.csv"), str(data)])
-    with pytest.raises(InputError, match="1 ids without a photo.*Q00009"):
+    with pytest.raises(InputError, match="1 ids without an image.*Q00009"):
         train.main(args)

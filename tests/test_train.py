@@ -1,4 +1,4 @@
-"""train.py --mode train: command line, views, loss and memory, resume. Tiny networks of timm, photos drawn here."""
+"""train.py --mode train: command line, views, loss and memory, resume. Tiny networks of timm, images drawn here."""
 import ast
 import csv
 import json
@@ -21,13 +21,14 @@ import torch
 from PIL import Image
 
 import train
-from copydet import augmentations, images, options
+from copydet import augmentations, options
 from copydet.augmentations import OPS
+from copydet.images import list_images, open_image
 from copydet.network import build_net, gem, read_backbone_weights
 from copydet.common import InputError
 from copydet.options import build_parser, parse_args
 from copydet.views import Preprocessing, Views, parse_ops
-from helpers import ROOT, draw_photos, odd_photos, run
+from helpers import ROOT, draw_images, odd_images, run
 
 RECIPES = sorted(path.stem for path in (ROOT / "exp").glob("*.args"))
 TINY = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "--memory-size", 24,
@@ -35,8 +36,8 @@ TINY = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--bat
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return draw_photos(tmp_path_factory.mktemp("photos"), 24)
+def images(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("photos"), 24)
 
 
 def checkpoint(exp, name="checkpoint_0001"):
@@ -127,39 +128,39 @@ def test_recipes_parse_and_are_complete(name):
     (["--multiprocessing-distributed", "--nproc", 3, "--device", "cpu"], "cannot be shared by 3"),
     (["--batch-size", 25], "25 descriptors|do not fill one batch"),
 ])
-def test_wrong_flags_are_told_in_one_line(photos, exp, flags, words):
+def test_wrong_flags_are_told_in_one_line(images, exp, flags, words):
     memory = [] if "--memory-size" in flags else ["--memory-size", 0]
-    done = run("train.py", *TINY, *memory, "--exp", exp, *flags, photos, code=2)
+    done = run("train.py", *TINY, *memory, "--exp", exp, *flags, images, code=2)
     assert re.search(words, done.stderr)
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_missing_or_empty_folder(tmp_path, exp):
     assert "no such folder" in run("train.py", *TINY, "--exp", exp, tmp_path / "absent", code=2).stderr
-    assert "no photos in" in run("train.py", *TINY, "--exp", exp, tmp_path, code=2).stderr
+    assert "no images in" in run("train.py", *TINY, "--exp", exp, tmp_path, code=2).stderr
 
 
-def test_old_timm_names_resolve_and_are_stored(photos, exp):
+def test_old_timm_names_resolve_and_are_stored(images, exp):
     done = run("train.py", *TINY, "--exp", exp, "-a", "swin_base_patch4_window7_224_in22k", "--pool", "backbone",
-               "--input-size", 224, "--epochs", 1, "--sample-size", 4, "--batch-size", 4, photos)
+               "--input-size", 224, "--epochs", 1, "--sample-size", 4, "--batch-size", 4, images)
     assert "swin_base_patch4_window7_224.ms_in22k (asked for: swin_base_patch4_window7_224_in22k)" in done.stdout
     assert checkpoint(exp, "checkpoint_0000")["arch"] == "swin_base_patch4_window7_224.ms_in22k"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Photos and views
+# Images and views
 
 
-def views_of(photos, *flags):
-    args = parse_args([*map(str, TINY), *flags, str(photos)])
-    return Views(photos, images.list_photos(photos)[0], Preprocessing(args.input_size, "crop", [0.5] * 3, [0.5] * 3),
+def views_of(images, *flags):
+    args = parse_args([*map(str, TINY), *flags, str(images)])
+    return Views(images, list_images(images)[0], Preprocessing(args.input_size, "crop", [0.5] * 3, [0.5] * 3),
                  [parse_ops(text, args.op_prob) for text in (args.view0, args.view1)], args.seed)
 
 
-def test_view_depends_on_seed_epoch_photo_and_number_only(photos):
+def test_view_depends_on_seed_epoch_photo_and_number_only(images):
     everything = "[rotation screenshot overlay crop:0.2 jitter:0.4:0.4:0.4:0.1 pixelize shuffle jpeg gray blur " \
                  "perspective hflip vflip text emoji] erase"
-    a, b = (views_of(photos, "--view1", everything, "--op-prob", "0.7") for _ in range(2))
+    a, b = (views_of(images, "--view1", everything, "--op-prob", "0.7") for _ in range(2))
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     first = [a[(0, i)][0].to("cpu") for i in range(8)]
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[2])
@@ -171,11 +172,11 @@ def test_view_depends_on_seed_epoch_photo_and_number_only(photos):
     assert not torch.equal(first[0][0], first[0][1])
 
 
-def test_recipe_views_never_fail_on_ordinary_photos(photos):
-    dataset = views_of(photos, "--op-prob", "1")
+def test_recipe_views_never_fail_on_ordinary_photos(images):
+    dataset = views_of(images, "--op-prob", "1")
     for i in range(len(dataset)):
-        images, label, unreadable, failed = dataset[(0, i)]
-        assert images.to("cpu").shape == (2, 3, 32, 32) and label == [i, i] and not unreadable and not failed
+        views, label, unreadable, failed = dataset[(0, i)]
+        assert views.to("cpu").shape == (2, 3, 32, 32) and label == [i, i] and not unreadable and not failed
 
 
 def test_operations_do_what_they_say():
@@ -196,8 +197,8 @@ def test_operations_do_what_they_say():
         [("crop", (0.2,), 1.0)], [("gray", (), 0.3), ("text", (), 0.5)], [("jpeg", (), 0.3)]]
 
 
-def test_bracketed_operations_run_in_another_order_for_each_photo(photos, monkeypatch):
-    dataset = views_of(photos, "--view1", "[hflip=1 vflip=1 gray=1] text=1")
+def test_bracketed_operations_run_in_another_order_for_each_photo(images, monkeypatch):
+    dataset = views_of(images, "--view1", "[hflip=1 vflip=1 gray=1] text=1")
     seen = []
     for name in ("hflip", "vflip", "gray", "text"):
         monkeypatch.setitem(OPS, name, lambda img, rng, v, name=name: seen.append(name) or img)
@@ -210,30 +211,30 @@ def test_bracketed_operations_run_in_another_order_for_each_photo(photos, monkey
 
 
 def test_odd_photos_survive_training(tmp_path, exp):
-    odd_photos(tmp_path)
+    odd_images(tmp_path)
     done = run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--op-prob", 0.8, tmp_path)
-    assert "14 found" in done.stdout and "1 unreadable photos" in done.stdout
+    assert "14 found" in done.stdout and "1 unreadable images" in done.stdout
     rows = list(csv.reader(open(Path(exp) / "train" / "skipped.csv")))
     assert rows[1][0] == str(tmp_path / "bomb.png") and "DecompressionBomb" in rows[1][1]
 
 
 def test_opened_photos_are_rgb_and_keep_their_values(tmp_path):
-    odd_photos(tmp_path)
-    grey8, grey16 = (np.asarray(images.open_photo(tmp_path / name)) for name in ("grey8.png", "grey16.png"))
+    odd_images(tmp_path)
+    grey8, grey16 = (np.asarray(open_image(tmp_path / name)) for name in ("grey8.png", "grey16.png"))
     assert (grey8 == grey16).all()
-    assert images.open_photo(tmp_path / "turned.JPEG").size == (64, 48)
-    assert images.open_photo(tmp_path / "turned.JPEG", exif_transpose=True).size == (48, 64)
-    for path in images.list_photos(tmp_path)[0]:
+    assert open_image(tmp_path / "turned.JPEG").size == (64, 48)
+    assert open_image(tmp_path / "turned.JPEG", exif_transpose=True).size == (48, 64)
+    for path in list_images(tmp_path)[0]:
         if path != "bomb.png":
-            assert images.open_photo(tmp_path / path).mode == "RGB"
+            assert open_image(tmp_path / path).mode == "RGB"
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (np.asarray(images.open_photo(tmp_path / "clear.png")) == 255).all()
+    assert (np.asarray(open_image(tmp_path / "clear.png")) == 255).all()
 
 
-def test_views_png_and_args_json_show_the_run(photos, exp):
-    run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--ncrops", 3, photos)
+def test_views_png_and_args_json_show_the_run(images, exp):
+    run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--ncrops", 3, images)
     out = Path(exp) / "train"
-    assert Image.open(out / "views.png").size == (4 * 34 + 2, 8 * 34 + 2)  # 8 photos in rows: itself and 3 views
+    assert Image.open(out / "views.png").size == (4 * 34 + 2, 8 * 34 + 2)  # 8 images in rows: itself and 3 views
     assert json.loads((out / "args.json").read_text())["ncrops"] == 3
     log = list(csv.DictReader(open(out / "log.csv")))
     assert log[-1]["step"] == "6" and float(log[-1]["loss"]) > 0 and list(out.glob("events.*"))
@@ -290,7 +291,7 @@ def test_schedules():
     assert value["linear"] == [1, 0.75, 0.5, 0.25] and value["constant"] == [1, 1, 1, 1]
 
 
-def test_local_backbone_weights(tmp_path, photos, exp):
+def test_local_backbone_weights(tmp_path, images, exp):
     import timm
     from safetensors.torch import save_file
     net = timm.create_model("test_efficientnet")
@@ -302,44 +303,44 @@ def test_local_backbone_weights(tmp_path, photos, exp):
         backbone = build_net(parse_args(["-a", "test_efficientnet", "x"]), state).backbone
         assert torch.equal(backbone.conv_stem.weight, net.conv_stem.weight)
     flags = [flag for flag in TINY if flag != "--no-pretrained"]
-    done = run("train.py", *flags, "--exp", exp, "--backbone-weights", tmp_path / "short.pth", photos, code=2)
+    done = run("train.py", *flags, "--exp", exp, "--backbone-weights", tmp_path / "short.pth", images, code=2)
     assert "3 tensors missing" in done.stderr and "conv_stem.weight" in done.stderr
-    run("train.py", *flags, "--exp", exp, "--epochs", 1, "--backbone-weights", tmp_path / "own.safetensors", photos)
+    run("train.py", *flags, "--exp", exp, "--epochs", 1, "--backbone-weights", tmp_path / "own.safetensors", images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs: the same with any number of workers, any way to start, after any interruption
 
 
-def test_same_weights_with_any_number_of_workers(photos, exp):
+def test_same_weights_with_any_number_of_workers(images, exp):
     for workers in (0, 1, 3):
-        run("train.py", *TINY, "-j", workers, "--exp", f"{exp}{workers}", photos)
+        run("train.py", *TINY, "-j", workers, "--exp", f"{exp}{workers}", images)
     for workers in (1, 3):
         assert_same_state(checkpoint(f"{exp}0"), checkpoint(f"{exp}{workers}"))
 
 
-def test_spawned_processes_and_torchrun_train_alike(photos, exp):
+def test_spawned_processes_and_torchrun_train_alike(images, exp):
     port, flags = 20000 + os.getpid() % 20000, [*TINY, "--device", "cpu"]
     run("train.py", *flags, "--exp", f"{exp}a", "--multiprocessing-distributed", "--nproc", 2, "--dist-url",
-        f"tcp://localhost:{port}", photos)
+        f"tcp://localhost:{port}", images)
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *flags, "--exp", f"{exp}b",
-        photos)
+        images)
     a, b = checkpoint(f"{exp}a"), checkpoint(f"{exp}b")
     assert_same_state(a, b)
     assert a["criterion"]["memories.0._extra_state"]["filled"] and a["processes"] == 2
-    done = run("train.py", *flags, "--exp", f"{exp}a", "--epochs", 3, "--resume", "auto", photos)
+    done = run("train.py", *flags, "--exp", f"{exp}a", "--epochs", 3, "--resume", "auto", images)
     assert "processes 2 -> 1" in done.stdout and "at epoch 2, step 12" in done.stdout
     assert checkpoint(f"{exp}a", "checkpoint_0002")["step"] == 18
 
 
-def test_killed_at_any_moment_and_resumed_it_ends_the_same(photos, exp):
+def test_killed_at_any_moment_and_resumed_it_ends_the_same(images, exp):
     flags = [*TINY, "--epochs", 10, "--save-steps", 1, "-j", 2]
-    run("train.py", *flags, "--exp", f"{exp}whole", photos)
+    run("train.py", *flags, "--exp", f"{exp}whole", images)
     out, moments = Path(f"{exp}broken") / "train", np.random.default_rng(3)
     env, kills = {**os.environ, "OMP_NUM_THREADS": "1"}, 0
     while kills < 10:
         process = subprocess.Popen(list(map(str, [sys.executable, "train.py", *flags, "--exp", f"{exp}broken",
-                                                  "--resume", "auto", photos])), cwd=ROOT, env=env,
+                                                  "--resume", "auto", images])), cwd=ROOT, env=env,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         before, deadline = newest_step(out), time.time() + 60
         while newest_step(out) < before + 2 and process.poll() is None and time.time() < deadline:
@@ -351,7 +352,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_the_same(photos, exp):
         kills += 1
         for file in out.glob("*.pth.tar"):
             torch.load(file, weights_only=True)  # whole, or not there
-    run("train.py", *flags, "--exp", f"{exp}broken", "--resume", "auto", photos)
+    run("train.py", *flags, "--exp", f"{exp}broken", "--resume", "auto", images)
     assert_same_state(checkpoint(f"{exp}whole", "checkpoint_0009"), checkpoint(f"{exp}broken", "checkpoint_0009"))
     steps = [[row["step"], row["loss"]] for row in csv.DictReader(open(out / "log.csv"))]
     assert len({step for step, _ in steps}) == len(steps)
@@ -365,8 +366,8 @@ def newest_step(folder):
         return 0
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_continues(photos, exp):
-    flags = list(map(str, [sys.executable, "train.py", *TINY, "--epochs", 200, "-p", 1, "--exp", exp, photos]))
+def test_ctrl_c_leaves_a_checkpoint_that_continues(images, exp):
+    flags = list(map(str, [sys.executable, "train.py", *TINY, "--epochs", 200, "-p", 1, "--exp", exp, images]))
     process = subprocess.Popen(flags, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                start_new_session=True)
     out = Path(exp) / "train"
@@ -375,12 +376,12 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues(photos, exp):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loading processes too
     assert "continue with --resume auto" in process.communicate(timeout=60)[0] and process.returncode == 130
     step = checkpoint(exp, "latest")["step"]
-    done = run("train.py", *TINY, "--exp", exp, "--epochs", step // 6 + 1, "--resume", "auto", photos)
+    done = run("train.py", *TINY, "--exp", exp, "--epochs", step // 6 + 1, "--resume", "auto", images)
     assert f"step {step}" in done.stdout
 
 
-def test_nan_loss_stops_with_step_and_checkpoint(photos, exp):
-    done = run("train.py", *TINY, "--exp", exp, "--lr", 1e30, "--amp", "off", "-p", 1, "--epochs", 3, photos, code=1)
+def test_nan_loss_stops_with_step_and_checkpoint(images, exp):
+    done = run("train.py", *TINY, "--exp", exp, "--lr", 1e30, "--amp", "off", "-p", 1, "--epochs", 3, images, code=1)
     assert re.search(r"the loss is (nan|inf) at step \d+; last checkpoint: ", done.stderr)
     assert "Traceback" not in done.stderr
 
@@ -389,14 +390,14 @@ def test_nan_loss_stops_with_step_and_checkpoint(photos, exp):
 # Checkpoints
 
 
-def test_resume_with_another_network_lists_keys(photos, exp):
-    run("train.py", *TINY, "--exp", exp, "--epochs", 1, photos)
+def test_resume_with_another_network_lists_keys(images, exp):
+    run("train.py", *TINY, "--exp", exp, "--epochs", 1, images)
     file = Path(exp) / "train" / "checkpoint_0000.pth.tar"
-    done = run("train.py", *TINY, "--exp", exp, "-a", "test_resnet", "--resume", file, photos, code=2)
+    done = run("train.py", *TINY, "--exp", exp, "-a", "test_resnet", "--resume", file, images, code=2)
     assert "does not fit this network" in done.stderr and "backbone." in done.stderr
-    done = run("train.py", *TINY, "--exp", exp, "--dim", 64, "--weight", file, photos, code=2)
+    done = run("train.py", *TINY, "--exp", exp, "--dim", 64, "--weight", file, images, code=2)
     assert "--dim differs?" in done.stderr and "[256" in done.stderr and "[64" in done.stderr
-    done = run("train.py", *TINY, "--exp", exp, "--epochs", 2, "--memory-size", 40, "--resume", file, photos)
+    done = run("train.py", *TINY, "--exp", exp, "--epochs", 2, "--memory-size", 40, "--resume", file, images)
     assert "memory starts empty" in done.stdout
     assert checkpoint(exp)["step"] == 12
 
@@ -406,26 +407,26 @@ class Evil:
         return os.system, ("touch /tmp/pwned-by-checkpoint",)
 
 
-def test_published_form_loads_and_code_is_refused(photos, exp, tmp_path):
+def test_published_form_loads_and_code_is_refused(images, exp, tmp_path):
     net = network()
     state = {f"module.{name}": value for name, value in net.state_dict().items()}
     legacy = {"epoch": 10, "arch": "test_efficientnet", "state_dict": state, "optimizer": {},
               "args": Namespace(arch="test_efficientnet", input_size=64, gem_p=1.0, gem_eval_p=1.0)}
     torch.save(legacy, tmp_path / "legacy.pth.tar")
-    run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--lr", 0, "--weight", tmp_path / "legacy.pth.tar", photos)
+    run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--lr", 0, "--weight", tmp_path / "legacy.pth.tar", images)
     assert torch.equal(checkpoint(exp, "checkpoint_0000")["state_dict"]["fc.weight"], net.fc.weight)
     for name, content in (("evil.pth", {**legacy, "args": Evil()}), ("odd.pth", {**legacy, "x": Path("a")})):
         torch.save(content, tmp_path / name)
-        done = run("train.py", *TINY, "--exp", exp, "--weight", tmp_path / name, photos, code=2)
+        done = run("train.py", *TINY, "--exp", exp, "--weight", tmp_path / name, images, code=2)
         assert "was not loaded: it could run code" in done.stderr
     assert not Path("/tmp/pwned-by-checkpoint").exists()
     (tmp_path / "text.pth").write_text("not a checkpoint")
     (tmp_path / "list.pth").write_bytes(pickle.dumps([1, 2]))
     for name in ("text.pth", "list.pth"):
-        assert "checkpoint" in run("train.py", *TINY, "--exp", exp, "--weight", tmp_path / name, photos, code=2).stderr
+        assert "checkpoint" in run("train.py", *TINY, "--exp", exp, "--weight", tmp_path / name, images, code=2).stderr
 
 
-def test_epochs_follow_each_other_in_one_loader_that_draws_nothing(photos, tmp_path, monkeypatch):
+def test_epochs_follow_each_other_in_one_loader_that_draws_nothing(images, tmp_path, monkeypatch):
     monkeypatch.setattr(options, "ROOT", tmp_path)
     loaders, make_loader = [], train.make_loader
 
@@ -435,14 +436,14 @@ def test_epochs_follow_each_other_in_one_loader_that_draws_nothing(photos, tmp_p
         assert torch.equal(before, torch.get_rng_state())
         return loaders[-1]
     monkeypatch.setattr(train, "make_loader", counted)
-    train.main(parse_args([*map(str, TINY), "--device", "cpu", "--epochs", "3", "--exp", "x", str(photos)]))
+    train.main(parse_args([*map(str, TINY), "--device", "cpu", "--epochs", "3", "--exp", "x", str(images)]))
     assert len(loaders) == 1 and next(loaders[0], None) is None
 
 
-def test_too_little_shared_memory_is_told_before_the_first_step(photos, tmp_path, monkeypatch):
+def test_too_little_shared_memory_is_told_before_the_first_step(images, tmp_path, monkeypatch):
     monkeypatch.setattr(options, "ROOT", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**16, 0, 2**16))
-    words = [*map(str, TINY), "--device", "cpu", "--exp", "x", str(photos)]
+    words = [*map(str, TINY), "--device", "cpu", "--exp", "x", str(images)]
     with pytest.raises(InputError, match="-j 1 with a --batch-size of 4 needs 0.0 GiB"):
         train.main(parse_args(words))
     train.main(parse_args([*words, "-j", "0", "--epochs", "1"]))

@@ -1,4 +1,4 @@
-"""Operations of views against AugLy's and torchvision's on the same draws; photos decoded no larger than needed."""
+"""Operations of views against AugLy's and torchvision's on the same draws; images decoded no larger than needed."""
 import os
 import time
 from types import SimpleNamespace
@@ -14,12 +14,12 @@ from augly.image.utils import rotated_rect_with_max_area
 from PIL import Image, ImageFilter
 
 from copydet import augmentations, images
-from copydet.augmentations import OPS, Part
+from copydet.augmentations import OPS, LazyCrop
 from copydet.batches import PREFETCHED, Images, collate_views, make_loader
 from copydet.common import InputError
 from copydet.distributed import Rank
-from copydet.views import Preprocessing, Views, WholePhotos, parse_ops
-from helpers import draw_photos
+from copydet.views import Preprocessing, Views, WholeImages, parse_ops
+from helpers import draw_images
 
 SIZE = 96
 PARAMETERS = {"crop": [0.2], "overlay-crop": [0.2, 1, 0.3, 0.7, 0.4], "jitter": [0.4] * 4, "saturation": [2],
@@ -29,7 +29,7 @@ PIPELINES = "crop:0.5=1 hflip=0.5", "rotation=0.5 crop:0.2=1 [gray=0.5 vflip=0.5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return draw_photos(tmp_path_factory.mktemp("photos"), 12, size=512)
+    return draw_images(tmp_path_factory.mktemp("photos"), 12, size=512)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_blur_is_pillows(img, pixels, radius):
 @pytest.mark.parametrize("radius", [2, 4, 7])
 def test_a_wide_blur_is_as_wide_as_pillows(radius):
     variances = [], []
-    for left in range(60, 64):  # wherever it lies in the reduced photo
+    for left in range(60, 64):  # wherever it lies in the reduced image
         bar = Image.new("RGB", (128, 128))
         bar.paste("white", (left, 0, left + 1, 128))
         pillows = bar.filter(ImageFilter.GaussianBlur(radius))
@@ -145,13 +145,13 @@ def test_jpeg_is_auglys(img, pixels, decoder, limit, monkeypatch):
 
 
 def test_operations_leave_their_input_as_it_is(pixels):
-    """Views share the decoded photo."""
+    """Views share the decoded image."""
     data = SimpleNamespace(size=SIZE, resize=lambda img, size: TF.resize(img, [size, size]),
-                           random_photo=lambda rng: pixels)
+                           random_image=lambda rng: pixels)
     before = pixels.copy()
     for name, op in OPS.items():
         result = op(pixels, np.random.default_rng(0), data, *PARAMETERS.get(name, []))
-        result = result.pixels() if isinstance(result, Part) else result
+        result = result.pixels() if isinstance(result, LazyCrop) else result
         assert np.array_equal(pixels, before), name
         assert name == "erase" or (result.dtype == np.uint8 and result.ndim == 3 and result.flags.writeable), name
 
@@ -206,12 +206,12 @@ def test_screenshots_are_auglys_and_leave_the_template_clean(img, pixels):
     large, seen = img.resize((800, 640), Image.BICUBIC), set()
     for seed in (0, 1, 2, 3, 0):
         name = ("web.png", "mobile.png")[np.random.default_rng(seed).integers(2)]
-        for photo, limit in ((img, 1), (large, 5)):  # larger ones by another filter
-            expected = imaugs.overlay_onto_screenshot(photo, template_filepath=os.path.join(
+        for image, limit in ((img, 1), (large, 5)):  # larger ones by another filter
+            expected = imaugs.overlay_onto_screenshot(image, template_filepath=os.path.join(
                 augly.utils.SCREENSHOT_TEMPLATES_DIR, name))
-            found = augmentations.overlay_onto_screenshot(np.array(photo), np.random.default_rng(seed))
+            found = augmentations.overlay_onto_screenshot(np.array(image), np.random.default_rng(seed))
             largest, mean = difference(found, expected)
-            assert largest <= limit and mean < 0.3, (name, photo.size, largest, mean)
+            assert largest <= limit and mean < 0.3, (name, image.size, largest, mean)
             found[:] = 255  # as text and emoji may be
         seen.add(name)
     assert len(seen) == 2
@@ -228,7 +228,7 @@ def test_edges_are_enhanced_by_either_filter(img, pixels):
 def test_turned_and_cropped_at_once_is_one_after_the_other(folder, angle):
     img = Image.open(folder / "0001.jpg")
     turned = imaugs.rotate(img, degrees=float(angle))
-    part = Part(np.array(img)).turn(angle)
+    part = LazyCrop(np.array(img)).turn(angle)
     assert np.abs(np.subtract(part.size, rotated_rect_with_max_area(512, 512, angle))).max() < 1
     assert np.abs(np.subtract(part.size, turned.size)).max() <= 1
     width, height = part.size
@@ -240,7 +240,7 @@ def test_turned_and_cropped_at_once_is_one_after_the_other(folder, angle):
 def test_turned_photos_are_as_rough_as_auglys(pixels):
     """Neither smoother, as interpolation makes them, nor rougher."""
     for angle in (20, 45, 130):
-        part = Part(pixels).turn(angle)
+        part = LazyCrop(pixels).turn(angle)
         ours = part.crop((0, 0, *part.size), SIZE).pixels()
         theirs = np.asarray(TF.resize(imaugs.rotate(Image.fromarray(pixels), degrees=float(angle)), [SIZE, SIZE]))
         roughness = [np.abs(np.diff(x.astype(int), axis=1)).mean() for x in (ours, theirs)]
@@ -250,7 +250,7 @@ def test_turned_photos_are_as_rough_as_auglys(pixels):
 def test_a_crop_of_an_image_is_torchvisions(img, pixels):
     box = 13, 7, 90, 101
     expected = TF.resized_crop(img, box[1], box[0], box[3], box[2], [SIZE, SIZE])
-    largest, mean = difference(Part(pixels).crop(box, SIZE).pixels(), expected)
+    largest, mean = difference(LazyCrop(pixels).crop(box, SIZE).pixels(), expected)
     assert largest <= 1 and mean < 0.3
 
 
@@ -267,15 +267,15 @@ def test_the_same_draws_show_the_same_part_of_a_photo_decoded_small_or_whole(fol
     small, whole = views_of(folder), views_of(folder, "full")
     scales, angles = set(), []
     for i in range(len(small)):
-        plans = [[data.plan(photo, 3, i, number) for number, photo in enumerate(data.open(i))]
+        plans = [[data.plan(image, 3, i, number) for number, image in enumerate(data.open(i))]
                  for data in (small, whole)]
         for (_, a, ops), (_, b, other_ops) in zip(*plans):
             assert (a.angle, a.box, a.side, ops) == (b.angle, b.box, b.side, other_ops)
             assert difference(a.pixels(), b.pixels())[1] < 4
-            scales.add(a.photo.pixels.shape[0] / a.photo.size[1])
-            assert b.photo.pixels.shape[:2] == (512, 512)
-            side = min(a.box[2:]) * a.photo.pixels.shape[0] / 512
-            assert a.photo.pixels.shape[0] == 512 or side >= SIZE * (2 if a.angle else 1)
+            scales.add(a.image.pixels.shape[0] / a.image.size[1])
+            assert b.image.pixels.shape[:2] == (512, 512)
+            side = min(a.box[2:]) * a.image.pixels.shape[0] / 512
+            assert a.image.pixels.shape[0] == 512 or side >= SIZE * (2 if a.angle else 1)
             angles += [a.angle]
     assert scales >= {0.5, 1} and 0 in angles and max(angles) > 90
 
@@ -291,10 +291,10 @@ def test_overlays_and_crops_as_in_the_notes(folder, monkeypatch):
     monkeypatch.setattr(augmentations.imaugs, "overlay_image",
                         lambda below, **kwargs: calls.append((below, kwargs)) or below)
     for seed in range(200):
-        photo, before = data.open(0)[0], len(calls)
-        part = OPS["overlay-crop"](Part(photo), np.random.default_rng(seed), data, 0.15, 0.5, 0.3, 0.7, 0.4)
-        assert part.size == (SIZE, SIZE) and (part.photo is photo) == (len(calls) == before)
-        share = part.box[2] * part.box[3] / np.prod(augmentations.size_of(part.photo))
+        image, before = data.open(0)[0], len(calls)
+        part = OPS["overlay-crop"](LazyCrop(image), np.random.default_rng(seed), data, 0.15, 0.5, 0.3, 0.7, 0.4)
+        assert part.size == (SIZE, SIZE) and (part.image is image) == (len(calls) == before)
+        share = part.box[2] * part.box[3] / np.prod(augmentations.size_of(part.image))
         assert share > (0.69 if len(calls) > before else 0.14)
     assert 70 < len(calls) < 130
     size, opacity, x, y = (np.array([kwargs[name] for _, kwargs in calls]) for name in
@@ -306,7 +306,7 @@ def test_overlays_and_crops_as_in_the_notes(folder, monkeypatch):
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 300), (33000, 3), (3, 33000)])
 def test_operations_on_odd_photos_fail_alone(tmp_path, size):
-    """Each of them leaves a view behind, or the next photo is taken; an overlay as large as memory is not made."""
+    """Each of them leaves a view behind, or the next image is taken; an overlay as large as memory is not made."""
     Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "0.png")
     for i in range(1, 6):
         Image.effect_noise((300, 200), 50).convert("RGB").save(tmp_path / f"{i}.png")
@@ -334,10 +334,10 @@ def test_an_error_of_opencv_is_one_operations(folder, monkeypatch):
 def test_a_jpeg_is_decoded_as_small_as_all_who_look_at_it_allow(folder):
     for factors, expected in (((), 512), ((1.9,), 512), ((2,), 256), ((5, 3.9), 256), ((4, 9), 128), ((100,), 64)):
         for draft in (True, False):
-            photo = images.Photo(folder / "0000.jpg", draft=draft)
+            image = images.ImageFile(folder / "0000.jpg", draft=draft)
             for factor in factors:
-                photo.shrink(factor)
-            assert photo.size == (512, 512) and photo.pixels.shape == (expected if draft else 512,) * 2 + (3,)
+                image.shrink(factor)
+            assert image.size == (512, 512) and image.pixels.shape == (expected if draft else 512,) * 2 + (3,)
 
 
 def test_both_decoders_give_the_same_pixels(folder, tmp_path, monkeypatch):
@@ -351,9 +351,9 @@ def test_both_decoders_give_the_same_pixels(folder, tmp_path, monkeypatch):
         for decoder in (images.simplejpeg, None):
             monkeypatch.setattr(images, "simplejpeg", decoder)
             for path in sorted(tmp_path.iterdir()):
-                photo = images.Photo(path)
-                photo.shrink(factor)
-                found.append(photo.pixels)
+                image = images.ImageFile(path)
+                image.shrink(factor)
+                found.append(image.pixels)
             monkeypatch.undo()
         for a, b in zip(found[:5], found[5:]):
             assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
@@ -364,15 +364,15 @@ def test_broken_jpegs_are_told_and_turned_ones_turned(folder, tmp_path):
     for length in (0, 2, 300, len(data) // 2):
         (tmp_path / "cut.jpg").write_bytes(data[:length])
         with pytest.raises(images.UNREADABLE):
-            images.Photo(tmp_path / "cut.jpg").pixels
+            images.ImageFile(tmp_path / "cut.jpg").pixels
     img = Image.open(folder / "0000.jpg").crop((0, 0, 300, 200))
     exif = img.getexif()
     exif[274] = 6
     img.save(tmp_path / "turned.jpg", exif=exif)
     for turn, size in ((False, (300, 200)), (True, (200, 300))):
-        photo = images.Photo(tmp_path / "turned.jpg", turn)
-        assert photo.size == size and photo.pixels.shape == (*size[::-1], 3)
-        assert np.array_equal(photo.pixels, np.asarray(images.open_photo(tmp_path / "turned.jpg", turn)))
+        image = images.ImageFile(tmp_path / "turned.jpg", turn)
+        assert image.size == size and image.pixels.shape == (*size[::-1], 3)
+        assert np.array_equal(image.pixels, np.asarray(images.open_image(tmp_path / "turned.jpg", turn)))
 
 
 def test_pillow_reads_what_the_fast_decoder_refuses(folder, monkeypatch):
@@ -382,15 +382,15 @@ def test_pillow_reads_what_the_fast_decoder_refuses(folder, monkeypatch):
         raise ValueError
 
     monkeypatch.setattr(images.simplejpeg, "decode_jpeg", refuse)
-    photo = images.Photo(folder / "0000.jpg")
-    photo.shrink(2)
-    assert photo.pixels.shape == (256, 256, 3)
+    image = images.ImageFile(folder / "0000.jpg")
+    image.shrink(2)
+    assert image.pixels.shape == (256, 256, 3)
 
 
 def test_whole_photos_are_decoded_small_and_stay_the_same(folder):
     found = []
     for decode in ("draft", "full"):
-        data = WholePhotos([str(folder / "0000.jpg"), str(folder / "no.jpg")], preprocessing(decode))
+        data = WholeImages([str(folder / "0000.jpg"), str(folder / "no.jpg")], preprocessing(decode))
         i, images, reason = data[0]
         assert i == 0 and images.pixels.shape == (1, SIZE, SIZE, 3) and reason is None and "FileNotFound" in data[1][2]
         found.append(images.pixels)

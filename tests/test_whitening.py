@@ -15,7 +15,7 @@ from copydet.export import write_onnx, write_torchscript
 from copydet.network import build_net, centre_crops, folded_grid
 from copydet.options import parse_args
 from copydet.whitening import learned_whitening, set_head
-from helpers import draw_photos, run
+from helpers import draw_images, run
 
 
 def settings(**changes):
@@ -49,7 +49,7 @@ def test_cells_of_a_folded_grid_are_means_over_the_cells_that_flips_exchange(h, 
 def test_pooled_cells_are_standardised_and_each_map_has_unit_length():
     net = network().eval()
     rows = torch.cat(net.features(images(40)), 1)
-    a, b = net.standardise(rows[:20], rows[20:])
+    a, b = net.fit_standard(rows[:20], rows[20:])
     widths = [norm.num_features for norm in net.standard]
     assert len(widths) == 2 and torch.allclose(net.pooled(images(40)), torch.cat([a, b]), atol=1e-5)
     for norm, part, raw in zip(net.standard, torch.cat([a, b]).split(widths, 1), rows.split(widths, 1)):
@@ -142,14 +142,14 @@ def test_frozen_batch_norm_and_frozen_stages():
 
 def test_train_whitened_and_calibrated_then_extract(tmp_path):
     """The laptop's recipe at a small scale, in two processes and in one: what the checkpoint carries is in the file."""
-    photos = draw_photos(tmp_path / "input" / "training_images", 60)
-    draw_photos(tmp_path / "input" / "query_images", 5, name="Q{}.jpg")
-    draw_photos(tmp_path / "input" / "reference_images", 40, name="R{}.jpg")
+    images = draw_images(tmp_path / "input" / "training_images", 60)
+    draw_images(tmp_path / "input" / "query_images", 5, name="Q{}.jpg")
+    draw_images(tmp_path / "input" / "reference_images", 40, name="R{}.jpg")
     words = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--pool", "grid", "--stages", "1,2",
              "--dim", 16, "--input-size", 32, "--eval-input-size", 48, "--resize", "square",
              "--loss", "ntxent", "--memory-size", 64, "--batch-size", 8, "--epochs", 1, "--optimizer", "adamw", "--lr",
              1e-3, "--freeze", 1, "--batch-norm", "frozen", "--whiten", 40,
-             "--calibrate", 20, "--eval-crops", "1,0.5", "--grid", 3, "--seed", 3, "-j", 1, "--device", "cpu", photos]
+             "--calibrate", 20, "--eval-crops", "1,0.5", "--grid", 3, "--seed", 3, "-j", 1, "--device", "cpu", images]
     weights, last = {}, Path("train", "checkpoint_0000.pth.tar")
     for name, more in (("one", []), ("two", ["--multiprocessing-distributed", "--nproc", 2, "--dist-url",
                                              "tcp://localhost:10077"])):
@@ -194,9 +194,9 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     (["--eval-crops", "1,2"], "--eval-crops 1,2"),
     (["-a", "test_vit", "--eval-crops", "0.5"], "images of one size"), (["--grid", 0], "--grid")])
 def test_what_does_not_fit_is_told_in_one_line(flags, message, tmp_path, capsys):
-    photos = draw_photos(tmp_path / "photos", 40)
+    images = draw_images(tmp_path / "photos", 40)
     words = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "-j", 0, "--device",
-             "cpu", "--exp", tmp_path / "exp", *flags, photos]
+             "cpu", "--exp", tmp_path / "exp", *flags, images]
     with pytest.raises(SystemExit) as left:
         train.main(parse_args([str(word) for word in words]))
     error = capsys.readouterr().err

@@ -19,24 +19,24 @@ import torchvision.transforms.v2.functional as TF
 from augly.image.utils import get_template_and_bbox, rotated_rect_with_max_area
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from copydet.images import Photo, through_jpeg
+from copydet.images import ImageFile, through_jpeg
 
 
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 
 
 def size_of(img):
-    """(width, height) of pixels, a Photo or a Part"""
+    """(width, height) of pixels, an image or a LazyCrop"""
     return img.shape[1::-1] if isinstance(img, np.ndarray) else img.size
 
 
-class Part:
-    """What a view shows of a photo: the photo turned, then a box of it resized to a square, or all of it; in one go and
-    only when the pixels are asked for, so that the photo need not be decoded larger than all its views need it."""
+class LazyCrop:
+    """What a view shows of an image: the image turned, then a box of it resized to a square, or all of it; in one go
+    and only when the pixels are asked for, so that the image is decoded no larger than its views need it."""
 
-    def __init__(self, photo):
-        self.photo, self.angle, self.box, self.side, self.resize = photo, 0, None, None, None
-        self.size = self.frame = size_of(photo)  # of the pixels; of what the box is cut from
+    def __init__(self, image):
+        self.image, self.angle, self.box, self.side, self.resize = image, 0, None, None, None
+        self.size = self.frame = size_of(image)  # of the pixels; of what the box is cut from
 
     @classmethod
     def of(cls, img):
@@ -45,7 +45,7 @@ class Part:
     def turn(self, degrees):
         """Counter-clockwise, cut to the largest upright rectangle without background, as augly does."""
         if self.angle or self.side:
-            return Part(self.pixels()).turn(degrees)
+            return LazyCrop(self.pixels()).turn(degrees)
         self.angle = degrees
         self.size = self.frame = tuple(max(1, int(side)) for side in rotated_rect_with_max_area(*self.size, degrees))
         return self
@@ -53,35 +53,35 @@ class Part:
     def crop(self, box, side):
         """Box (left, top, width, height) resized to a square of `side`."""
         if self.side:
-            return Part(self.pixels()).crop(box, side)
+            return LazyCrop(self.pixels()).crop(box, side)
         self.box, self.side, self.size = box, side, (side, side)
         return self
 
     def whole(self, resize, side):
         """All of it, made a square of `side` by an entry of train.py's RESIZES."""
         if self.angle or self.side:
-            return Part(self.pixels()).whole(resize, side)
+            return LazyCrop(self.pixels()).whole(resize, side)
         self.resize, self.side, self.size = resize, side, (side, side)
         return self
 
     def shrink(self):
-        """How many times smaller the photo may be; turning does not interpolate, so then it is twice as large."""
+        """How many times smaller the image may be; turning does not interpolate, so then it is twice as large."""
         if self.resize:
             return min(self.frame) / (self.side + 32)  # what --resize crop needs
         return min(self.box[2:]) / self.side / (2 if self.angle else 1) if self.box else 1
 
     def pixels(self):
         """uint8 [h, w, 3]"""
-        if isinstance(self.photo, Photo):
-            self.photo.shrink(self.shrink())
-        pixels = self.photo.pixels if isinstance(self.photo, Photo) else self.photo
+        if isinstance(self.image, ImageFile):
+            self.image.shrink(self.shrink())
+        pixels = self.image.pixels if isinstance(self.image, ImageFile) else self.image
         if self.resize:
             return self.resize(torch.from_numpy(pixels).permute(2, 0, 1), self.side).permute(1, 2, 0).numpy()
-        scale = pixels.shape[1] / size_of(self.photo)[0]
+        scale = pixels.shape[1] / size_of(self.image)[0]
         left, top, width, height = (scale * value for value in self.box or (0, 0, *self.frame))
         width, height = max(1, round(width)), max(1, round(height))
         if self.angle:
-            x, y = left - scale * self.frame[0] / 2, top - scale * self.frame[1] / 2  # from the middle of the photo
+            x, y = left - scale * self.frame[0] / 2, top - scale * self.frame[1] / 2  # from the middle of the image
             cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
             x, y = cos * x - sin * y + pixels.shape[1] / 2, sin * x + cos * y + pixels.shape[0] / 2
             matrix = from_corner(np.array([[cos, -sin, x], [sin, cos, y], [0, 0, 1]]))[:2]
@@ -135,7 +135,7 @@ def pixelize(pixels, ratio):
 
 
 def blur(pixels, radius):
-    """Gaussian blur of standard deviation `radius`. A wide one is done on the photo reduced by 2 or 4, less the
+    """Gaussian blur of standard deviation `radius`. A wide one is done on the image reduced by 2 or 4, less the
     variance that reducing (box) and enlarging (triangle) add."""
     height, width, _ = pixels.shape
     factor = next(f for f in (4, 2, 1) if radius >= f and height % f == width % f == 0) if radius >= 1 else 1
@@ -182,10 +182,10 @@ def adjust_hue(pixels, turns):
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
-def shuffle_pixels(pixels, rng, share):
-    """Permute a `share` of the pixels among themselves. AugLy's does it after seeding numpy with the constant 10."""
+def shuffle_pixels(pixels, rng, fraction):
+    """Permute a `fraction` of the pixels among themselves. AugLy's does it after seeding numpy with the constant 10."""
     flat = pixels.reshape(-1, 3).copy()
-    chosen = rng.choice(len(flat), int(share * len(flat)), replace=False)
+    chosen = rng.choice(len(flat), int(fraction * len(flat)), replace=False)
     flat[chosen] = flat[rng.permutation(chosen)]
     return flat.reshape(pixels.shape)
 
@@ -263,14 +263,14 @@ def overlay_emoji(img, rng):
 
 @functools.cache
 def screenshot(name):
-    """Template of a web page or a telephone with the box (left, top, right, bottom) for the photo."""
+    """Template of a web page or a telephone with the box (left, top, right, bottom) for the image."""
     template, box = get_template_and_bbox(os.path.join(augly.utils.SCREENSHOT_TEMPLATES_DIR, name),
                                           augly.utils.BBOXES_PATH)
     return np.array(template.convert("RGB")), box
 
 
 def overlay_onto_screenshot(pixels, rng):
-    """The photo, as large as fits, on black in the middle of the template's box (AugLy reduces by Lanczos' filter)."""
+    """The image, as large as fits, on black in the middle of the template's box (AugLy reduces by Lanczos' filter)."""
     template, (left, top, right, bottom) = screenshot(("web.png", "mobile.png")[rng.integers(2)])
     factor = min((right - left) / pixels.shape[1], (bottom - top) / pixels.shape[0])
     height, width = (max(1, int(side * factor)) for side in pixels.shape[:2])
@@ -283,27 +283,27 @@ def overlay_onto_screenshot(pixels, rng):
 
 
 @on_pillow
-def overlay_onto_photo(img, rng, views):
-    """Paste the photo onto another training photo, 0.1..0.5 of its height (notes v32)."""
-    below = Image.fromarray(views.random_photo(rng))
+def overlay_onto_image(img, rng, views):
+    """Paste the image onto another training image, 0.1..0.5 of its height (notes v32)."""
+    below = Image.fromarray(views.random_image(rng))
     return overlay(below, img, overlay_size=rng.uniform(0.1, 0.5), x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
 
 
 def overlay_and_crop(img, rng, views, smallest, prob, low, high, opacity):
-    """With `prob` one of the photo and another training photo is pasted into the other: `low`..`high` of its height,
+    """With `prob` one of the image and another training image is pasted into the other: `low`..`high` of its height,
     opacity from `opacity` up; then a crop of at least 0.7. Otherwise a crop of at least `smallest` (notes v79)."""
     if rng.random() >= prob:
-        return Part.of(img).crop(crop_box(size_of(img), rng, smallest), views.size)
-    photos = [Image.fromarray(pixels) for pixels in (Part.of(img).pixels(), views.random_photo(rng))]
-    below, above = photos if rng.random() < 0.5 else photos[::-1]
+        return LazyCrop.of(img).crop(crop_box(size_of(img), rng, smallest), views.size)
+    images = [Image.fromarray(pixels) for pixels in (LazyCrop.of(img).pixels(), views.random_image(rng))]
+    below, above = images if rng.random() < 0.5 else images[::-1]
     size = rng.uniform(low, high)
     img = overlay(below, above, opacity=rng.uniform(opacity, 1), overlay_size=size,
                   x_pos=rng.uniform(0, 1 - size), y_pos=rng.uniform(0, 1 - size))
-    return Part(np.array(img)).crop(crop_box(img.size, rng, 0.7), views.size)
+    return LazyCrop(np.array(img)).crop(crop_box(img.size, rng, 0.7), views.size)
 
 
 def overlay(below, above, overlay_size, **place):
-    """AugLy's. Raises ValueError where it would make a huge picture of a long photo `above` first."""
+    """AugLy's. Raises ValueError where it would make a huge picture of a long image `above` first."""
     pixels = (overlay_size * below.height) ** 2 * above.width / above.height
     if pixels > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"an overlay of {pixels:,.0f} pixels")
@@ -326,8 +326,8 @@ RESIZES = {  # name -> whole image, uint8 tensor [3, h, w], to a square of a siz
     "square": lambda img, s: TF.resize(img, [s, s]),  # notes v52 and later
 }
 OPS = {  # name -> operation of a view: (pixels uint8 [h, w, 3], numpy Generator, Views, parameters...) -> new pixels
-    "clean": lambda img, rng, v: Part.of(img).whole(v.resize, v.size),
-    "crop": lambda img, rng, v, smallest: Part.of(img).crop(crop_box(size_of(img), rng, smallest), v.size),
+    "clean": lambda img, rng, v: LazyCrop.of(img).whole(v.resize, v.size),
+    "crop": lambda img, rng, v, smallest: LazyCrop.of(img).crop(crop_box(size_of(img), rng, smallest), v.size),
     "overlay-crop": lambda img, rng, v, smallest, prob, low, high, opacity: overlay_and_crop(
         img, rng, v, smallest, prob, low, high, opacity),
     "jitter": lambda img, rng, v, brightness, contrast, saturation, hue: color_jitter(
@@ -343,12 +343,12 @@ OPS = {  # name -> operation of a view: (pixels uint8 [h, w, 3], numpy Generator
     "perspective": lambda img, rng, v: random_perspective(img, rng, 0.5),
     "hflip": lambda img, rng, v: cv2.flip(img, 1),
     "vflip": lambda img, rng, v: cv2.flip(img, 0),
-    "rotation": lambda img, rng, v: Part.of(img).turn(rng.uniform(0, 180)),
+    "rotation": lambda img, rng, v: LazyCrop.of(img).turn(rng.uniform(0, 180)),
     "edge": lambda img, rng, v: enhance_edges(img, EDGE_FILTERS[rng.integers(2)]),
     "text": lambda img, rng, v, fewest=None, most=None, lines=1: overlay_text(img, rng, fewest, most, lines),
     "emoji": lambda img, rng, v: overlay_emoji(img, rng),
     "screenshot": lambda img, rng, v: overlay_onto_screenshot(img, rng),
-    "overlay": lambda img, rng, v: overlay_onto_photo(img, rng, v),
+    "overlay": lambda img, rng, v: overlay_onto_image(img, rng, v),
     "erase": lambda img, rng, v: erased_part(v.size, rng),  # comes last and gives noise, which is no colour: see Images
 }
-GEOMETRY = ("rotation", "crop", "overlay-crop", "clean")  # first in a view they come before the photo is decoded
+GEOMETRY = ("rotation", "crop", "overlay-crop", "clean")  # first in a view they come before the image is decoded

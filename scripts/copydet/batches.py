@@ -19,7 +19,7 @@ from copydet.options import Args
 
 
 class Images:
-    """Photos or views on their way to the device: bytes, a quarter of what `to` makes of them there, and beside them
+    """Images or views on their way to the device: bytes, a quarter of what `to` makes of them there, and beside them
     the noise of erased parts.
 
     Attributes: pixels: uint8 [n, s, s, 3]; boxes: [(row, top, left, height, width)] of erased parts; noise: their
@@ -62,7 +62,7 @@ class Images:
 
 
 def collate_views(items, out=None):
-    """-> Images of views * batch, view after view, labels alike, unreadable photos, failed operations. `out`: memory
+    """-> Images of views * batch, view after view, labels alike, unreadable images, failed operations. `out`: memory
     for the pixels, uint8 [views, batch, s, s, 3]."""
     images, labels, unreadable, failed = zip(*items)
     boxes = [(row * len(items) + i, *box) for i, item in enumerate(images) for row, *box in item.boxes]
@@ -77,7 +77,7 @@ def shape_of_batch(args: Args, images: int) -> tuple:
 
 
 class EpochBatches:
-    """This process's batches of (epoch, photo index); the order depends on (seed, epoch) only, the tail is dropped.
+    """This process's batches of (epoch, image index); the order depends on (seed, epoch) only, the tail is dropped.
 
     An epoch ends after `limit` steps, if that is not 0.
     """
@@ -99,8 +99,8 @@ class EpochBatches:
             done = 0
 
 
-def collate_photos(items):
-    """-> indices of photos, their Images or None, unreadable ones [(index, reason)]."""
+def collate_images(items):
+    """-> indices of images, their Images or None, unreadable ones [(index, reason)]."""
     good = [(i, images) for i, images, reason in items if reason is None]
     images = collate_views([(images, [0], [], []) for _, images in good])[0] if good else None
     return [i for i, _ in good], images, [(i, reason) for i, _, reason in items if reason is not None]

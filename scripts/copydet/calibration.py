@@ -1,9 +1,9 @@
-"""Scores to precision: which share of the pairs above a threshold are copies.
+"""Scores to precision: which fraction of the pairs above a threshold are copies.
 
-Measured on edited copies of some photos of an archive, or of photos that were not trained on, and carried by
+Measured on edited copies of some images of an archive, or of images that were not trained on, and carried by
 descriptor files or checkpoints as their attribute `calibration`, JSON: `scores` (rising, minus the squared L2
-distance), `recall` (share of copies with a score of at least that), `false_rate` (non-copies with a score of at least
-that, per query and archive photo), `copies_ratio` (share of queries that have an original in the archive), `photos`
+distance), `recall` (fraction of copies with a score of at least that), `false_rate` (non-copies with a score of at least
+that, per query and archive image), `copies_ratio` (fraction of queries that have an original in the archive), `photos`
 (`training` or `references`).
 """
 import json
@@ -24,7 +24,7 @@ def false_rates(false, pairs, at):
     Args: false: the best scores of non-copies, falling; pairs: number of all non-copies; at: scores [n].
 
     Up to the score of rank TAIL they are counts; above it an exponential tail is fitted (peaks over threshold, Pickands
-    1975), so that some photos can speak for large archives.
+    1975), so that some images can speak for large archives.
     """
     level, above = false[TAIL], false[:TAIL] - false[TAIL]
     count = np.where(at > level, TAIL * np.exp(-(at - level) / above.mean()),
@@ -32,9 +32,9 @@ def false_rates(false, pairs, at):
     return count / pairs
 
 
-def measure(copies, originals, others, photos):
-    """Calibration of edited copies [n, d] of `originals` [n, d] against `others`, blocks [m, d] of photos that no copy
-    shows any of: the photos that views paste in are not among them. `photos` names where all of these come from.
+def measure(copies, originals, others, images):
+    """Calibration of edited copies [n, d] of `originals` [n, d] against `others`, blocks [m, d] of images that no copy
+    shows any of: the images that views paste in are not among them. `images` names where all of these come from.
 
     Others that are as near to an original as the nearest tenth of the copies to theirs are its duplicates, and do not
     count as false. None where that leaves at most TAIL pairs.
@@ -52,11 +52,11 @@ def measure(copies, originals, others, photos):
     false = np.sort(score(best))[::-1]
     at = np.unique(np.concatenate([np.quantile(found, np.linspace(0, 1, POINTS)), np.linspace(false[TAIL], 0, POINTS)]))
     return {"scores": at.tolist(), "recall": ((len(found) - np.searchsorted(found, at)) / len(found)).tolist(),
-            "false_rate": false_rates(false, pairs, at).tolist(), "copies_ratio": COPIES_RATIO, "photos": photos}
+            "false_rate": false_rates(false, pairs, at).tolist(), "copies_ratio": COPIES_RATIO, "photos": images}
 
 
 class Calibration:
-    """Precision at a score, for an archive of `references` photos.
+    """Precision at a score, for an archive of `references` images.
 
     With R the recall and F the false rate at a score, c the copies ratio: c R / (c R + F x references). More queries
     without an original, or a larger archive, bring more false pairs for as many true ones.

@@ -9,7 +9,7 @@ import torch
 
 from copydet.common import InputError, replacing
 
-INPUT = "images: float32 [n, 3, s, s], RGB, photos resized to s = input_size as `resize` says, 0..1, (x - mean) / std"
+INPUT = "images: float32 [n, 3, s, s], RGB, images resized to s = input_size as `resize` says, 0..1, (x - mean) / std"
 
 
 def write_onnx(net, config, path):

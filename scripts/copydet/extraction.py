@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from copydet.batches import collate_photos, collate_views, make_loader
+from copydet.batches import collate_images, collate_views, make_loader
 from copydet.calibration import measure
 from copydet.checkpoints import FROM_CHECKPOINT, Source, find_source, load_net, take_source
 from copydet.common import ROOT, InputError, WorkError, replacing
@@ -30,22 +30,22 @@ from copydet.distributed import Rank, gather_objects, pick_precision
 from copydet.images import FOLDERS, Group, list_group, write_skipped
 from copydet.network import Descriptor
 from copydet.options import LEAST_CALIBRATED, LETTERS, Args, parse_args
-from copydet.views import Preprocessing, Views, WholePhotos, parse_ops
+from copydet.views import Preprocessing, Views, WholeImages, parse_ops
 
-PHOTOS_PER_BLOCK = 4096
+IMAGES_PER_BLOCK = 4096
 
 
 class Blocks:
-    """Blocks of `count` photos in `folder`, a file each.
+    """Blocks of `count` images in `folder`, a file each.
 
-    Attributes: todo: this process's blocks that are not finished, lists of ranges of photo indices, one per batch.
+    Attributes: todo: this process's blocks that are not finished, lists of ranges of image indices, one per batch.
     """
 
     def __init__(self, folder: Path, name: str, count: int, batch: int, rank: Rank):
         self.folder, self.name = folder, name
         batches = [range(i, min(i + batch, count)) for i in range(0, count, batch)]
         sixteenth = len(batches) // (16 * rank.world_size)  # what a kill costs at most
-        size = max(1, min(PHOTOS_PER_BLOCK // batch, sixteenth))
+        size = max(1, min(IMAGES_PER_BLOCK // batch, sixteenth))
         self.blocks = [batches[i:i + size] for i in range(0, len(batches), size)]
         self.todo = [block for block in self.blocks[rank.rank::rank.world_size] if not self.file(block).is_file()]
 
@@ -53,7 +53,7 @@ class Blocks:
         return self.folder / f"{self.name}.{block[0].start}-{block[-1].stop}.npz"
 
     def write(self, block, rows, indices, bad):
-        """Finish a block: rows [n, dim], their photos' indices [n], unreadable ones [(index, reason)]."""
+        """Finish a block: rows [n, dim], their images' indices [n], unreadable ones [(index, reason)]."""
         with replacing(self.file(block)) as temporary, open(temporary, "wb") as out:
             np.savez(out, rows=rows, indices=indices, bad=json.dumps(bad))
 
@@ -65,7 +65,7 @@ class Blocks:
             raise InputError(f"{self.file(block)} cannot be read; delete it and go on with --resume auto") from None
 
     def collect(self):
-        """All finished rows [n, dim] as a memory map, their photos' indices [n], unreadable ones [(index, reason)]."""
+        """All finished rows [n, dim] as a memory map, their images' indices [n], unreadable ones [(index, reason)]."""
         rows, indices, bad, done = None, [], [], 0
         for block in self.blocks:
             part, some, unreadable = self.read(block)
@@ -111,19 +111,19 @@ def describe_views(net: Descriptor, describe: Callable, paths: Sequence[str], ro
     loader = make_loader(views, batches, collate_views, workers, rank)
     rows = []
     with torch.inference_mode():
-        for images, *_ in tqdm(loader, "photos", unit="batch", leave=False):
+        for images, *_ in tqdm(loader, "images", unit="batch", leave=False):
             images = images.to(rank.device, non_blocking=True, memory_format=torch.channels_last)
             rows.append(describe(images).float().cpu().chunk(len(pipelines)))
     return [torch.cat(parts) for parts in zip(*rows)]
 
 
 @torch.inference_mode()
-def describe_photos(describe: Callable, dim: int, blocks: Blocks, paths: Sequence[str], preprocessing: Preprocessing,
+def describe_images(describe: Callable, dim: int, blocks: Blocks, paths: Sequence[str], preprocessing: Preprocessing,
                     workers: int, rank: Rank, strict: bool = False) -> None:
     """Write this rank's unfinished blocks; `describe`: images [B, 3, s, s] of `paths` -> rows [B, dim]."""
     batches = [batch for block in blocks.todo for batch in block]
-    loader = iter(make_loader(WholePhotos(paths, preprocessing), batches, collate_photos, workers, rank))
-    with tqdm(total=sum(map(len, batches)), desc=blocks.name, unit="photo", disable=not rank.is_main) as bar:
+    loader = iter(make_loader(WholeImages(paths, preprocessing), batches, collate_images, workers, rank))
+    with tqdm(total=sum(map(len, batches)), desc=blocks.name, unit="image", disable=not rank.is_main) as bar:
         for block in blocks.todo:
             rows, indices, bad = [torch.empty(0, dim)], [], []
             for batch in block:
@@ -181,7 +181,7 @@ def extract(args: Args, job: Job, rank: Rank) -> None:
     blocks = {name: Blocks(folder, name, len(group.paths), args.batch_size // rank.local_world_size, rank)
               for name, group in job.groups.items()}
     for name, group in job.groups.items():
-        describe_photos(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict)
+        describe_images(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict)
     gather_objects(None)  # once every rank has written its blocks
     if rank.is_main:
         groups, skipped = collect_groups(args, job, blocks)
@@ -202,7 +202,7 @@ def collect_groups(args: Args, job: Job, blocks: dict[str, Blocks]) -> tuple[dic
         groups[name] = rows, [group.ids[i] for i in indices]
         if not len(rows):
             write_skipped(args.out / "skipped.csv", skipped)
-            raise InputError(f"none of the {len(group.paths)} photos in {args.dir / FOLDERS[name]} can be read, see "
+            raise InputError(f"none of the {len(group.paths)} images in {args.dir / FOLDERS[name]} can be read, see "
                              f"{args.out / 'skipped.csv'}")
     return groups, skipped
 

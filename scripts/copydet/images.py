@@ -19,11 +19,11 @@ try:
 except ImportError:  # Pillow decodes everything, JPEGs in about 1.4 times the time
     simplejpeg = None
 
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def list_photos(root):
-    """All photos below `root`: their paths relative to it, sorted, and [(path, reason)] of what only looks like one."""
+def list_images(root):
+    """All images below `root`: their paths relative to it, sorted, and [(path, reason)] of what only looks like one."""
     paths, odd, folders = [], [], [""]
     while folders:
         folder = folders.pop()
@@ -36,23 +36,23 @@ def list_photos(root):
             path = os.path.join(folder, entry.name)
             if entry.name.startswith("."):  # macOS sidecars, notebook checkpoints
                 continue
-            looks_like_photo = entry.name.lower().endswith(PHOTO_ENDINGS)
+            looks_like_image = entry.name.lower().endswith(IMAGE_ENDINGS)
             try:
                 is_folder = entry.is_dir()
             except OSError as error:  # a link to itself
                 odd.append((path, error.strerror))
                 continue
             if not is_folder:
-                paths += [path] if looks_like_photo else []
-            elif looks_like_photo:
+                paths += [path] if looks_like_image else []
+            elif looks_like_image:
                 odd.append((path, "is a folder"))
             elif not entry.is_symlink():  # links to folders can form loops
                 folders.append(path)
     return sorted(paths), sorted(odd)
 
 
-def open_photo(path, exif_transpose=False):
-    """Decode a photo to 8-bit RGB: first frame, 16 bits scaled down, transparency on white, EXIF turn if asked.
+def open_image(path, exif_transpose=False):
+    """Decode an image to 8-bit RGB: first frame, 16 bits scaled down, transparency on white, EXIF turn if asked.
 
     Raises OSError, ValueError, SyntaxError or Image.DecompressionBombError where it cannot be decoded whole.
     """
@@ -72,9 +72,9 @@ def to_rgb(img, exif_transpose):
     return img.convert("RGB")
 
 
-class Photo:
-    """A photo's file, decoded when its pixels are asked for: once, and a JPEG at 1/2, 1/4 or 1/8 of its size where all
-    that look at it said that they need no more (`shrink`). With `draft` off as open_photo does. Raises its errors.
+class ImageFile:
+    """An image's file, decoded when its pixels are asked for: once, and a JPEG at 1/2, 1/4 or 1/8 of its size where all
+    that look at it said that they need no more (`shrink`). With `draft` off as open_image does. Raises its errors.
     """
 
     def __init__(self, path, exif_transpose=False, draft=True):
@@ -89,12 +89,12 @@ class Photo:
         except ValueError:
             self.fast = False
         if not self.fast:
-            with open_image(self.data) as img:
+            with open_bytes(self.data) as img:
                 turned = exif_transpose and img.getexif().get(ExifTags.Base.Orientation, 1) >= 5
                 self.size = img.size[::-1] if turned else img.size
 
     def shrink(self, factor):
-        """Whoever calls needs no more than the photo at 1/factor of its size."""
+        """Whoever calls needs no more than the image at 1/factor of its size."""
         self.shrinks.append(factor)
 
     @functools.cached_property
@@ -108,7 +108,7 @@ class Photo:
                 return simplejpeg.decode_jpeg(self.data, min_height=height, min_width=width)
             except ValueError:  # no baseline JPEG: Pillow reads it, or tells why it cannot
                 pass
-        with open_image(self.data) as img:
+        with open_bytes(self.data) as img:
             img.draft("RGB", [max(1, side // factor) for side in img.size])
             return np.array(to_rgb(img, self.exif))
 
@@ -122,7 +122,7 @@ def through_jpeg(pixels, quality):
     return np.array(Image.open(file))
 
 
-def open_image(data):
+def open_bytes(data):
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError:  # Pillow's text names the address of `data`
@@ -133,7 +133,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def write_skipped(file, rows):
-    """skipped.csv: path and reason of every photo that could not be used; no file when there is none."""
+    """skipped.csv: path and reason of every image that could not be used; no file when there is none."""
     if not rows:
         file.unlink(missing_ok=True)
         return
@@ -161,7 +161,7 @@ def list_group(args: Args, group: str) -> Group:
     folder = args.dir / FOLDERS[group]
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
-    paths, odd = list_photos(folder)
+    paths, odd = list_images(folder)
     seen = {}
     for path in paths:
         if (other := seen.setdefault(Path(path).stem, path)) != path:
@@ -172,21 +172,21 @@ def list_group(args: Args, group: str) -> Group:
             raise InputError(f"--eval-subset: no such file: {file}; scripts/select_ref_subset.py makes it")
         wanted = file.read_text(encoding="utf-8").split()
         if absent := sorted(set(wanted) - set(seen)):
-            raise InputError(f"{file}: {len(absent)} ids without a photo in {folder}, first: {', '.join(absent[:3])}")
+            raise InputError(f"{file}: {len(absent)} ids without an image in {folder}, first: {', '.join(absent[:3])}")
         paths = sorted(seen[name] for name in set(wanted))
     paths = paths[:100] if args.dryrun else paths
     if not paths:
-        raise InputError(f"no photos in {folder}")
+        raise InputError(f"no images in {folder}")
     if args.shard:
         first, step = map(int, args.shard.split("/"))
         if not (paths := paths[first::step]):
-            raise InputError(f"--shard {args.shard}: {folder} has too few photos")
+            raise InputError(f"--shard {args.shard}: {folder} has too few images")
     return Group([str(folder / path) for path in paths], [Path(path).stem for path in paths],
                  [(str(folder / path), reason) for path, reason in odd])
 
 
 def list_pairs(args: Args) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """[(query path, reference path)] of the ground truth's positive pairs, relative to DIR; and what is no photo."""
+    """[(query path, reference path)] of the ground truth's positive pairs, relative to DIR; and what is no image."""
     groups = {group: list_group(args, group) for group in ("query", "reference")}
     paths = {group: dict(zip(listed.ids, listed.paths)) for group, listed in groups.items()}
     with open(args.pairs, newline="", encoding="utf-8-sig") as file:
@@ -196,7 +196,7 @@ def list_pairs(args: Args) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
     pairs = sorted((row["query_id"], row["reference_id"]) for row in rows)
     absent = sorted({name for pair in pairs for group, name in zip(paths, pair) if name not in paths[group]})
     if absent:
-        raise InputError(f"--pairs {args.pairs}: {len(absent)} ids without a photo in {args.dir}: "
+        raise InputError(f"--pairs {args.pairs}: {len(absent)} ids without an image in {args.dir}: "
                          f"{first_three(absent)}")
     found = [tuple(os.path.relpath(paths[group][name], args.dir) for group, name in zip(paths, pair)) for pair in pairs]
     return found, sum((listed.odd for listed in groups.values()), [])
@@ -208,8 +208,8 @@ def list_negatives(args: Args, pairs: list[tuple[str, str]]) -> list[str]:
     if not folder.is_dir():
         raise InputError(f"--negatives-dir: no such folder: {folder}")
     used = {os.path.realpath(args.dir / path) for pair in pairs for path in pair}
-    found = [path for path in (str(folder / name) for name in list_photos(folder)[0])
+    found = [path for path in (str(folder / name) for name in list_images(folder)[0])
              if os.path.realpath(path) not in used]
     if len(found) < args.negatives:
-        raise InputError(f"--negatives {args.negatives}: {folder} has {len(found)} photos to draw from")
+        raise InputError(f"--negatives {args.negatives}: {folder} has {len(found)} images to draw from")
     return found

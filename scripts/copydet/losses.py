@@ -93,7 +93,7 @@ class NTXentLoss(MatrixLoss, pml.losses.NTXentLoss):
 
 
 class ArcFaceLoss(pml.losses.ArcFaceLoss):
-    """Cross-entropy over s cos(t + m) for the photo's own class, s cos(t) for the others (arXiv 1801.07698; notes v3).
+    """Cross-entropy over s cos(t + m) for the image's own class, s cos(t) for the others (arXiv 1801.07698; notes v3).
     `margin` m in radians."""
 
     per_view = False

@@ -127,8 +127,8 @@ class Descriptor(torch.nn.Module):
         return torch.cat([F.normalize(norm(part)) for norm, part in zip(self.standard, parts)], 1)
 
     @torch.no_grad()
-    def standardise(self, *views):
-        """Let each feature have mean 0 and variance 1 over photos: views, each [n, channels] of `features` side by side
+    def fit_standard(self, *views):
+        """Let each feature have mean 0 and variance 1 over images: views, each [n, channels] of `features` side by side
         -> the same standardised, each map's part of unit length."""
         parts = torch.cat(views).split([norm.num_features for norm in self.standard], 1)
         for norm, part in zip(self.standard, parts):

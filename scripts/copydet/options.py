@@ -71,12 +71,12 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--exp NAME", str, None, "results go to exp/NAME/train and exp/NAME/extract (default: the experiment that "
          "--weight or --resume lies in, else 'default')"),
         ("--seed N", int, None, "seed of weights, order and views (default: drawn and printed)"),
-        ("-j --workers N", int, os.cpu_count(), "processes that load photos, shared by the devices of this machine"),
-        ("-b --batch-size N", int, 512, "train: photos per step on this machine, over all its devices, each seen "
-         "--ncrops times; extract: photos per batch"),
-        ("--strict", bool, False, "stop at the first unreadable photo instead of skipping it"),
+        ("-j --workers N", int, os.cpu_count(), "processes that load images, shared by the devices of this machine"),
+        ("-b --batch-size N", int, 512, "train: images per step on this machine, over all its devices, each seen "
+         "--ncrops times; extract: images per batch"),
+        ("--strict", bool, False, "stop at the first unreadable image instead of skipping it"),
         ("--decode", ["draft", "full"], "draft", "draft: JPEGs no larger than needed; full: whole, by Pillow"),
-        ("--exif-transpose", bool, False, "turn photos upright by their EXIF tag, which the notes ignore"),
+        ("--exif-transpose", bool, False, "turn images upright by their EXIF tag, which the notes ignore"),
     ],
     "network (extract mode takes these from the checkpoint unless given)": [
         ("-a --arch NAME", str, "resnet50", "timm model, old names too"),
@@ -95,9 +95,9 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
          "their sum"),
         ("--input-size PX", int, 224, "side of the network's square input"),
         ("--eval-input-size PX", int, None, "the same for extraction (default: --input-size)"),
-        ("--eval-crops SIDE,SIDE", str, "1", "extraction averages the features of centre crops, sides as shares of the "
+        ("--eval-crops SIDE,SIDE", str, "1", "extraction averages the features of centre crops, sides as fractions of the "
          "input's, all resized to the smallest"),
-        ("--resize", ["crop", "square"], "crop", "whole photo to square; crop: shorter side to PX + 32, centre crop "
+        ("--resize", ["crop", "square"], "crop", "whole image to square; crop: shorter side to PX + 32, centre crop "
          "(notes v3..v51); square: stretch (v52 on)"),
         ("--weight FILE", str, None, "checkpoint to extract with (default: the newest of --exp) or to start training "
          "from; it must fit exactly"),
@@ -106,17 +106,17 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--no-pretrained", bool, False, "start from random weights"),
     ],
     "training data and views": [
-        ("--sample-size N", int, 100_000, "use the first N photos in order of their paths"),
+        ("--sample-size N", int, 100_000, "use the first N images in order of their paths"),
         ("--grow-epochs N", int, 0, "double the sample after every N epochs; each time the optimizer, and with arcface "
-         "the classes, start anew, and beyond 100,000 photos the batch is halved; 0: never (notes v4)"),
-        ("--grow-to N", int, 1_000_000, "up to N photos"),
-        ("--epoch-steps N", int, 0, "an epoch ends after N steps, or when all photos were seen; 0: only then"),
+         "the classes, start anew, and beyond 100,000 images the batch is halved; 0: never (notes v4)"),
+        ("--grow-to N", int, 1_000_000, "up to N images"),
+        ("--epoch-steps N", int, 0, "an epoch ends after N steps, or when all images were seen; 0: only then"),
         ("--pairs FILE", str, None, "train on the pairs of a ground truth (query_id,reference_id), of DIR's "
          "query_images and reference_images: view 0 from the query, view 1 from the reference; descriptors of such a "
          "network are marked as contaminated"),
-        ("--negatives N", int, 0, "add to each photo N random ones of --negatives-dir that match nothing"),
-        ("--negatives-dir DIR", str, None, "their folder; photos that occur in --pairs are left out"),
-        ("--ncrops N", int, 2, "views per photo"),
+        ("--negatives N", int, 0, "add to each image N random ones of --negatives-dir that match nothing"),
+        ("--negatives-dir DIR", str, None, "their folder; images that occur in --pairs are left out"),
+        ("--ncrops N", int, 2, "views per image"),
         ("--view0 OPS", str, MODERATE, "operations of view 0 in order, each name[:parameter...][=probability]; those "
          "in [brackets] in random order; all names stand in scripts/views.py"),
         ("--view1 OPS", str, HARD, "operations of the other views"),
@@ -124,7 +124,7 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
     ],
     "loss and memory": [
         ("--loss", ["contrastive", "triplet", "snr", "ntxent", "ntxent-margin", "arcface", "simsiam"], "contrastive",
-         "loss between views of the same and of other photos"),
+         "loss between views of the same and of other images"),
         ("--pos-margin M", float, 0.0, "contrastive, snr: distance up to which positives are close enough"),
         ("--neg-margin M", float, 0.7, "contrastive, snr: distance from which negatives are far enough"),
         ("-m --margin M", float, 0.05, "triplet: margin; arcface: angle in radians; ntxent-margin: taken off the "
@@ -165,8 +165,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
     ],
     "at the end of training": [
         ("--whiten N", int, 0, "fit the head linear-bn anew to the trained backbone: the projection that shrinks what "
-         "differs between N training photos and edited copies (--view1) of them"),
-        ("--calibrate N", int, 0, "keep N photos back, and measure the precision at each score on them and edited "
+         "differs between N training images and edited copies (--view1) of them"),
+        ("--calibrate N", int, 0, "keep N images back, and measure the precision at each score on them and edited "
          "copies of them; extract (default: the checkpoint's): on N of the references, at most half; 0: none is "
          "measured"),
     ],
@@ -178,13 +178,13 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("-p --print-freq N", int, 10, "steps between log entries and checks of the loss and of Ctrl-C"),
     ],
     "extraction": [
-        ("--target-set LETTERS", str, "qr", "which folders: q queries, r references, t training photos"),
+        ("--target-set LETTERS", str, "qr", "which folders: q queries, r references, t training images"),
         ("--eval-subset", bool, False, "only the references in --subset-file; writes fb-isc-submission-subset.h5"),
         ("--subset-file FILE", str, None, "one reference id per line, by scripts/select_ref_subset.py (default: "
          "DIR/rids_subset.txt)"),
-        ("--shard I/N", str, None, "every N-th photo of each folder from the I-th on, 0 the first; writes "
+        ("--shard I/N", str, None, "every N-th image of each folder from the I-th on, 0 the first; writes "
          "fb-isc-submission.shard-I-of-N.h5; scripts/merge_shards.py puts the files together"),
-        ("--dryrun", bool, False, "the first 100 photos of each folder only"),
+        ("--dryrun", bool, False, "the first 100 images of each folder only"),
     ],
     "export": [
         ("--format", ["onnx", "torchscript", "safetensors"], "onnx", "of the file for other programs"),
@@ -238,7 +238,7 @@ class Args(argparse.Namespace):
 def build_parser(description: str | None = None) -> Parser:
     p = Parser(fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                description=description)
-    p.add_argument("dir", metavar="DIR", nargs="?", help="train: folder of photos, nested or not (default: "
+    p.add_argument("dir", metavar="DIR", nargs="?", help="train: folder of images, nested or not (default: "
                    "input/training_images); extract: folder that holds query_images, reference_images, training_images "
                    "(default: input)")
     for title, rows in FLAGS.items():
@@ -285,7 +285,7 @@ def check_args(args: Args) -> Args:
             if getattr(args, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if 0 < args.calibrate < LEAST_CALIBRATED:
-        raise InputError(f"--calibrate {args.calibrate}: {LEAST_CALIBRATED} photos are the least that tell anything; "
+        raise InputError(f"--calibrate {args.calibrate}: {LEAST_CALIBRATED} images are the least that tell anything; "
                          "0: no calibration")
     if args.mode != "train" and "weight" not in args.typed:  # a recipe's is what training starts from
         args = args.replace(weight=None)
@@ -318,7 +318,7 @@ def check_training_flags(args: Args) -> Args:
     """The command line of a training; without a memory where the loss has none."""
     least = 1 if args.loss == "arcface" else 2
     if args.ncrops < least or (args.pairs and args.ncrops != 2):
-        why = "a pair has 2 views" if args.pairs else "a photo needs at least 2 views, or there are no positive pairs"
+        why = "a pair has 2 views" if args.pairs else "an image needs at least 2 views, or there are no positive pairs"
         raise InputError(f"--ncrops {args.ncrops}: {why}")
     if (args.loss == "simsiam") != (args.head == "simsiam"):
         raise InputError(f"--loss {args.loss} with --head {args.head}: simsiam needs both")
@@ -327,11 +327,11 @@ def check_training_flags(args: Args) -> Args:
             raise InputError(f"--memory-size {args.memory_size}: --loss {args.loss} has no memory; give 0")
         args = args.replace(memory_size=0)
         if args.negatives:
-            raise InputError(f"--negatives {args.negatives}: --loss {args.loss} compares no photos")
+            raise InputError(f"--negatives {args.negatives}: --loss {args.loss} compares no images")
     if args.whiten and args.head != "linear-bn":
         raise InputError(f"--head {args.head}: --whiten is for linear-bn")
     if args.pairs and (args.whiten or args.calibrate or args.pool == "grid"):
-        raise InputError("--pairs: --whiten, --calibrate and --pool grid want single photos")
+        raise InputError("--pairs: --whiten, --calibrate and --pool grid want single images")
     if args.memory_enqueue != "all" and not args.memory_size:
         raise InputError(f"--memory-enqueue {args.memory_enqueue} needs a --memory-size")
     if args.grow_epochs and args.pairs:

@@ -7,8 +7,8 @@ import numpy as np
 from copydet.common import replacing
 
 
-class Photos:
-    """Photos by id below DIR/query_images and DIR/reference_images; none at all if the folder is None."""
+class Thumbnails:
+    """Images by id below DIR/query_images and DIR/reference_images; none at all if the folder is None."""
 
     def __init__(self, folder):
         self.folder, self.listed = folder and Path(folder), {}
@@ -86,23 +86,23 @@ def worst_misses(evaluation, n=20):
     return missed.sort_values(na_position="first").head(n).reset_index()
 
 
-def cards(evaluation, pairs, photos, title):
+def cards(evaluation, pairs, images, title):
     """Dicts for the page: one for each pair, with the true references of its query and thumbnails."""
     truth = evaluation.positives.groupby("query_id").reference_id.agg(", ".join)
     top = evaluation.pairs.drop_duplicates("query_id").set_index("query_id")
     result = []
     for pair in pairs.itertuples():
-        images = [("query", pair.query_id), ("reference", pair.reference_id)]
+        shown = [("query", pair.query_id), ("reference", pair.reference_id)]
         answer = f"truth: {truth.get(pair.query_id, 'no match')}"
         if title == "miss":
             best_answer = top.reference_id.get(pair.query_id)
             answer = "no candidate at all" if best_answer is None else \
                 f"top answer: {best_answer}, {top.score[pair.query_id]:.4f}"
             if best_answer not in (None, pair.reference_id):
-                images.append(("reference", best_answer))
+                shown.append(("reference", best_answer))
         result.append({"query": pair.query_id, "reference": pair.reference_id, "answer": answer,
                        "score": "score unknown" if np.isnan(pair.score) else f"{pair.score:.4f}",
-                       "images": [(name, data_uri(photos.open(kind, name, 160))) for kind, name in images]})
+                       "images": [(name, data_uri(images.open(kind, name, 160))) for kind, name in shown]})
     return result
 
 
@@ -161,7 +161,7 @@ td:first-child, th:first-child { text-align: left; overflow-wrap: break-word }
 """
 
 
-def write_report(folder, evaluation, result, photos, edits):
+def write_report(folder, evaluation, result, images, edits):
     """Write index.html, which needs no other file, and its figures as PNGs, to `folder`.
 
     `result`: the numbers, as eval_metrics.py prints them; `edits`: rows of metrics_per_edit.
@@ -180,8 +180,8 @@ def write_report(folder, evaluation, result, photos, edits):
         numbers=number_table(result),
         figures=[(caption, data_uri(png)) for caption, png in drawn.values()],
         edits=edits,
-        lists=[("Worst misses", cards(evaluation, worst_misses(evaluation), photos, "miss")),
-               ("Most confident errors", cards(evaluation, errors, photos, "error"))])
+        lists=[("Worst misses", cards(evaluation, worst_misses(evaluation), images, "miss")),
+               ("Most confident errors", cards(evaluation, errors, images, "error"))])
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -202,7 +202,7 @@ def spread(items, n):
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, n).astype(int))] if len(items) else []
 
 
-def write_picture(file, evaluation, threshold, photos):
+def write_picture(file, evaluation, threshold, images):
     """PNG: queries in rows, their true reference beside them, then the top three answers, framed green or red."""
     from matplotlib.figure import Figure
     queries = choose_queries(evaluation)
@@ -214,12 +214,12 @@ def write_picture(file, evaluation, threshold, photos):
         ax.spines[:].set_visible(False)
     for row, query in zip(axes, queries):
         original = truth.get(query)
-        show(row[0], photos.open("query", query), f"query {query}")
-        show(row[1], original and photos.open("reference", original), f"copy of {original or 'nothing'}")
+        show(row[0], images.open("query", query), f"query {query}")
+        show(row[1], original and images.open("reference", original), f"copy of {original or 'nothing'}")
         answers = evaluation.pairs[evaluation.pairs.query_id == query].head(3)
         for ax, answer in zip(row[2:], answers.itertuples()):
             mark = " = sure" if threshold is not None and answer.score >= threshold else ""
-            show(ax, photos.open("reference", answer.reference_id), f"{answer.reference_id} {answer.score:.3f}{mark}",
+            show(ax, images.open("reference", answer.reference_id), f"{answer.reference_id} {answer.score:.3f}{mark}",
                  "tab:green" if answer.is_true else "tab:red")
         if answers.empty:
             show(row[2], None, "no candidate")

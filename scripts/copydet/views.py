@@ -22,16 +22,16 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from copydet.augmentations import GEOMETRY, OPS, RESIZES, Part, resize
+from copydet.augmentations import GEOMETRY, OPS, RESIZES, LazyCrop, resize
 from copydet.batches import Images
 from copydet.common import InputError, replacing
-from copydet.images import UNREADABLE, Photo, to_rgb
+from copydet.images import UNREADABLE, ImageFile, to_rgb
 from copydet.options import Args
 
 if TYPE_CHECKING:
     from copydet.network import Descriptor
 
-UNUSABLE = (*UNREADABLE, cv2.error)  # OpenCV 4 turns no photo with a side of more than 32,767 px
+UNUSABLE = (*UNREADABLE, cv2.error)  # OpenCV 4 turns no image with a side of more than 32,767 px
 
 
 def parse_ops(text, default_prob, flag="view"):
@@ -88,14 +88,14 @@ class Preprocessing:
         """That of a command line for a network."""
         return cls(input_size or args.input_size, args.resize, net.mean, net.std, args.exif_transpose, args.decode)
 
-    def open(self, path: str) -> Photo:
-        return Photo(path, self.exif_transpose, self.decode == "draft")
+    def open(self, path: str) -> ImageFile:
+        return ImageFile(path, self.exif_transpose, self.decode == "draft")
 
     def whole(self, image: str | Image.Image) -> np.ndarray:
         """Pixels [size, size, 3] of a whole image, a path or a Pillow image."""
         is_path = not isinstance(image, Image.Image)
-        photo = self.open(image) if is_path else np.array(to_rgb(image, self.exif_transpose))
-        return Part(photo).whole(RESIZES[self.resize], self.input_size).pixels()
+        file = self.open(image) if is_path else np.array(to_rgb(image, self.exif_transpose))
+        return LazyCrop(file).whole(RESIZES[self.resize], self.input_size).pixels()
 
     def prepare(self, images: Sequence[str | Image.Image]) -> Images:
         """Whole images, paths or Pillow images, on their way to the device."""
@@ -124,18 +124,18 @@ class Views(torch.utils.data.Dataset):
         return len(self.paths)
 
     def open(self, i):
-        """The photo of each view of item `i`."""
+        """The image of each view of item `i`."""
         return [self.preprocessing.open(os.path.join(self.root, self.paths[i]))] * len(self.pipelines)
 
     def name(self, i):
         return os.path.join(self.root, self.paths[i])
 
-    def random_photo(self, rng):
+    def random_image(self, rng):
         pixels, _, _ = self.first_readable(int(rng.integers(len(self.paths))), lambda i: self.open(i)[0].pixels)
         return pixels
 
     def first_readable(self, i, read):
-        """read(i) of the first photo from `i` on that can be read, its index, unreadable ones [(path, reason)]."""
+        """read(i) of the first image from `i` on that can be read, its index, unreadable ones [(path, reason)]."""
         unreadable = []
         while len(unreadable) < min(len(self.paths), 100):
             try:
@@ -146,10 +146,10 @@ class Views(torch.utils.data.Dataset):
                     break
                 i = (i + 1) % len(self.paths)
         raise InputError(": ".join(unreadable[0])
-                         + (f", nor can the {len(unreadable) - 1} photos after it be read" * (not self.strict)))
+                         + (f", nor can the {len(unreadable) - 1} images after it be read" * (not self.strict)))
 
     def read_negatives(self, rng):
-        """Random negatives [(pixels, label)] and unreadable ones; labels lie beyond those of all training photos."""
+        """Random negatives [(pixels, label)] and unreadable ones; labels lie beyond those of all training images."""
         read, unreadable = [], []
         for j in rng.permutation(len(self.negative_images)):
             if len(read) == self.negatives:
@@ -160,26 +160,26 @@ class Views(torch.utils.data.Dataset):
                 unreadable.append((self.negative_images[j], f"{type(error).__name__}: {error}"))
         return read, unreadable
 
-    def plan(self, photo, epoch, i, number):
-        """Draw which operations view `number` consists of, and apply those that come before the photo is decoded.
+    def plan(self, image, epoch, i, number):
+        """Draw which operations view `number` consists of, and apply those that come before the image is decoded.
 
-        Returns the generator, the photo or a part of it, and the other operations [(name, parameters)].
+        Returns the generator, the image or a part of it, and the other operations [(name, parameters)].
         """
         rng = np.random.default_rng((self.seed, epoch, i, number))
         ops = [group[k] for group in self.pipelines[number] for k in rng.permutation(len(group))]
         ops = [(name, parameters) for (name, parameters, prob), drawn in zip(ops, rng.random(len(ops))) if drawn < prob]
-        part = Part(photo)
+        part = LazyCrop(image)
         while ops and ops[0][0] in GEOMETRY:
             name, parameters = ops.pop(0)
             part = OPS[name](part, rng, self, *parameters)
-        if isinstance(photo, Photo):
-            photo.shrink(part.shrink())
+        if isinstance(image, ImageFile):
+            image.shrink(part.shrink())
         return rng, part, ops
 
-    def view(self, photo, epoch, i, number):
-        """View `number` of photo `i`: pixels [size, size, 3], erased part or None, and the operations that failed
-        (tiny or odd photos)."""
-        return self.make(*self.plan(photo, epoch, i, number))
+    def view(self, image, epoch, i, number):
+        """View `number` of image `i`: pixels [size, size, 3], erased part or None, and the operations that failed
+        (tiny or odd images)."""
+        return self.make(*self.plan(image, epoch, i, number))
 
     def make(self, rng, part, ops):
         img, erased, failed = part.pixels(), None, []
@@ -189,15 +189,15 @@ class Views(torch.utils.data.Dataset):
                 if name == "erase":
                     erased = result
                 else:
-                    img = result.pixels() if isinstance(result, Part) else result
+                    img = result.pixels() if isinstance(result, LazyCrop) else result
             except (*UNUSABLE, RuntimeError, ZeroDivisionError) as error:
                 failed.append(f"{name}: {error}")
         return img if img.shape[:2] == (self.size, self.size) else resize(img, self.size, self.size), erased, failed
 
     def views(self, epoch, i):
         """All views of item `i`, and the operations that failed. They are planned before one of them is made, so that
-        the photo is decoded once, no larger than the most demanding view needs it."""
-        plans = [self.plan(photo, epoch, i, number) for number, photo in enumerate(self.open(i))]
+        the image is decoded once, no larger than the most demanding view needs it."""
+        plans = [self.plan(image, epoch, i, number) for number, image in enumerate(self.open(i))]
         views = [self.make(*plan) for plan in plans]
         return [view[:2] for view in views], sum((failed for *_, failed in views), [])
 
@@ -214,7 +214,7 @@ class Views(torch.utils.data.Dataset):
 
 
 class Pairs(Views):
-    """Pairs of photos that show the same, `paths` [(query, reference)]: view 0 is made from the query, view 1 from the
+    """Pairs of images that show the same, `paths` [(query, reference)]: view 0 is made from the query, view 1 from the
     reference (notes v89)."""
 
     def open(self, i):
@@ -225,18 +225,18 @@ class Pairs(Views):
 
 
 def write_views_png(views, file):
-    """Eight photos in rows: as they are, then their views of the first epoch, so that one look shows what is seen."""
+    """Eight images in rows: as they are, then their views of the first epoch, so that one look shows what is seen."""
     rows = []
     for i in np.linspace(0, len(views) - 1, min(8, len(views))).astype(int):
         (made, _), i, _ = views.first_readable(int(i), functools.partial(views.views, 0))
-        photo = resize(views.open(i)[0].pixels, views.size, views.size)
-        rows.append(Images.of([(photo, None), *made], [0.0] * 3, [1.0] * 3).to("cpu"))
+        image = resize(views.open(i)[0].pixels, views.size, views.size)
+        rows.append(Images.of([(image, None), *made], [0.0] * 3, [1.0] * 3).to("cpu"))
     grid = torchvision.utils.make_grid(torch.cat(rows), nrow=1 + len(views.pipelines), pad_value=1)
     with replacing(file) as temporary:
         TF.to_pil_image(grid.clamp(0, 1)).save(temporary, "PNG")
 
 
-class WholePhotos(torch.utils.data.Dataset):
+class WholeImages(torch.utils.data.Dataset):
     """Item i -> i, Images of the whole image or None, reason why not."""
 
     def __init__(self, paths: Sequence[str], preprocessing: Preprocessing):
