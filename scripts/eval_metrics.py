@@ -246,8 +246,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("calibration")
     g.add_argument("--threshold-precision", type=fraction, metavar="P", help="tell the threshold at which this "
                    "precision is promised for as many references, and precision and recall there")
-    g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy (default: "
-                   "the calibration's)")
+    g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy "
+                   "(default: the calibration's)")
     g = parser.add_argument_group("intervals")
     g.add_argument("--bootstrap", type=positive, metavar="N", help="95 %% intervals from N resamples of the queries")
     g.add_argument("--compare", metavar="OTHER", help="score this file too, with an interval of the difference "

@@ -593,8 +593,8 @@ def parse_args(argv=None):
                    "page starts with it (default: all)")
     g.add_argument("--precision", type=fraction, metavar="P", help="the threshold that reaches this precision, by the "
                    "checkpoint's calibration for an archive of this size")
-    g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy, for the "
-                   "precision (default: the calibration's)")
+    g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy, for "
+                   "the precision (default: the calibration's)")
     g.add_argument("--pairs", type=int, default=20_000, metavar="N", help="the best N pairs are on the page (default: "
                    "%(default)s)")
     g.add_argument("--images", "--photos", metavar="DIR", help="folder with query_images and reference_images, for "

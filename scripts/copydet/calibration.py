@@ -2,8 +2,8 @@
 
 Measured on edited copies of some images of an archive, or of images that were not trained on, and carried by
 descriptor files or checkpoints as their attribute `calibration`, JSON: `scores` (rising, minus the squared L2
-distance), `recall` (fraction of copies with a score of at least that), `false_rate` (non-copies with a score of at least
-that, per query and archive image), `copies_ratio` (fraction of queries that have an original in the archive), `photos`
+distance), `recall` (fraction of copies with a score of at least that), `false_rate` (non-copies with such a score,
+per query and archive image), `copies_ratio` (fraction of queries that have an original in the archive), `photos`
 (`training` or `references`).
 """
 import json

@@ -95,8 +95,8 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
          "their sum"),
         ("--input-size PX", int, 224, "side of the network's square input"),
         ("--eval-input-size PX", int, None, "the same for extraction (default: --input-size)"),
-        ("--eval-crops SIDE,SIDE", str, "1", "extraction averages the features of centre crops, sides as fractions of the "
-         "input's, all resized to the smallest"),
+        ("--eval-crops SIDE,SIDE", str, "1", "extraction averages the features of centre crops, sides as fractions of "
+         "the input's, all resized to the smallest"),
         ("--resize", ["crop", "square"], "crop", "whole image to square; crop: shorter side to PX + 32, centre crop "
          "(notes v3..v51); square: stretch (v52 on)"),
         ("--weight FILE", str, None, "checkpoint to extract with (default: the newest of --exp) or to start training "

@@ -9,8 +9,8 @@ def covariance(x, y):
 def learned_whitening(a, b, dim, shrinkage=0.1):
     """Projection that shrinks what differs between views of an image, and keeps what differs between images.
 
-    Args: a, b: pooled features [n, c] of two views of n images. shrinkage: fraction of the within-pair covariance that is
-    replaced by the same variance in all directions.
+    Args: a, b: pooled features [n, c] of two views of n images. shrinkage: fraction of the within-pair covariance that
+    is replaced by the same variance in all directions.
 
     Returns mean [c] and projection [c, dim]: whitening of the within-pair covariance, then the `dim` directions of
     largest variance (Mikolajczyk and Matas, ICCV 2007; Radenovic et al., arXiv 1711.02512).
