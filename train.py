@@ -23,14 +23,12 @@ Extract descriptors of queries, references and training images with the newest c
 A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line win. Results go to exp/NAME.
 """
 import json
-import logging
 import math
 import os
 import signal
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +59,7 @@ from copydet.images import IMAGE_ENDINGS, list_negatives, list_pairs, list_image
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
                             SNRDistance)
-from copydet.network import build_net, check_arch, read_backbone_weights
+from copydet.network import build_net, check_arch, quiet_timm, read_backbone_weights
 from copydet.views import Pairs, Preprocessing, Views, parse_ops, write_views_png
 from copydet.whitening import set_head
 
@@ -363,7 +361,8 @@ class Trainer:
 
     def print_summary(self):
         args, n, world, tag = self.args, len(self.views), self.rank.world_size, check_arch(self.args.arch)
-        print(f"=> network   {tag}" + f" (asked for: {args.arch})" * (tag != args.arch) +
+        print(f"=> recipe    {recipe_of(args)}\n"
+              f"=> network   {tag}" + f" (asked for: {args.arch})" * (tag != args.arch) +
               f", {sum(p.numel() for p in self.net.parameters()) / 1e6:.1f} M parameters, descriptor {self.net.dim}-d, "
               f"input {args.input_size} px\n"
               f"=> images    {self.data.found:,} found in {args.dir}, {n:,} used (--sample-size {args.sample_size:,}); "
@@ -374,9 +373,6 @@ class Trainer:
               f"{str(self.amp_dtype or torch.float32).removeprefix('torch.')}, {args.workers} loading processes, seed "
               f"{args.seed}\n"
               f"=> output    {args.out}", flush=True)
-
-    def learning_rate(self) -> float:
-        return learning_rate(self.args, self.epoch, self.done / self.batches.steps())
 
     def train_epoch(self):
         """The rest of epoch `self.epoch`, after the `self.done` steps that it had; ends with its checkpoint."""
@@ -402,7 +398,7 @@ class Trainer:
                     seconds = time.time() - began
                     seen = len(losses) * self.batches.batch * args.ncrops * self.rank.world_size
                     if self.log:
-                        self.log.write(bar, self.epoch, self.step, np.mean(losses), self.learning_rate(),
+                        self.log.write(bar, self.epoch, self.step, np.mean(losses), self.rate,
                                        seen / seconds, waited / seconds)
                     losses, waited, began = [], 0.0, time.time()
                     if save and not last:
@@ -423,8 +419,9 @@ class Trainer:
 
     def train_step(self, images, labels):
         """One optimizer step; returns the loss as a tensor that is not waited for."""
+        self.rate = learning_rate(self.args, self.epoch, self.done / self.batches.steps())
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr if group["fixed"] else self.learning_rate()
+            group["lr"] = self.args.lr if group["fixed"] else self.rate
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         loss = self.objective(images, labels.to(self.device, non_blocking=True))
         self.optimizer.zero_grad()
@@ -524,6 +521,16 @@ class Trainer:
         return []
 
 
+def recipe_of(args: Args) -> str:
+    """Where views and schedule come from, which the notes kept in each version's script."""
+    if args.recipes:
+        return ", ".join(args.recipes)
+    if {"view0", "view1", "lr_schedule"} <= args.given:
+        return "none"
+    return ("none: where not given, views and schedule are those of the notes' v19; the other versions have theirs in "
+            "recipes, such as @exp/v31.args")
+
+
 def memory_estimate(args: Args, data: Data, dim: int, rank: Rank) -> float:
     """GiB of memory and loss, which has matrices of batch x memory: about 32 bytes a pair (measured); or of the
     classes with gradient and momentum, and the logits."""
@@ -536,6 +543,7 @@ def memory_estimate(args: Args, data: Data, dim: int, rank: Rank) -> float:
 
 def train(args: Args, data: Data, rank: Rank) -> None:
     """Train as the command line says, if memory and loss fit into the device."""
+    quiet_timm()
     need = memory_estimate(args, data, args.dim, rank)
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if rank.device.type == "cuda":
@@ -564,8 +572,7 @@ def export(args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    warnings.filterwarnings("ignore", "Mapping deprecated model name")  # the resolved name is printed
-    logging.getLogger("timm").setLevel(logging.ERROR)  # tells that features_only leaves out the classifier
+    quiet_timm()
     if args.mode == "train":
         launch(train, *prepare_training(args))
     elif args.mode == "extract":

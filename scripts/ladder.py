@@ -285,15 +285,19 @@ class Ladder:
         words = [sys.executable, str(script), *map(str, words)]
         with open(log, "a+", encoding="utf-8", errors="replace") as out:
             print("$", shlex.join(words), file=out, flush=True)
-            start, began = out.tell(), time.time()
+            start, began, (alive, held) = out.tell(), time.time(), os.pipe()
             process = subprocess.Popen(words, **{"stdout": out, "stderr": out, **options}, text=True,
-                                       pass_fds=[self.lock.fileno()], env=os.environ | {"PYTHONUNBUFFERED": "1"})
+                                       pass_fds=[self.lock.fileno(), held], env=os.environ | {"PYTHONUNBUFFERED": "1"})
+            os.close(held)
             try:
                 printed, _ = process.communicate()
             except BaseException:
                 process.terminate()
                 process.wait()
                 raise
+            finally:
+                os.read(alive, 1)  # until all that the command started has ended, and the lock is free
+                os.close(alive)
             if process.returncode:
                 out.seek(start)
                 lines = re.findall(r"[^\r\n]*\S[^\r\n]*", out.read()) or [f"exit {process.returncode}"]

@@ -54,6 +54,27 @@ def test_import_does_nothing_else(tmp_path):
     assert not done.stdout and not done.stderr and not list(tmp_path.iterdir())
 
 
+IMPORTED = """
+import os, sys, types
+import cv2, torch
+for name in ("log", "cli", "report", "index", "options", "views"):  # modules of other projects
+    sys.modules[name] = types.ModuleType(name)
+state = lambda: (dict(os.environ), torch.get_num_threads(), cv2.getNumThreads(), torch.get_rng_state().tolist())
+before = state()
+sys.path.append("scripts")
+import copydet, pkgutil
+for module in pkgutil.iter_modules(copydet.__path__):
+    __import__("copydet." + module.name)
+import train
+assert state() == before
+print("unchanged", len(list(pkgutil.iter_modules(copydet.__path__))))
+"""
+
+
+def test_importing_the_package_changes_nothing_global():
+    assert "unchanged" in run("-c", IMPORTED).stdout
+
+
 def test_onnx_gives_the_same_descriptors(weights, tmp_path, expected):
     onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

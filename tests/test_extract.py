@@ -1,10 +1,14 @@
 """train.py --mode extract: which images, which rows, which file."""
 import csv
+import hashlib
 import json
 import os
+import pickle
 import shutil
+import sqlite3
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import h5py
@@ -12,12 +16,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision.transforms.functional as TF
 from PIL import Image
 
 import train
-from copydet import options
+from copydet import load_descriptor, options
 from copydet.checkpoints import load_weights, read_checkpoint
-from copydet.common import WorkError
+from copydet.common import InputError, WorkError
 from copydet.extraction import Blocks, prepare_extraction, settings_of
 from copydet.network import build_net, fold_batch_norms
 from copydet.options import parse_args
@@ -171,6 +176,117 @@ def test_groups_are_added_and_other_checkpoints_kept_apart(tmp_path, extract, we
     extract(data, "--target-set", "t", "--gem-eval-p", 1)
     extract(data, "--target-set", "t", "--gem-eval-p", 2)  # other settings of one checkpoint do not replace each other
     assert len(list(file.parent.glob("fb-isc-submission.????????.h5"))) == 3
+
+
+def test_a_recipe_extracts_with_what_it_trained_not_with_what_it_started_from(tmp_path, exp, weights):
+    data, recipe = data_folder(tmp_path), tmp_path / "next.args"
+    recipe.write_text(f"--exp {exp}\n-a test_efficientnet\n--weight {weights}\n--input-size 32\n--gem-eval-p 5\n")
+    flags = [f"@{recipe}", "-j", 1, "--device", "cpu"]
+    done = run("train.py", *flags, "--mode", "extract", data, code=2)
+    assert "no checkpoint in" in done.stderr
+    run("train.py", *flags, "-b", 4, "--memory-size", 16, "--epochs", 1, "--lr", 0.1, data / "training_images")
+    own = Path(exp) / "train" / "checkpoint_0000.pth.tar"
+    done = run("train.py", *flags, "--mode", "extract", data)
+    assert f"from {own}" in done.stdout
+    done = run("train.py", *flags, "--mode", "extract", "--weight", weights, data)  # typed by hand
+    assert f"from {weights}" in done.stdout
+    run("train.py", *flags, "--mode", "export", "--format", "safetensors", "-o", tmp_path / "net.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["checkpoint_sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
+
+
+def test_the_notes_pickled_subset_is_read_and_code_in_one_is_not(tmp_path, extract):
+    data = data_folder(tmp_path, queries=1)
+    file = data / "rids_subset.pickle"
+    file.write_bytes(pickle.dumps(["R000007", "R000002"]))
+    extract(data, "--eval-subset", "--subset-file", file)
+    rows, _ = read(extract.out() / "fb-isc-submission-subset.h5")
+    assert list(rows["reference_ids"]) == [b"R000002", b"R000007"]
+    for content in (pickle.dumps([Path("R000007")]), pickle.dumps({"a": 1}), pickle.dumps([1, 2]), b"\x80\x04cut"):
+        file.write_bytes(content)
+        done = extract(data, "--eval-subset", "--subset-file", file, code=2)
+        assert "rids_subset.pickle" in done.stderr and len(done.stderr.splitlines()) == 1
+    (data / "rids_subset.txt").write_text("\ufeffR000002\n", encoding="utf-8")
+    extract(data, "--eval-subset")
+
+
+def test_an_earlier_file_stays_until_the_new_one_is_whole(tmp_path, weights, monkeypatch):
+    data = data_folder(tmp_path / "data")
+    monkeypatch.setattr(options, "ROOT", tmp_path)
+    flags = ["--mode", "extract", "-j", "0", "--device", "cpu", "--exp", "x", "--weight", weights, data]
+    train.main(parse_args(flags))
+    folder = tmp_path / "exp" / "x" / "extract"
+    before = (folder / "fb-isc-submission.h5").read_bytes()
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr("copydet.extraction.write_descriptors", fail)
+    with pytest.raises(OSError):
+        train.main(parse_args([*flags, "--gem-eval-p", "1"]))
+    assert (folder / "fb-isc-submission.h5").read_bytes() == before and len(list(folder.glob("*.h5"))) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The winner's published weights
+
+
+class WinnersNet(torch.nn.Module):
+    """The network of the winner's package: last feature map, GeM, linear without bias, batch norm, unit length."""
+
+    def __init__(self, arch, dim=256, p=1.0):
+        super().__init__()
+        self.backbone = timm.create_model(arch, features_only=True)
+        self.fc = torch.nn.Linear(self.backbone.feature_info.channels()[-1], dim, bias=False)
+        self.bn = torch.nn.BatchNorm1d(dim)
+        self.p = p
+
+    def forward(self, x):
+        x = self.backbone(x)[-1]
+        x = x.clamp(min=1e-6).pow(self.p).mean((-2, -1)).pow(1 / self.p)
+        return torch.nn.functional.normalize(self.bn(self.fc(x)))
+
+
+def test_published_weights_are_described_as_by_the_winners_package(tmp_path, exp):
+    """Their files hold the parser's gem_eval_p of 4.0 and nothing of the square: the package knows better."""
+    torch.manual_seed(0)
+    net = WinnersNet("test_efficientnet").eval()
+    net.bn.running_mean.uniform_(-0.1, 0.1), net.bn.running_var.uniform_(0.5, 1.5)
+    args = Namespace(arch="test_efficientnet", input_size=96, gem_p=1.0, gem_eval_p=4.0, batch_size=16, seed=99999)
+    file = tmp_path / "isc_ft_v107.pth.tar"
+    torch.save({"epoch": 10, "arch": "test_efficientnet", "optimizer": {}, "args": args,
+                "state_dict": {f"module.{name}": value for name, value in net.state_dict().items()}}, file)
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    for folder, name in (("query_images", "Q{:05d}.png"), ("reference_images", "R{:06d}.png")):
+        (data / folder).mkdir(parents=True)
+        for i in range(3):
+            img = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+            img.resize((140, 110), Image.BICUBIC).save(data / folder / name.format(i))
+    paths = sorted((data / "query_images").iterdir())
+    mean, std = (torch.tensor(net.backbone.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    resize = lambda x: TF.resize(x, [96, 96], antialias=True)
+    with torch.no_grad():
+        expected = net(torch.stack([(resize(TF.to_tensor(Image.open(path))) - mean) / std for path in paths])).numpy()
+    done = run("train.py", "--mode", "extract", "--exp", exp, "--weight", file, "-j", 1, "--device", "cpu", data)
+    assert "as its package does: GeM p 1, 96 px, square" in done.stdout
+    rows, _ = read(Path(exp) / "extract" / "fb-isc-submission.h5")
+    by_page = find_copies_rows(tmp_path, file, data)
+    for found in (rows["query"], load_descriptor(file)(paths), by_page):
+        assert (found * expected).sum(1).min() > 1 - 1e-5
+        assert np.abs(found - expected).max() < 5e-3  # 8-bit levels of the resized image
+    forced = load_descriptor(file, gem_eval_p=4.0)(paths)
+    assert (forced * expected).sum(1).max() < 0.99
+    with pytest.raises(InputError, match="no such setting: gem_evalp"):
+        load_descriptor(file, gem_evalp=1.0)
+
+
+def find_copies_rows(tmp_path, file, data):
+    """Descriptors of the queries in find_copies.py's cache."""
+    run("scripts/find_copies.py", data / "query_images", data / "reference_images", "-o", tmp_path / "report",
+        "--weight", file, "--", "--device", "cpu", "-j", "1")
+    cache, = (tmp_path / "report" / "cache").glob("*.sqlite")
+    with sqlite3.connect(cache) as db:
+        rows = db.execute("SELECT path, row FROM photos ORDER BY path").fetchall()
+    return np.array([np.frombuffer(row, np.float32) for path, row in rows if b"/query_images/" in path])
 
 
 def test_metrics_follow_where_the_truth_is_known(tmp_path, extract):

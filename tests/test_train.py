@@ -23,6 +23,7 @@ from PIL import Image
 import train
 from copydet import augmentations, options
 from copydet.augmentations import OPS
+from copydet.checkpoints import newest_checkpoint
 from copydet.images import list_images, open_image
 from copydet.network import build_net, gem, read_backbone_weights
 from copydet.common import InputError
@@ -447,3 +448,53 @@ def test_too_little_shared_memory_is_told_before_the_first_step(images, tmp_path
     with pytest.raises(InputError, match="-j 1 with a --batch-size of 4 needs 0.0 GiB"):
         train.main(parse_args(words))
     train.main(parse_args([*words, "-j", "0", "--epochs", "1"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which run, which recipe
+
+
+def test_a_second_run_does_not_mix_with_the_first(images, exp):
+    run("train.py", *TINY, "--exp", exp, images)
+    done = run("train.py", *TINY, "--exp", exp, "--epochs", 1, images, code=2)
+    assert "holds checkpoints of another run" in done.stderr and "--overwrite" in done.stderr
+    assert checkpoint(exp)["epoch"] == 2
+    run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--seed", 6, "--overwrite", images)
+    files = sorted(path.name for path in (Path(exp) / "train").glob("*.pth.tar"))
+    assert files == ["checkpoint_0000.pth.tar"] and checkpoint(exp, "checkpoint_0000")["args"]["seed"] == 6
+    assert newest_checkpoint(Path(exp) / "train").name == "checkpoint_0000.pth.tar"
+
+
+def test_newest_is_the_checkpoint_written_last(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for time_, name in enumerate(["checkpoint_0009", "checkpoint_0010", "latest"]):
+        (tmp_path / f"{name}.pth.tar").touch()
+        os.utime(tmp_path / f"{name}.pth.tar", (time_, time_))
+        assert newest_checkpoint(tmp_path).name == f"{name}.pth.tar"
+    os.utime(tmp_path / "checkpoint_0010.pth.tar", (9, 9))
+    assert newest_checkpoint(tmp_path).name == "checkpoint_0010.pth.tar"
+
+
+def test_the_first_line_says_whose_views_and_schedule_a_run_has(images, exp, tmp_path):
+    flags = [*TINY, "--epochs", 1, images]
+    done = run("train.py", *flags, "--exp", exp)
+    assert re.match(r"=> recipe    none: .*v19.*@exp/v31.args", done.stdout)
+    recipe = tmp_path / "mine.args"
+    recipe.write_text("\ufeff--view1 hflip=0.5  # a byte order mark and a comment\n", encoding="utf-8")
+    done = run("train.py", f"@{recipe}", *flags, "--exp", f"{exp}2")
+    assert done.stdout.startswith(f"=> recipe    {recipe}\n") and checkpoint(f"{exp}2", "checkpoint_0000")[
+        "args"]["view1"] == "hflip=0.5"
+
+
+def test_the_log_holds_the_rate_of_its_steps(images, exp):
+    run("train.py", *TINY, "--exp", exp, "--lr-schedule", "cosine-iter", "--lr", 0.1, "-p", 1, images)
+    logged = [float(row["lr"]) for row in csv.DictReader(open(Path(exp) / "train" / "log.csv"))]
+    expected = [0.1 * 0.5 * (1 + np.cos(np.pi * step / 12)) for step in range(12)]
+    assert np.allclose(logged, expected, rtol=1e-4)
+
+
+def test_old_names_do_not_warn_in_any_process(images, exp):
+    done = run("train.py", *TINY, "-a", "tf_efficientnet_b0_ns", "--epochs", 1, "--epoch-steps", 1, "--exp", exp,
+               "--device", "cpu", "--multiprocessing-distributed", "--nproc", 2, "--dist-url",
+               f"tcp://localhost:{20000 + os.getpid() % 20000}", images)
+    assert "Mapping deprecated" not in done.stderr and "asked for: tf_efficientnet_b0_ns" in done.stdout

@@ -28,7 +28,7 @@ from copydet.common import ROOT, InputError, WorkError, replacing
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.distributed import Rank, gather_objects, pick_precision
 from copydet.images import FOLDERS, Group, list_group, write_skipped
-from copydet.network import Descriptor
+from copydet.network import Descriptor, quiet_timm
 from copydet.options import LEAST_CALIBRATED, LETTERS, Args, parse_args
 from copydet.views import Preprocessing, Views, WholeImages, parse_ops
 
@@ -165,6 +165,7 @@ def prepare_extraction(args: Args) -> tuple[Args, Job]:
 
 def extract(args: Args, job: Job, rank: Rank) -> None:
     """Describe all images, each rank every n-th block of them; the main one writes the file from the blocks."""
+    quiet_timm()
     net = load_net(args, job.source)
     preprocessing = Preprocessing.of(args, net)
     net = net.folded(args.input_size).to(rank.device, memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ import csv
 import functools
 import io
 import os
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def list_group(args: Args, group: str) -> Group:
         file = Path(args.subset_file or args.dir / "rids_subset.txt")
         if not file.is_file():
             raise InputError(f"--eval-subset: no such file: {file}; scripts/select_ref_subset.py makes it")
-        wanted = file.read_text(encoding="utf-8").split()
+        wanted = read_subset(file)
         if absent := sorted(set(wanted) - set(seen)):
             raise InputError(f"{file}: {len(absent)} ids without an image in {folder}, first: {', '.join(absent[:3])}")
         paths = sorted(seen[name] for name in set(wanted))
@@ -183,6 +184,25 @@ def list_group(args: Args, group: str) -> Group:
             raise InputError(f"--shard {args.shard}: {folder} has too few images")
     return Group([str(folder / path) for path in paths], [Path(path).stem for path in paths],
                  [(str(folder / path), reason) for path, reason in odd])
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Of lists, strings and the like; whatever would need code is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def read_subset(file: Path) -> list[str]:
+    """Ids of a subset: one per line, or the notes' pickled list of strings. InputError: neither."""
+    data = file.read_bytes()
+    try:
+        ids = PlainUnpickler(io.BytesIO(data)).load() if data[:1] == b"\x80" else data.decode("utf-8-sig").split()
+    except (pickle.UnpicklingError, ValueError, EOFError, IndexError, AttributeError) as error:
+        raise InputError(f"{file}: neither one id per line nor a pickled list of ids: {error}") from None
+    if not isinstance(ids, (list, tuple, set)) or not all(isinstance(name, str) for name in ids):
+        raise InputError(f"{file}: a pickle, but not a list of ids")
+    return list(ids)
 
 
 def list_pairs(args: Args) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

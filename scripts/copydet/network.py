@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import logging
+import warnings
 
 import timm
 import torch
@@ -268,6 +270,13 @@ def drop_later_layers(backbone, stage):
     layers = getattr(backbone, parent, None)
     if index.isdigit() and isinstance(layers, torch.nn.Sequential):
         setattr(backbone, parent, layers[:int(index) + 1])
+
+
+def quiet_timm() -> None:
+    """Without what timm says of old names and of classifiers left out: the resolved name is printed. Call it in each
+    process."""
+    warnings.filterwarnings("ignore", "Mapping deprecated model name")
+    logging.getLogger("timm").setLevel(logging.ERROR)
 
 
 def check_arch(name):

@@ -207,23 +207,24 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
 class Args(argparse.Namespace):
     """A command line, read-only once it is parsed. `vars(args)` is that and nothing else.
 
-    Attributes: given: names of the flags that the user or a recipe set; typed: those that the user typed.
+    Attributes: given: names of the flags that the user or a recipe set; typed: those that the user typed; recipes:
+    files of the recipes.
     """
-    __slots__ = ("given", "typed")
+    __slots__ = ("given", "typed", "recipes")
 
-    def __init__(self, values: dict, given=(), typed=()):
-        object.__setattr__(self, "given", frozenset(given))
-        object.__setattr__(self, "typed", frozenset(typed))
+    def __init__(self, values: dict, given=(), typed=(), recipes=()):
+        for name, words in (("given", frozenset(given)), ("typed", frozenset(typed)), ("recipes", tuple(recipes))):
+            object.__setattr__(self, name, words)
         self.__dict__.update(values)
 
     def __setattr__(self, name, value):
         raise AttributeError(f"{name}: a command line is read-only; args.replace(...) gives another one")
 
     def __reduce__(self):
-        return Args, (vars(self), self.given, self.typed)
+        return Args, (vars(self), self.given, self.typed, self.recipes)
 
     def replace(self, **values) -> Args:
-        return Args(vars(self) | values, self.given, self.typed)
+        return Args(vars(self) | values, self.given, self.typed, self.recipes)
 
     def plain(self) -> dict:
         """As plain values: what args.json and checkpoints hold."""
@@ -268,7 +269,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     parser = build_parser(description)
     args = Args(vars(parser.parse_args(argv)), names_set(argv),
-                names_set([word for word in argv if not word.startswith("@")]))
+                names_set([word for word in argv if not word.startswith("@")]),
+                [word[1:] for word in argv if word.startswith("@")])
     try:
         return check_args(args)
     except InputError as error:
