@@ -35,14 +35,15 @@ PARENTS = {  # recipe -> its parent and the flags that its note changes (besides
     "v4": ("v3", "grow-epochs grow-to sample-size epochs"),
     "v5": ("v4", "grow-epochs grow-to scale loss ncrops sample-size view0 epochs lr"),
     "v6": ("v5", "miner type-of-triplets"), "v7": ("v5", "loss pos-margin"), "v8": ("v7", "pos-margin view0 view1"),
-    "v9": ("v8", "view1 neg-margin epochs sample-size"),
-    "v10": ("v9", "memory-size input-size gem-eval-p epochs sample-size"), "v11": ("v10", "miner memory-size"),
+    "v9": ("v8", "view1 neg-margin gem-eval-p epochs sample-size"),
+    "v10": ("v9", "memory-size input-size epochs sample-size"), "v11": ("v10", "miner memory-size"),
     "v12": ("v10", "memory-enqueue"), "v13": ("v12", "miner"), "v14": ("v10", "loss"),
     "v15": ("v10", "loss neg-margin"), "v16": ("v10", "head"), "v17": ("v10", "head"), "v18": ("v10", "arch lr"),
     "v19": ("v18", "amp batch-size memory-size epochs"), "v19m": ("v19", "arch sample-size"),
-    "v20": ("v19", "batch-norm arch memory-size"), "v21": ("v20", "batch-norm arch batch-size memory-size"),
+    "v20": ("v19", "batch-norm arch memory-size epochs batch-size gem-eval-p"),
+    "v21": ("v20", "batch-norm arch batch-size memory-size epochs gem-eval-p"),
     "v22": ("v19", "view0 sample-size"), "v23": ("v19m", "weight input-size lr view0 op-prob seed"),
-    "v24": ("v19", "dim neg-margin"), "v25": ("v19", "arch pool lr batch-size input-size"),
+    "v24": ("v19", "dim neg-margin"), "v25": ("v19", "arch pool neg-margin lr batch-size input-size"),
     "v26": ("v19", "view1 op-prob neg-margin"), "v27": ("v19", "lr wd neg-margin"), "v28": ("v27", "lr-schedule"),
     "v29": ("v27", "view1"), "v30": ("v29", "view1"), "v31": ("v30", "lr-schedule arch lr sample-size"),
     "v32": ("v31", "view1"), "v33": ("v31", "arch pool input-size optimizer lr wd batch-size sample-size"),
@@ -56,10 +57,68 @@ PARENTS = {  # recipe -> its parent and the flags that its note changes (besides
     "v83": ("v79", "lr-schedule epochs"), "v84": ("v83", "weight input-size lr epochs view1 seed"),
     "v85": ("v84", "weight input-size lr epochs view1 seed"), "v86": ("v84", "lr"),
     "v98": ("v85", "weight lr lr-schedule epochs batch-size seed negatives negatives-dir"),
-    "v101": ("v98", "weight pairs view0 view1 neg-margin memory-size epochs batch-size seed"),
-    "v102": ("v101", "negatives"), "v103": ("v102", "negatives"), "v104": ("v103", "negatives"),
+    "v101": ("v98", "weight pairs view0 view1 neg-margin memory-size epochs seed"),
+    "v102": ("v101", "negatives batch-size"), "v103": ("v102", "negatives batch-size"), "v104": ("v103", "negatives lr"),
     "v105": ("v104", "lr"), "v106": ("v105", "lr"), "v107": ("v106", "lr"),
     "best": ("laptop", "arch input-size eval-input-size memory-size epochs batch-size whiten calibrate freeze"),
+}
+
+BACKBONES = {
+    "nfnet": "dm_nfnet_f0", "swin": "swin_base_patch4_window7_224_in22k",
+    **{size.upper(): f"tf_efficientnetv2_{size}_in21k" for size in "sml"},
+    **{f"{size.upper()}-ft": f"tf_efficientnetv2_{size}_in21ft1k" for size in "sm"},
+}
+FIGURES = {  # recipe -> figures of the winner's own command; "-": it names none. v1 to v3: its rate x batch / 256
+    #    arch px  photos  epochs batch lr  wd   margins memory gem-p, in extraction  seed  checkpoint it continues
+    "v1": "nfnet 224 1000000 20 128 0.025 1e-4 - - 0 3 4 - -",
+    "v2": "nfnet 224 1000000 5 128 0.025 1e-4 - - 0 3 4 - -",
+    "v3": "nfnet 320 1000000 10 64 0.0025 1e-5 - - 0 3 4 - -",
+    "v5": "nfnet 320 100000 1 64 0.01 1e-5 - - 0 3 4 - -",
+    "v6": "nfnet 320 100000 1 64 0.01 1e-5 - - 0 3 4 - -",
+    "v7": "nfnet 320 100000 1 64 0.01 1e-5 0.2 0.7 0 3 4 - -",
+    "v8": "nfnet 320 100000 1 64 0.01 1e-5 0 0.7 0 3 4 - -",
+    "v9": "nfnet 320 1000000 5 64 0.01 1e-5 0 1.1 0 3 5 - -",
+    "v10": "nfnet 256 100000 1 64 0.01 1e-5 0 1.1 4096 3 5 - -",
+    "v18": "S 256 100000 1 64 0.1 1e-5 0 1.1 4096 3 5 7 -",
+    "v19": "S 256 100000 5 128 0.1 1e-5 0 1.1 10000 3 5 7 -",
+    "v19m": "M 256 1000000 5 128 0.1 1e-5 0 1.1 10000 3 5 7 -",
+    "v20": "M 256 100000 1 64 0.1 1e-5 0 1.1 4096 3 6 7 -",
+    "v21": "S 256 100000 5 256 0.1 1e-5 0 1.1 10000 3 5 7 -",
+    "v22": "S 256 1000000 5 128 0.1 1e-5 0 1.1 10000 3 5 7 -",
+    "v23": "M 448 1000000 5 128 0.01 1e-5 0 1.1 10000 3 5 77 v19m/4",
+    "v24": "S 256 100000 5 128 0.1 1e-5 0 1.0 10000 3 5 7 -",
+    "v25": "swin 224 100000 5 64 0.001 1e-5 0 1.0 10000 3 5 7 -",
+    "v26": "S 256 100000 5 128 0.1 1e-5 0 1.0 10000 3 5 7 -",
+    "v27": "S 256 100000 5 128 0.35 1e-6 0 1.0 10000 3 5 7 -",
+    "v31": "L 256 1000000 5 128 0.1 1e-6 0 1.0 10000 3 5 7 -",
+    "v33": "swin 224 100000 5 64 3e-4 1e-2 0 1.0 10000 3 5 7 -",
+    "v34": "M 256 1000000 5 128 0.1 1e-6 0 1.0 10000 3 5 7 -",
+    "v35": "S 256 1000000 5 64 0.1 1e-6 0 1.0 10000 3 5 7 -",
+    "v36": "L 384 1000000 5 96 0.01 1e-6 0 1.0 10000 3 5 77 v31/4",
+    "v42": "S 256 100000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v45": "S 256 100000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v49": "S-ft 256 100000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v52": "S-ft 256 100000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v55": "S-ft 256 100000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v58": "M-ft 256 1000000 5 128 0.1 1e-6 0 1.0 20000 1 1 7 -",
+    "v60": "S-ft 256 100000 5 64 0.1 1e-6 - - 10000 1 1 7 -",
+    "v61": "S-ft 256 1000000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v68": "M-ft 384 1000000 5 128 0.1 1e-6 0 1.0 20000 1 1 77 v58/4",
+    "v69": "M-ft 384 1000000 5 128 0.05 1e-6 0 1.0 20000 1 1 77 v58/4",
+    "v72": "M-ft 512 1000000 5 128 0.025 1e-6 0 1.0 20000 1 1 777 v69/4",
+    "v79": "M-ft 256 1000000 5 128 0.1 1e-6 0 1.0 20000 1 1 9 -",
+    "v83": "M-ft 256 1000000 - 128 0.1 1e-6 0 1.0 20000 1 1 9 -",
+    "v84": "M-ft 384 1000000 7 128 0.02 1e-6 0 1.0 20000 1 1 99 v83/5",
+    "v85": "M-ft 512 1000000 5 128 0.004 1e-6 0 1.0 20000 1 1 777 v84/6",
+    "v86": "M-ft 384 1000000 7 128 0.1 1e-6 0 1.0 20000 1 1 99 v83/5",
+    "v98": "M-ft 512 1000000 3 64 0.1 1e-6 0 1.0 20000 1 1 999 v86/5",
+    "v101": "M-ft 512 1000000 10 64 0.1 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v102": "M-ft 512 1000000 10 32 0.1 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v103": "M-ft 512 1000000 10 16 0.1 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v104": "M-ft 512 1000000 10 16 0.2 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v105": "M-ft 512 1000000 10 16 0.3 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v106": "M-ft 512 1000000 10 16 0.4 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v107": "M-ft 512 1000000 10 16 0.5 1e-6 0 1.1 1000 1 1 99999 v98/1",
 }
 
 
@@ -85,6 +144,19 @@ def test_a_recipe_changes_what_its_note_says(name):
     parent, changed = PARENTS[name]
     old, new = flags_of(parent), flags_of(name)
     assert {flag for flag in old.keys() | new.keys() if old.get(flag) != new.get(flag)} == {"exp", *changed.split()}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_recipe_has_the_figures_of_the_winners_command(name):
+    columns = ("input-size sample-size epochs batch-size lr wd pos-margin neg-margin memory-size gem-p gem-eval-p "
+               "seed").split()
+    arch, *figures, start = FIGURES[name].split()
+    flags = flags_of(name)
+    assert flags["arch"] == BACKBONES[arch]
+    for flag, figure in zip(columns, figures, strict=True):
+        assert figure == "-" or float(flags[flag]) == float(figure), flag
+    folder, _, epoch = start.partition("/")
+    assert flags.get("weight") == (f"exp/{folder}/train/checkpoint_{int(epoch):04d}.pth.tar" if epoch else None)
 
 
 def test_every_recipe_but_the_first_ones_has_a_parent():
