@@ -24,48 +24,138 @@ from copydet.batches import collate_images, collate_views
 from copydet.common import InputError
 from copydet.distributed import Rank, pick_precision
 from copydet.network import build_net
-from copydet.options import parse_args
+from copydet.options import build_parser, parse_args
 from copydet.views import NEGATIVE_LABEL, Pairs, Preprocessing, Views, WholeImages, parse_ops
 from helpers import ROOT, draw_images
 
 RECIPES = sorted(path.stem for path in (ROOT / "exp").glob("*.args"))
 PARENTS = {  # recipe -> its parent and the flags that its note changes (besides --exp)
     "v2": ("v1", "view1 epochs"),
-    "v3": ("v2", "head pred-dim fix-pred-lr decay-all loss scale input-size ncrops view1 epochs batch-size lr wd"),
+    "v3": ("v2", "head pred-dim fix-pred-lr decay-all loss scale margin input-size ncrops view1 epochs batch-size lr "
+                 "wd"),
     "v4": ("v3", "grow-epochs grow-to sample-size epochs"),
-    "v5": ("v4", "grow-epochs grow-to scale loss ncrops sample-size view0 epochs lr"),
-    "v6": ("v5", "miner type-of-triplets"), "v7": ("v5", "loss pos-margin"), "v8": ("v7", "pos-margin view0 view1"),
-    "v9": ("v8", "view1 neg-margin epochs sample-size"),
-    "v10": ("v9", "memory-size input-size gem-eval-p epochs sample-size"), "v11": ("v10", "miner memory-size"),
-    "v12": ("v10", "memory-enqueue"), "v13": ("v12", "miner"), "v14": ("v10", "loss"),
+    "v5": ("v4", "grow-epochs grow-to scale loss miner ncrops sample-size view0 view1 epochs lr"),
+    "v6": ("v5", "miner type-of-triplets"), "v7": ("v5", "loss margin pos-margin neg-margin"),
+    "v8": ("v7", "pos-margin view0 view1 op-prob"),
+    "v9": ("v8", "view1 neg-margin gem-eval-p epochs sample-size"),
+    "v10": ("v9", "memory-size input-size epochs sample-size"), "v11": ("v10", "miner memory-size"),
+    "v12": ("v10", "memory-enqueue"), "v13": ("v12", "miner"),
+    "v14": ("v10", "loss temperature pos-margin neg-margin"),
     "v15": ("v10", "loss neg-margin"), "v16": ("v10", "head"), "v17": ("v10", "head"), "v18": ("v10", "arch lr"),
     "v19": ("v18", "amp batch-size memory-size epochs"), "v19m": ("v19", "arch sample-size"),
-    "v20": ("v19", "batch-norm arch memory-size"), "v21": ("v20", "batch-norm arch batch-size memory-size"),
+    "v20": ("v19", "batch-norm arch memory-size epochs batch-size gem-eval-p"),
+    "v21": ("v20", "batch-norm arch batch-size memory-size epochs gem-eval-p"),
     "v22": ("v19", "view0 sample-size"), "v23": ("v19m", "weight input-size lr view0 op-prob seed"),
-    "v24": ("v19", "dim neg-margin"), "v25": ("v19", "arch pool lr batch-size input-size"),
+    "v24": ("v19", "dim neg-margin"), "v25": ("v19", "arch pool gem-p gem-eval-p neg-margin lr batch-size input-size"),
     "v26": ("v19", "view1 op-prob neg-margin"), "v27": ("v19", "lr wd neg-margin"), "v28": ("v27", "lr-schedule"),
     "v29": ("v27", "view1"), "v30": ("v29", "view1"), "v31": ("v30", "lr-schedule arch lr sample-size"),
-    "v32": ("v31", "view1"), "v33": ("v31", "arch pool input-size optimizer lr wd batch-size sample-size"),
+    "v32": ("v31", "view1"),
+    "v33": ("v31", "arch pool gem-p gem-eval-p input-size optimizer momentum lr wd batch-size sample-size"),
     "v34": ("v31", "arch"), "v35": ("v31", "arch batch-size"),
     "v36": ("v31", "weight input-size lr batch-size view0 op-prob seed"),
     "v42": ("v31", "arch gem-p gem-eval-p sample-size"), "v45": ("v42", "view1 op-prob"), "v49": ("v45", "arch view0"),
     "v52": ("v49", "resize view1"), "v55": ("v52", "view1"), "v58": ("v55", "arch sample-size memory-size view1"),
-    "v60": ("v58", "loss margin temperature arch sample-size memory-size batch-size"),
+    "v60": ("v58", "loss margin temperature pos-margin neg-margin arch sample-size memory-size batch-size"),
     "v61": ("v58", "memory-enqueue arch memory-size"), "v68": ("v58", "weight input-size view1 seed"),
     "v69": ("v68", "lr"), "v72": ("v69", "weight input-size lr view1 seed"), "v79": ("v58", "view1 seed"),
     "v83": ("v79", "lr-schedule epochs"), "v84": ("v83", "weight input-size lr epochs view1 seed"),
     "v85": ("v84", "weight input-size lr epochs view1 seed"), "v86": ("v84", "lr"),
     "v98": ("v85", "weight lr lr-schedule epochs batch-size seed negatives negatives-dir"),
-    "v101": ("v98", "weight pairs view0 view1 neg-margin memory-size epochs batch-size seed"),
-    "v102": ("v101", "negatives"), "v103": ("v102", "negatives"), "v104": ("v103", "negatives"),
-    "v105": ("v104", "lr"), "v106": ("v105", "lr"), "v107": ("v106", "lr"),
+    "v101": ("v98", "weight pairs view0 view1 op-prob neg-margin memory-size epochs seed"),
+    "v102": ("v101", "negatives batch-size"), "v103": ("v102", "negatives batch-size"),
+    "v104": ("v103", "negatives lr"), "v105": ("v104", "lr"), "v106": ("v105", "lr"), "v107": ("v106", "lr"),
     "best": ("laptop", "arch input-size eval-input-size memory-size epochs batch-size whiten calibrate freeze"),
+}
+
+COMPLETE = set(
+    "exp arch pool gem-p gem-eval-p stages grid head dim pred-dim input-size resize sample-size ncrops view0 view1 "
+    "op-prob loss margin scale temperature pos-margin neg-margin miner type-of-triplets memory-size epochs batch-size "
+    "optimizer lr momentum wd lr-schedule batch-norm amp seed".split())
+MATTERS = {  # flag -> given a recipe's arguments, whether it has an effect; flags that are not here always have one
+    ("gem-p", "gem-eval-p"): lambda a: a.pool == "gem",
+    ("stages", "grid"): lambda a: a.pool == "grid",
+    ("pred-dim", "fix-pred-lr", "extract-from"): lambda a: a.head == "simsiam",
+    ("view1",): lambda a: len(views_in_use(a)) > 1,
+    ("op-prob",): lambda a: any(parse_ops(ops, 0.1) != parse_ops(ops, 0.9) for ops in views_in_use(a)),
+    ("grow-to",): lambda a: a.grow_epochs > 0,
+    ("negatives-dir",): lambda a: a.negatives > 0,
+    ("margin",): lambda a: a.loss in ("triplet", "arcface", "ntxent-margin"),
+    ("scale",): lambda a: a.loss == "arcface",
+    ("temperature",): lambda a: a.loss in ("ntxent", "ntxent-margin"),
+    ("pos-margin", "neg-margin"): lambda a: a.loss in ("contrastive", "snr"),
+    ("miner",): lambda a: a.loss not in ("arcface", "simsiam"),
+    ("type-of-triplets",): lambda a: a.miner == "triplet",
+    ("memory-enqueue",): lambda a: a.memory_size > 0,
+    ("momentum",): lambda a: a.optimizer == "sgd",
+}
+BACKBONES = {
+    "nfnet": "dm_nfnet_f0", "swin": "swin_base_patch4_window7_224_in22k",
+    **{size.upper(): f"tf_efficientnetv2_{size}_in21k" for size in "sml"},
+    **{f"{size.upper()}-ft": f"tf_efficientnetv2_{size}_in21ft1k" for size in "sm"},
+}
+FIGURES = {  # recipe -> figures of the winner's own command (v1 to v3: rate x batch / 256); "-": none, or no effect
+    #    arch px  photos  epochs batch lr  wd   margins memory gem-p, in extraction  seed  checkpoint it continues
+    "v1": "nfnet 224 1000000 20 128 0.025 1e-4 - - 0 3 4 - -",
+    "v2": "nfnet 224 1000000 5 128 0.025 1e-4 - - 0 3 4 - -",
+    "v3": "nfnet 320 1000000 10 64 0.0025 1e-5 - - 0 3 4 - -",
+    "v5": "nfnet 320 100000 1 64 0.01 1e-5 - - 0 3 4 - -",
+    "v6": "nfnet 320 100000 1 64 0.01 1e-5 - - 0 3 4 - -",
+    "v7": "nfnet 320 100000 1 64 0.01 1e-5 0.2 0.7 0 3 4 - -",
+    "v8": "nfnet 320 100000 1 64 0.01 1e-5 0 0.7 0 3 4 - -",
+    "v9": "nfnet 320 1000000 5 64 0.01 1e-5 0 1.1 0 3 5 - -",
+    "v10": "nfnet 256 100000 1 64 0.01 1e-5 0 1.1 4096 3 5 - -",
+    "v18": "S 256 100000 1 64 0.1 1e-5 0 1.1 4096 3 5 7 -",
+    "v19": "S 256 100000 5 128 0.1 1e-5 0 1.1 10000 3 5 7 -",
+    "v19m": "M 256 1000000 5 128 0.1 1e-5 0 1.1 10000 3 5 7 -",
+    "v20": "M 256 100000 1 64 0.1 1e-5 0 1.1 4096 3 6 7 -",
+    "v21": "S 256 100000 5 256 0.1 1e-5 0 1.1 10000 3 5 7 -",
+    "v22": "S 256 1000000 5 128 0.1 1e-5 0 1.1 10000 3 5 7 -",
+    "v23": "M 448 1000000 5 128 0.01 1e-5 0 1.1 10000 3 5 77 v19m/4",
+    "v24": "S 256 100000 5 128 0.1 1e-5 0 1.0 10000 3 5 7 -",
+    "v25": "swin 224 100000 5 64 0.001 1e-5 0 1.0 10000 - - 7 -",
+    "v26": "S 256 100000 5 128 0.1 1e-5 0 1.0 10000 3 5 7 -",
+    "v27": "S 256 100000 5 128 0.35 1e-6 0 1.0 10000 3 5 7 -",
+    "v31": "L 256 1000000 5 128 0.1 1e-6 0 1.0 10000 3 5 7 -",
+    "v33": "swin 224 100000 5 64 3e-4 1e-2 0 1.0 10000 - - 7 -",
+    "v34": "M 256 1000000 5 128 0.1 1e-6 0 1.0 10000 3 5 7 -",
+    "v35": "S 256 1000000 5 64 0.1 1e-6 0 1.0 10000 3 5 7 -",
+    "v36": "L 384 1000000 5 96 0.01 1e-6 0 1.0 10000 3 5 77 v31/4",
+    "v42": "S 256 100000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v45": "S 256 100000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v49": "S-ft 256 100000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v52": "S-ft 256 100000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v55": "S-ft 256 100000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v58": "M-ft 256 1000000 5 128 0.1 1e-6 0 1.0 20000 1 1 7 -",
+    "v60": "S-ft 256 100000 5 64 0.1 1e-6 - - 10000 1 1 7 -",
+    "v61": "S-ft 256 1000000 5 128 0.1 1e-6 0 1.0 10000 1 1 7 -",
+    "v68": "M-ft 384 1000000 5 128 0.1 1e-6 0 1.0 20000 1 1 77 v58/4",
+    "v69": "M-ft 384 1000000 5 128 0.05 1e-6 0 1.0 20000 1 1 77 v58/4",
+    "v72": "M-ft 512 1000000 5 128 0.025 1e-6 0 1.0 20000 1 1 777 v69/4",
+    "v79": "M-ft 256 1000000 5 128 0.1 1e-6 0 1.0 20000 1 1 9 -",
+    "v83": "M-ft 256 1000000 - 128 0.1 1e-6 0 1.0 20000 1 1 9 -",
+    "v84": "M-ft 384 1000000 7 128 0.02 1e-6 0 1.0 20000 1 1 99 v83/5",
+    "v85": "M-ft 512 1000000 5 128 0.004 1e-6 0 1.0 20000 1 1 777 v84/6",
+    "v86": "M-ft 384 1000000 7 128 0.1 1e-6 0 1.0 20000 1 1 99 v83/5",
+    "v98": "M-ft 512 1000000 3 64 0.1 1e-6 0 1.0 20000 1 1 999 v86/5",
+    "v101": "M-ft 512 1000000 10 64 0.1 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v102": "M-ft 512 1000000 10 32 0.1 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v103": "M-ft 512 1000000 10 16 0.1 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v104": "M-ft 512 1000000 10 16 0.2 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v105": "M-ft 512 1000000 10 16 0.3 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v106": "M-ft 512 1000000 10 16 0.4 1e-6 0 1.1 1000 1 1 99999 v98/1",
+    "v107": "M-ft 512 1000000 10 16 0.5 1e-6 0 1.1 1000 1 1 99999 v98/1",
 }
 
 
 def flags_of(name):
     lines = (ROOT / "exp" / f"{name}.args").read_text().splitlines()
     return dict(re.match(r"--(\S+)\s*(.*)", line).groups() for line in lines if line.startswith("--"))
+
+
+def views_in_use(args):
+    """Operations of the views that a recipe makes; more than training may look at edited copies."""
+    edited = args.ncrops > 1 or args.whiten or args.calibrate or args.pool == "grid"
+    return [args.view0, args.view1][:2 if edited else 1]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +175,29 @@ def test_a_recipe_changes_what_its_note_says(name):
     parent, changed = PARENTS[name]
     old, new = flags_of(parent), flags_of(name)
     assert {flag for flag in old.keys() | new.keys() if old.get(flag) != new.get(flag)} == {"exp", *changed.split()}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_recipe_has_the_figures_of_the_winners_command(name):
+    columns = ("input-size sample-size epochs batch-size lr wd pos-margin neg-margin memory-size gem-p gem-eval-p "
+               "seed").split()
+    arch, *figures, start = FIGURES[name].split()
+    flags = flags_of(name)
+    assert flags["arch"] == BACKBONES[arch]
+    for flag, figure in zip(columns, figures, strict=True):
+        assert figure == "-" or float(flags[flag]) == float(figure), flag
+    folder, _, epoch = start.partition("/")
+    assert flags.get("weight") == (f"exp/{folder}/train/checkpoint_{int(epoch):04d}.pth.tar" if epoch else None)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_complete_and_holds_nothing_without_effect(name):
+    args = build_parser().parse_args([f"@{ROOT}/exp/{name}.args"])
+    flags, inert = set(flags_of(name)), {flag for group in MATTERS if not MATTERS[group](args) for flag in group}
+    assert not flags & inert and not COMPLETE - inert - flags
+    assert args.exp == name
+    for pipeline in (args.view0, args.view1):
+        assert all(op in OPS for group in parse_ops(pipeline, args.op_prob) for op, _, _ in group)
 
 
 def test_every_recipe_but_the_first_ones_has_a_parent():
