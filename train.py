@@ -60,7 +60,7 @@ from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
                             SNRDistance)
 from copydet.network import build_net, check_arch, quiet_timm, read_backbone_weights
-from copydet.views import Pairs, Preprocessing, Views, parse_ops, write_views_png
+from copydet.views import Pairs, Preprocessing, Views, list_augmentations, parse_ops, write_views_png
 from copydet.whitening import set_head
 
 __all__ = ["load_descriptor"]  # for programs that import it from here
@@ -249,7 +249,7 @@ class Trainer:
         if args.whiten and self.net.dim > self.net.fc.in_features:
             raise InputError(f"--dim {args.dim}: --whiten chooses from {self.net.fc.in_features} pooled features")
         self.pipelines = [parse_ops(text, args.op_prob) for text in [args.view0] + [args.view1] * (args.ncrops - 1)]
-        self.whole_image = parse_ops("clean=1", 1)
+        self.whole_image = parse_ops("clean", 1)
         self.hard_view = parse_ops(args.view1, args.op_prob)
         if args.pool == "grid" and self.rank.is_main and not (args.weight or self.data.resume_file):  # DDP: to the rest
             self.pool_views(self.data.images[:args.sample_size][:STANDARD_IMAGES], [self.pipelines[0], self.hard_view],
@@ -573,7 +573,9 @@ def export(args: Args) -> None:
 
 def main(args: Args) -> None:
     quiet_timm()
-    if args.mode == "train":
+    if args.list_augmentations:
+        print(list_augmentations())
+    elif args.mode == "train":
         launch(train, *prepare_training(args))
     elif args.mode == "extract":
         launch(extract, *prepare_extraction(args))

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from copydet.common import InputError, first_three, replacing, run_main
 from copydet.descriptors import BlockRows, Descriptors, write_descriptors
+from copydet.options import split_settings
 from copydet.search import count_gpus, search_topk
 
 BLOCK = 8192  # rows between two points from which a killed run can continue
@@ -267,10 +268,9 @@ STEPS = {  # name -> (function, parameters with their defaults)
 
 def parse_step(text):
     """"isolate:beta=0.35,k=10" -> (name, parameters, defaults filled in). InputError names what is wrong."""
-    name, _, settings = text.partition(":")
+    name, settings = split_settings(text)
     parameters = dict(STEPS[name][1])
-    for setting in filter(None, settings.split(",")):
-        key, _, value = setting.partition("=")
+    for key, value in settings.items():
         if key not in parameters:
             raise InputError(f"{text}: {name} has no parameter {key!r}, but {', '.join(parameters) or 'none at all'}")
         try:

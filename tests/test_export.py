@@ -56,7 +56,7 @@ def test_import_does_nothing_else(tmp_path):
 
 IMPORTED = """
 import os, sys, types
-import cv2, torch
+import cv2, timm, torch, torchvision  # the libraries set what they set
 for name in ("log", "cli", "report", "index", "options", "views"):  # modules of other projects
     sys.modules[name] = types.ModuleType(name)
 state = lambda: (dict(os.environ), torch.get_num_threads(), cv2.getNumThreads(), torch.get_rng_state().tolist())

@@ -313,6 +313,7 @@ def run_recipe(name, tmp_path, folder, *flags):
     recipe = (ROOT / "exp" / f"{name}.args").read_text()
     (tmp_path / f"{name}.args").write_text(re.sub(r"(?m)^--(weight|pairs) .*", "", recipe))
     args = parse_args([f"@{tmp_path}/{name}.args", *TINY, *map(str, flags), str(folder)])
+    args = args.replace(exp=str(tmp_path / "exp" / args.exp))  # spawned processes too write there
     train.main(args)
     return args.out
 

@@ -398,11 +398,30 @@ def test_whole_photos_are_decoded_small_and_stay_the_same(folder):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("crop", "'crop' is not crop:smallest"), ("text:1:2:3:4", "'text:1:2:3:4' is not text:fewest:most:lines"),
-    ("jitter:1=1", "'jitter:1=1' is not jitter:brightness:contrast:saturation:hue")])
+    ("crop", "'crop' is not crop:area,p, each as key=number"), ("text:1:2:3:4", "'text:1:2:3:4' is not text:fewest,most"),
+    ("jitter:hue=1,p=1", "is not jitter:brightness,contrast,saturation,hue,p"), ("crop:area", "'crop:area' is not crop"),
+    ("crop:area=x", "'crop:area=x' is not"), ("hflip:p=2", "p from 0 to 1"), ("crop:area=1,area=1", "is not crop:area"),
+    ("hflip:q=1", "'hflip:q=1' is not hflip:p"), ("sparkle:p=1", "unknown augmentation 'sparkle'")])
 def test_wrong_parameters_are_told(text, message):
-    with pytest.raises(InputError, match=f"--view1: {message}"):
+    with pytest.raises(InputError, match=f"--view1: .*{message}"):
         parse_ops(text, 0.2, "--view1")
+
+
+def test_views_of_older_checkpoints_are_read():
+    """name:value:value=probability, as recipes had it before the keys."""
+    old = "rotation=0.2 overlay-crop:0.25:0.25:0.35:0.8:0.6=1 [jitter:0.5:0.5:0.5:0.15=0.6 text:4:12:3 hflip] erase"
+    new = ("rotation:p=0.2 overlay-crop:area=0.25,overlay=0.25,low=0.35,high=0.8,opacity=0.6,p=1 [jitter:hue=0.15,"
+           "brightness=0.5,contrast=0.5,saturation=0.5,p=0.6 text:fewest=4,most=12,lines=3 hflip] erase")
+    assert parse_ops(old, 0.1) == parse_ops(new, 0.1) == [
+        [("rotation", (), 0.2)], [("overlay-crop", (0.25, 0.25, 0.35, 0.8, 0.6), 1.0)],
+        [("jitter", (0.5, 0.5, 0.5, 0.15), 0.6), ("text", (4.0, 12.0, 3.0), 0.1), ("hflip", (), 0.1)],
+        [("erase", (), 0.1)]]
+
+
+def test_the_list_of_augmentations_names_all_with_their_keys():
+    lines = views.list_augmentations().splitlines()
+    assert [line.partition(":")[0] for line in lines[::2]] == list(OPS) and all(line.strip() for line in lines)
+    assert "overlay-crop:area,overlay,low,high,opacity" in lines and "text:fewest=,most=,lines=1" in lines
 
 
 def test_erasing_comes_last():

@@ -3,11 +3,16 @@
 Every random choice comes from the generator that an operation is given, never from a global one. Distributions: notes
 v8..v86, augly 0.1.2, torchvision 0.10.
 """
+from __future__ import annotations
+
 import functools
+import inspect
 import math
 import os
 import pickle
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import augly.image as imaugs
@@ -325,30 +330,64 @@ RESIZES = {  # name -> whole image, uint8 tensor [3, h, w], to a square of a siz
     "crop": lambda img, s: TF.center_crop(TF.resize(img, s + 32), [s, s]),  # notes v3..v51
     "square": lambda img, s: TF.resize(img, [s, s]),  # notes v52 and later
 }
-OPS = {  # name -> operation of a view: (pixels uint8 [h, w, 3], numpy Generator, Views, parameters...) -> new pixels
-    "clean": lambda img, rng, v: LazyCrop.of(img).whole(v.resize, v.size),
-    "crop": lambda img, rng, v, smallest: LazyCrop.of(img).crop(crop_box(size_of(img), rng, smallest), v.size),
-    "overlay-crop": lambda img, rng, v, smallest, prob, low, high, opacity: overlay_and_crop(
-        img, rng, v, smallest, prob, low, high, opacity),
-    "jitter": lambda img, rng, v, brightness, contrast, saturation, hue: color_jitter(
-        img, rng, brightness, contrast, saturation, hue),
-    "saturation": lambda img, rng, v, factor: adjust_saturation(img, factor),
-    "brightness": lambda img, rng, v, low, high: adjust_brightness(img, rng.uniform(low, high)),
-    "pixelize": lambda img, rng, v: pixelize(img, max(rng.uniform(0.1, 1), 1 / min(img.shape[:2]))),
-    "shuffle": lambda img, rng, v: shuffle_pixels(img, rng, 0.1),
-    "jpeg": lambda img, rng, v: through_jpeg(img, int(rng.choice([10, 20, 30, 50]))),
-    "gray": lambda img, rng, v: gray(img),
-    "blur": lambda img, rng, v: blur(img, rng.uniform(0.01, 10)),
-    "gaussian": lambda img, rng, v: blur(img, rng.uniform(0.1, 2)),
-    "perspective": lambda img, rng, v: random_perspective(img, rng, 0.5),
-    "hflip": lambda img, rng, v: cv2.flip(img, 1),
-    "vflip": lambda img, rng, v: cv2.flip(img, 0),
-    "rotation": lambda img, rng, v: LazyCrop.of(img).turn(rng.uniform(0, 180)),
-    "edge": lambda img, rng, v: enhance_edges(img, EDGE_FILTERS[rng.integers(2)]),
-    "text": lambda img, rng, v, fewest=None, most=None, lines=1: overlay_text(img, rng, fewest, most, lines),
-    "emoji": lambda img, rng, v: overlay_emoji(img, rng),
-    "screenshot": lambda img, rng, v: overlay_onto_screenshot(img, rng),
-    "overlay": lambda img, rng, v: overlay_onto_image(img, rng, v),
-    "erase": lambda img, rng, v: erased_part(v.size, rng),  # comes last and gives noise, which is no colour: see Images
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """(pixels uint8 [h, w, 3], numpy Generator, Views, parameters...) -> new pixels; what it does, in a line."""
+    meaning: str
+    apply: Callable
+
+    def __call__(self, *args):
+        return self.apply(*args)
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """Name -> default, or inspect.Parameter.empty where a value has to be given."""
+        return {name: p.default for name, p in list(inspect.signature(self.apply).parameters.items())[3:]}
+
+
+OPS = {  # name -> augmentation; --list-augmentations prints this table
+    "clean": Augmentation("the whole image, as --resize makes it a square",
+                          lambda img, rng, v: LazyCrop.of(img).whole(v.resize, v.size)),
+    "crop": Augmentation("a crop of at least the fraction `area`, made a square",
+                         lambda img, rng, v, area: LazyCrop.of(img).crop(crop_box(size_of(img), rng, area), v.size)),
+    "overlay-crop": Augmentation(
+        "with probability `overlay` the image and another one are pasted into each other, `low`..`high` of the height, "
+        "from `opacity` up; then a crop of 0.7 or more, else of `area` or more",
+        lambda img, rng, v, area, overlay, low, high, opacity: overlay_and_crop(
+            img, rng, v, area, overlay, low, high, opacity)),
+    "jitter": Augmentation("brightness, contrast, saturation by factors of 1 +- each, hue by +- turns, in random order",
+                           lambda img, rng, v, brightness, contrast, saturation, hue: color_jitter(
+                               img, rng, brightness, contrast, saturation, hue)),
+    "saturation": Augmentation("saturation times `factor`", lambda img, rng, v, factor: adjust_saturation(img, factor)),
+    "brightness": Augmentation("brightness times `low`..`high`",
+                               lambda img, rng, v, low, high: adjust_brightness(img, rng.uniform(low, high))),
+    "pixelize": Augmentation("reduced to 0.1..1 of the side and enlarged again",
+                             lambda img, rng, v: pixelize(img, max(rng.uniform(0.1, 1), 1 / min(img.shape[:2])))),
+    "shuffle": Augmentation("a tenth of the pixels change places", lambda img, rng, v: shuffle_pixels(img, rng, 0.1)),
+    "jpeg": Augmentation("JPEG of quality 10, 20, 30 or 50",
+                         lambda img, rng, v: through_jpeg(img, int(rng.choice([10, 20, 30, 50])))),
+    "gray": Augmentation("without colour", lambda img, rng, v: gray(img)),
+    "blur": Augmentation("Gaussian blur, radius 0.01..10 px", lambda img, rng, v: blur(img, rng.uniform(0.01, 10))),
+    "gaussian": Augmentation("Gaussian blur, radius 0.1..2 px", lambda img, rng, v: blur(img, rng.uniform(0.1, 2))),
+    "perspective": Augmentation("each corner moves inwards by up to a quarter of the side",
+                                lambda img, rng, v: random_perspective(img, rng, 0.5)),
+    "hflip": Augmentation("left and right change places", lambda img, rng, v: cv2.flip(img, 1)),
+    "vflip": Augmentation("top and bottom change places", lambda img, rng, v: cv2.flip(img, 0)),
+    "rotation": Augmentation("turned by 0..180 degrees, cut to the largest upright rectangle",
+                             lambda img, rng, v: LazyCrop.of(img).turn(rng.uniform(0, 180))),
+    "edge": Augmentation("edges enhanced", lambda img, rng, v: enhance_edges(img, EDGE_FILTERS[rng.integers(2)])),
+    "text": Augmentation("five characters of one font; with `fewest` and `most`, that many of a random font in each of "
+                         "1..`lines` lines",
+                         lambda img, rng, v, fewest=None, most=None, lines=1: overlay_text(
+                             img, rng, fewest, most, lines)),
+    "emoji": Augmentation("a smiley of 0.1..0.3 of the height", lambda img, rng, v: overlay_emoji(img, rng)),
+    "screenshot": Augmentation("inside the screenshot of a web page or a telephone",
+                               lambda img, rng, v: overlay_onto_screenshot(img, rng)),
+    "overlay": Augmentation("pasted onto another image, 0.1..0.5 of its height",
+                            lambda img, rng, v: overlay_onto_image(img, rng, v)),
+    "erase": Augmentation("a rectangle of 0.02..0.33 of the area becomes noise; comes last",  # no colour: see Images
+                          lambda img, rng, v: erased_part(v.size, rng)),
 }
 GEOMETRY = ("rotation", "crop", "overlay-crop", "clean")  # first in a view they come before the image is decoded

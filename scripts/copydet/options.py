@@ -21,6 +21,19 @@ def recipe_words(file: str | Path) -> list[str]:
     return shlex.split(Path(file).read_text(encoding="utf-8-sig"), comments=True)
 
 
+def split_settings(text: str) -> tuple[str, dict[str, str]]:
+    """ "name:key=value,key=value" -> (name, {key: value}): the grammar of augmentations and of post-processing steps.
+    InputError names a setting that is not key=value, or is given twice."""
+    name, _, rest = text.partition(":")
+    settings: dict[str, str] = {}
+    for setting in filter(None, rest.split(",")):
+        key, equals, value = setting.partition("=")
+        if not equals or key in settings:
+            raise InputError(f"{text}: '{setting}' is " + ("given twice" if equals else "not key=value"))
+        settings[key] = value
+    return name, settings
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that reads recipes, @FILE, and tells a wrong flag in one line."""
 
@@ -60,9 +73,9 @@ def size_in_bytes(text: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py
 
-MODERATE = "crop:0.5=1 hflip=0.5"
-HARD = ("screenshot=0.01 crop:0.2=1 jitter:0.4:0.4:0.4:0.1=0.8 pixelize shuffle jpeg=0.5 gray blur perspective "
-        "hflip=0.5 vflip text emoji erase")
+MODERATE = "crop:area=0.5,p=1 hflip:p=0.5"
+HARD = ("screenshot:p=0.01 crop:area=0.2,p=1 jitter:brightness=0.4,contrast=0.4,saturation=0.4,hue=0.1,p=0.8 pixelize "
+        "shuffle jpeg:p=0.5 gray blur perspective hflip:p=0.5 vflip text emoji erase")
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
 LEAST_CALIBRATED = 10
 FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, default, help)
@@ -117,10 +130,11 @@ FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, defau
         ("--negatives N", int, 0, "add to each image N random ones of --negatives-dir that match nothing"),
         ("--negatives-dir DIR", str, None, "their folder; images that occur in --pairs are left out"),
         ("--ncrops N", int, 2, "views per image"),
-        ("--view0 OPS", str, MODERATE, "operations of view 0 in order, each name[:parameter...][=probability]; those "
-         "in [brackets] in random order; all names stand in scripts/views.py"),
-        ("--view1 OPS", str, HARD, "operations of the other views"),
-        ("--op-prob P", float, 0.2, "probability of the operations given without one"),
+        ("--view0 OPS", str, MODERATE, "augmentations of view 0 in order, each name:key=value,key=value,p=probability; "
+         "those in [brackets] in random order"),
+        ("--view1 OPS", str, HARD, "augmentations of the other views"),
+        ("--list-augmentations", bool, False, "print the augmentations with their keys and defaults"),
+        ("--op-prob P", float, 0.2, "probability of the augmentations given without one"),
     ],
     "loss and memory": [
         ("--loss", ["contrastive", "triplet", "snr", "ntxent", "ntxent-margin", "arcface", "simsiam"], "contrastive",

@@ -1,7 +1,7 @@
 """Views of training images: the grammar of --view0 and --view1, and the data sets that make views.
 
-A pipeline is a text: `crop:0.2=1 [jitter:0.4:0.4:0.4:0.1=0.8 gray] erase` is a crop to 0.2..1 of the area, always, then
-in random order a colour jitter with probability 0.8 and a grey conversion, then an erased rectangle, both with the
+A pipeline is a text: `crop:area=0.2,p=1 [pixelize:p=0.8 gray] erase` is a crop to 0.2..1 of the area, always, then in
+random order pixels made coarse with probability 0.8 and a grey conversion, then an erased rectangle, both with the
 default probability. Every random choice comes from one generator per view, so a view depends on (seed, epoch, image,
 view number) only.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from copydet.augmentations import GEOMETRY, OPS, RESIZES, LazyCrop, resize
 from copydet.batches import Images
 from copydet.common import InputError, replacing
 from copydet.images import UNREADABLE, ImageFile, to_rgb
-from copydet.options import Args
+from copydet.options import Args, split_settings
 
 if TYPE_CHECKING:
     from copydet.network import Descriptor
@@ -34,40 +35,66 @@ if TYPE_CHECKING:
 UNUSABLE = (*UNREADABLE, cv2.error)  # OpenCV 4 turns no image with a side of more than 32,767 px
 
 
-def parse_ops(text, default_prob, flag="view"):
-    """'a:1:2=0.5 [b c]' -> [[('a', (1.0, 2.0), 0.5)], [('b', (), default), ('c', (), default)]]: groups in order, the
-    operations inside a group in random order. Raises InputError naming `flag`."""
-    groups, inside = [], False
+def parse_ops(text: str, default_prob: float, flag: str = "view") -> list[list[tuple[str, tuple, float]]]:
+    """ "crop:area=0.2,p=1 [gray text]" -> [[("crop", (0.2,), 1.0)], [("gray", (), default), ("text", (), default)]]:
+    groups in order, the augmentations inside a group in random order. Raises InputError naming `flag`."""
+    groups: list[list] = []
+    inside = False
     for word in text.replace("[", " [ ").replace("]", " ] ").split():
         if word in "[]":
             if inside == (word == "["):
                 raise InputError(f"{flag}: brackets do not match in '{text}'")
             inside = word == "["
             groups += [[]] if inside else []
-            continue
-        name, _, prob = word.partition("=")
-        name, *parameters = name.split(":")
-        if name not in OPS:
-            raise InputError(f"{flag}: unknown operation '{name}'; there are {', '.join(OPS)}")
-        try:
-            op = (name, tuple(map(float, parameters)), float(prob) if prob else default_prob)
-        except ValueError:
-            raise InputError(f"{flag}: '{word}' is not name[:number...][=probability]") from None
-        try:
-            inspect.signature(OPS[name]).bind(None, None, None, *parameters)
-        except TypeError:
-            wanted = ":".join([name, *list(inspect.signature(OPS[name]).parameters)[3:]])
-            raise InputError(f"{flag}: '{word}' is not {wanted}") from None
-        if inside:
-            groups[-1].append(op)
+        elif inside:
+            groups[-1].append(parse_op(word, default_prob, flag))
         else:
-            groups.append([op])
+            groups.append([parse_op(word, default_prob, flag)])
     if inside:
         raise InputError(f"{flag}: brackets do not match in '{text}'")
     names = [name for group in groups for name, *_ in group]
     if "erase" in names and (names.index("erase") < len(names) - 1 or len(groups[-1]) > 1):
         raise InputError(f"{flag}: 'erase' must come last and by itself in '{text}'")
     return groups
+
+
+def parse_op(word: str, default_prob: float, flag: str) -> tuple[str, tuple, float]:
+    """ "jitter:brightness=0.4,...,p=0.8" -> (name, parameters in their order, probability)."""
+    name = re.split("[:=]", word)[0]
+    if name not in OPS:
+        raise InputError(f"{flag}: unknown augmentation '{name}'; --list-augmentations prints all")
+    known = OPS[name].parameters
+    try:
+        settings = old_settings(word, list(known)) or split_settings(word)[1]
+        values = {key: float(value) for key, value in settings.items()}
+        prob = values.pop("p", default_prob)
+        if values.keys() - known.keys() or not 0 <= prob <= 1 or any(
+                default is inspect.Parameter.empty and key not in values for key, default in known.items()):
+            raise ValueError
+    except (InputError, ValueError):
+        raise InputError(f"{flag}: '{word}' is not {':'.join(filter(None, [name, ','.join([*known, 'p'])]))}, "
+                         "each as key=number, p from 0 to 1") from None
+    return name, tuple(values.get(key, default) for key, default in known.items()) if values else (), prob
+
+
+def old_settings(word: str, keys: list[str]) -> dict[str, str]:
+    """Settings of the form that older checkpoints hold, name:value:value=probability; none where it is not that."""
+    if not (old := re.fullmatch(r"[\w-]+((?::[\d.e+-]+)*)(?:=([\d.e+-]+))?", word)):
+        return {}
+    values = old[1].split(":")[1:]
+    if len(values) > len(keys):
+        raise ValueError
+    return dict(zip(keys, values)) | ({"p": old[2]} if old[2] else {})
+
+
+def list_augmentations() -> str:
+    """The table that --list-augmentations prints: name:parameters with their defaults, and what each does."""
+    lines = []
+    for name, op in OPS.items():
+        settings = [key if default is inspect.Parameter.empty else f"{key}={'' if default is None else default}"
+                    for key, default in op.parameters.items()]
+        lines.append(f"{name}{':' * bool(settings)}{','.join(settings)}\n    {op.meaning}")
+    return "\n".join(lines)
 
 
 NEGATIVE_LABEL = 10**9  # the first label of negatives, beyond those of any training set
