@@ -14,11 +14,11 @@ from augly.image.utils import rotated_rect_with_max_area
 from PIL import Image, ImageFilter
 
 from copydet import augmentations, images
-from copydet.augmentations import OPS, LazyCrop
+from copydet.augmentations import OPS, Augmentation, LazyCrop
 from copydet.batches import PREFETCHED, Images, collate_views, make_loader
 from copydet.common import InputError
 from copydet.distributed import Rank
-from copydet.views import Preprocessing, Views, WholeImages, parse_ops
+from copydet.views import Preprocessing, Views, WholeImages, list_augmentations, parse_ops
 from helpers import draw_images
 
 SIZE = 96
@@ -322,7 +322,7 @@ def test_operations_on_odd_photos_fail_alone(tmp_path, size):
 def test_an_error_of_opencv_is_one_operations(folder, monkeypatch):
     def fail(pixels, rng, data):
         raise cv2.error("too long")
-    monkeypatch.setitem(OPS, "gray", fail)
+    monkeypatch.setitem(OPS, "gray", Augmentation("fails", fail))
     _, _, unreadable, failed = views_of(folder, view0="gray=1", view1="hflip")[(0, 0)]
     assert not unreadable and failed == ["gray: too long"]
 
@@ -398,8 +398,9 @@ def test_whole_photos_are_decoded_small_and_stay_the_same(folder):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("crop", "'crop' is not crop:area,p, each as key=number"), ("text:1:2:3:4", "'text:1:2:3:4' is not text:fewest,most"),
-    ("jitter:hue=1,p=1", "is not jitter:brightness,contrast,saturation,hue,p"), ("crop:area", "'crop:area' is not crop"),
+    ("crop", "'crop' is not crop:area,p, each as key=number"), ("text:1:2:3:4", "'text:1:2:3:4' is not text:fewest"),
+    ("jitter:hue=1,p=1", "is not jitter:brightness,contrast,saturation,hue,p"),
+    ("crop:area", "'crop:area' is not crop"),
     ("crop:area=x", "'crop:area=x' is not"), ("hflip:p=2", "p from 0 to 1"), ("crop:area=1,area=1", "is not crop:area"),
     ("hflip:q=1", "'hflip:q=1' is not hflip:p"), ("sparkle:p=1", "unknown augmentation 'sparkle'")])
 def test_wrong_parameters_are_told(text, message):
@@ -419,7 +420,7 @@ def test_views_of_older_checkpoints_are_read():
 
 
 def test_the_list_of_augmentations_names_all_with_their_keys():
-    lines = views.list_augmentations().splitlines()
+    lines = list_augmentations().splitlines()
     assert [line.partition(":")[0] for line in lines[::2]] == list(OPS) and all(line.strip() for line in lines)
     assert "overlay-crop:area,overlay,low,high,opacity" in lines and "text:fewest=,most=,lines=1" in lines
 
