@@ -86,7 +86,7 @@ class Cache:
         self.db.executescript("""
             PRAGMA locking_mode = EXCLUSIVE;
             BEGIN EXCLUSIVE;
-            CREATE TABLE IF NOT EXISTS images (root BLOB, path BLOB, size INTEGER, mtime INTEGER, sha256 TEXT, row BLOB,
+            CREATE TABLE IF NOT EXISTS photos (root BLOB, path BLOB, size INTEGER, mtime INTEGER, sha256 TEXT, row BLOB,
                                                reason TEXT, PRIMARY KEY (root, path));
             CREATE TABLE IF NOT EXISTS attrs (name TEXT PRIMARY KEY, value TEXT);
             CREATE TABLE IF NOT EXISTS calibrations (root BLOB PRIMARY KEY, value TEXT);
@@ -94,11 +94,11 @@ class Cache:
 
     def stamps(self, root):
         """path -> Stamp of what is known below the root."""
-        rows = self.db.execute("SELECT path, size, mtime, sha256 FROM images WHERE root = ?", (os.fsencode(root),))
+        rows = self.db.execute("SELECT path, size, mtime, sha256 FROM photos WHERE root = ?", (os.fsencode(root),))
         return {os.fsdecode(path): Stamp(*stamp) for path, *stamp in rows}
 
     def count(self):
-        return self.db.execute("SELECT count(*) FROM images").fetchone()[0]
+        return self.db.execute("SELECT count(*) FROM photos").fetchone()[0]
 
     def attrs(self, root):
         """Attributes of train.py's descriptor files, the calibration measured on this root's images if there is one;
@@ -110,7 +110,7 @@ class Cache:
     def store(self, root, images, attrs):
         """Write [(path, Stamp, row or None, reason or None)] in one transaction."""
         with self.db:
-            self.db.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", [
+            self.db.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?, ?, ?)", [
                 (os.fsencode(root), os.fsencode(path), stamp.size, stamp.mtime, stamp.sha256,
                  None if row is None else row.tobytes(), reason) for path, stamp, row, reason in images])
             for name, value in attrs.items():
@@ -123,20 +123,20 @@ class Cache:
     def touch(self, root, stamps):
         """Write new stamps, path -> Stamp, of images whose content is still the same."""
         with self.db:
-            self.db.executemany("UPDATE images SET size = ?, mtime = ?, sha256 = ? WHERE root = ? AND path = ?", [
+            self.db.executemany("UPDATE photos SET size = ?, mtime = ?, sha256 = ? WHERE root = ? AND path = ?", [
                 (stamp.size, stamp.mtime, stamp.sha256, os.fsencode(root), os.fsencode(path))
                 for path, stamp in stamps.items()])
 
     def forget(self, root, paths):
         with self.db:
-            self.db.executemany("DELETE FROM images WHERE root = ? AND path = ?",
+            self.db.executemany("DELETE FROM photos WHERE root = ? AND path = ?",
                                 [(os.fsencode(root), os.fsencode(path)) for path in paths])
 
     def read(self, root, wanted):
         """Of the `wanted` paths (a set): paths [n] sorted, rows float32 [n, d], [(path, reason)] of the others."""
         paths, rows, skipped = [], [], []
         for path, row, reason in self.db.execute(
-                "SELECT path, row, reason FROM images WHERE root = ? ORDER BY path", (os.fsencode(root),)):
+                "SELECT path, row, reason FROM photos WHERE root = ? ORDER BY path", (os.fsencode(root),)):
             path = os.fsdecode(path)
             if path in wanted and row is None:
                 skipped.append((path, reason))

@@ -423,7 +423,7 @@ def test_groups_on_the_page_are_those_of_the_table(browser, tmp_path):
     for pair in table(tmp_path / "r" / "pairs.csv"):
         groups.setdefault(pair["group"], set()).update((pair["query_id"], pair["reference_id"]))
     browser.open(tmp_path / "r" / "index.html", 1400)
-    shown = browser.eval("rows.map(r => [r.photo, ...r.answers.map(a => a[0])].map(p => data.photos[p][0]))")
+    shown = browser.eval("rows.map(r => [r.image, ...r.answers.map(a => a[0])].map(p => data.images[p][0]))")
     assert len(groups) == 100 and sorted(map(sorted, shown)) == sorted(map(sorted, groups.values()))
     assert browser.eval("counts.textContent").startswith("140 pairs, 100 groups") and browser.complaints() == []
 
