@@ -7,10 +7,10 @@
 # Without IMAGES, tiles of the photos that scikit-image and scikit-learn ship are used.
 set -euo pipefail
 [ $# -le 1 ] || { echo "usage: bash scripts/quickstart.sh [IMAGES]" >&2; exit 2; }
-photos=
+images=
 if [ $# = 1 ]; then
     [ -d "$1" ] || { echo "$1: no such folder" >&2; exit 2; }
-    photos=$(cd "$1" && pwd)
+    images=$(cd "$1" && pwd)
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/env.sh
@@ -26,9 +26,9 @@ show_and_run() {
     "$@"
 }
 
-copy_shipped_photos() {  # varied ones: people, animals, food, a town, a street scene, textures, stars, tissue
-    mkdir -p quickstart/photos
-    "$python" - quickstart/photos <<'PYTHON'
+copy_shipped_images() {  # varied ones: people, animals, food, a town, a street scene, textures, stars, tissue
+    mkdir -p quickstart/images
+    "$python" - quickstart/images <<'PYTHON'
 import importlib.util, pathlib, shutil, sys
 files = {"skimage": ("data", ["astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
                               "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
@@ -50,13 +50,13 @@ network=(-a tf_efficientnet_lite0 --backbone-weights "$lite0" --input-size 128 -
 rm -rf quickstart exp/quickstart exp/quickstart-raw quickstart.png
 
 step "Benchmark: edited copies to find, distractors, references, training images"
-if [ -n "$photos" ]; then
-    show_and_run "$python" scripts/make_benchmark.py "$photos" quickstart/benchmark --sample-size 1500
+if [ -n "$images" ]; then
+    show_and_run "$python" scripts/make_benchmark.py "$images" quickstart/benchmark --sample-size 1500
     epochs=6
 else
     echo "No IMAGES given: tiles of photos from scikit-image and scikit-learn. They show the commands, not an accuracy."
-    copy_shipped_photos
-    show_and_run "$python" scripts/make_benchmark.py quickstart/photos quickstart/benchmark --tile 112
+    copy_shipped_images
+    show_and_run "$python" scripts/make_benchmark.py quickstart/images quickstart/benchmark --tile 112
     epochs=20
 fi
 
@@ -76,4 +76,4 @@ show_and_run "$python" scripts/eval_metrics.py exp/quickstart/extract/fb-isc-sub
     quickstart/benchmark/public_ground_truth.csv --picture quickstart.png --images quickstart/benchmark
 
 step "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s: quickstart.png shows queries with their best answers"
-[ -n "$photos" ] || echo "Tiles of a few photos: this shows the commands, not an accuracy."
+[ -n "$images" ] || echo "Tiles of a few photos: this shows the commands, not an accuracy."
