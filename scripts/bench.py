@@ -335,8 +335,8 @@ def bench_start(bench):
     tracemalloc.stop()
     yield f"  memory of {len(paths):,} paths", memory, "MiB", None
     command = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--input-size", 64, "-b", 32, "--memory-size",
-               64, "--sample-size", count, "--epoch-steps", 1, "--epochs", 1, "--exp", bench.work / "out", "--overwrite",
-               *bench.flags]
+               64, "--sample-size", count, "--epoch-steps", 1, "--epochs", 1, "--exp", bench.work / "out",
+               "--overwrite", *bench.flags]
     run = lambda: subprocess.run([sys.executable, *map(str, command), folder], cwd=ROOT, check=True,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield "  train.py with one step, from start to exit", in_turns(bench.repeats, run)[0], "s", None
