@@ -482,6 +482,7 @@ class Trainer:
         if "done" not in state:
             raise InputError(f"--resume {file}: not a checkpoint of this script; start from it with --weight")
         load_weights(self.net, state["state_dict"], file)
+        self.contaminated = self.contaminated or state.get("contaminated")
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.done = state["epoch"], state["step"], state["done"]
         trained = self.sample_of_epoch(self.epoch - (self.done == 0))  # a growth may come next

@@ -581,6 +581,8 @@ def test_v101_trains_on_pairs_and_is_marked(data, tmp_path, monkeypatch):
     assert load(file)["contaminated"] == "public_ground_truth.csv"
     after = run_recipe("v98", tmp_path, data / "training_images", "--weight", file, *negatives, "--epochs", 1)
     assert load(after / "checkpoint_0000.pth.tar")["contaminated"] == "public_ground_truth.csv"  # handed on
+    after = run_recipe("v98", tmp_path, data / "training_images", "--resume", "auto", *negatives, "--epochs", 2)
+    assert load(after / "checkpoint_0001.pth.tar")["contaminated"] == "public_ground_truth.csv"
 
 
 @pytest.mark.parametrize("flags, words", [
