@@ -25,13 +25,15 @@ A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line
 import json
 import math
 import os
+import secrets
 import signal
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
 from copydet.common import InputError, WorkError, replacing, run_main
@@ -48,7 +50,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from copydet.batches import EpochBatches, check_shared_memory, collate_views, make_loader, shape_of_batch
+from copydet.batches import EpochBatches, Images, check_shared_memory, collate_views, make_loader, shape_of_batch
 from copydet.calibration import measure
 from copydet.checkpoints import find_source, load_net, load_weights, newest_checkpoint, read_checkpoint
 from copydet.distributed import Rank, gather_objects, launch, pick_precision
@@ -118,7 +120,10 @@ class Data:
 
 
 def prepare_training(args: Args) -> tuple[Args, Data]:
-    """What every process needs and only one should do: check the input, list the images, make the folder."""
+    """What every process needs and only one should do: check the input, list the images, make the folder.
+
+    Raises InputError: unknown network or operation, no folder, no images, checkpoints of another run.
+    """
     check_arch(args.arch)
     for flag in ("view0", "view1"):
         parse_ops(getattr(args, flag), args.op_prob, f"--{flag}")
@@ -151,7 +156,7 @@ def find_resume_file(args: Args) -> Path | str:
 
 
 def hold_back(images: list, n: int) -> tuple[list, list]:
-    """`n` images by chance, always the same ones, and the others in their order."""
+    """`n` images by chance, always the same ones, and the others in their order. Raises InputError: more than half."""
     if 2 * n > len(images):
         raise InputError(f"--calibrate {n}: leaves less than half of {len(images)} images to train on")
     kept = set(np.random.default_rng(0).permutation(len(images))[:n].tolist())
@@ -162,10 +167,10 @@ def hold_back(images: list, n: int) -> tuple[list, list]:
 # Training
 
 
-def param_groups(module, args):
+def param_groups(module: torch.nn.Module, args: Args) -> list[dict]:
     """Weight decay for matrices and kernels only: none for 1-D parameters, biases and NFNet gains (--decay-all: for
     all). With --fix-pred-lr the predictor's parameters are groups of their own, marked as `fixed`."""
-    groups = {}
+    groups: dict[tuple, list] = {}
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
@@ -175,8 +180,8 @@ def param_groups(module, args):
     return [{"params": groups[key], "weight_decay": args.wd * key[1], "fixed": key[0]} for key in sorted(groups)]
 
 
-def freeze_stages(backbone, n):
-    """Leave the parameters up to the backbone's feature map n - 1 as they are."""
+def freeze_stages(backbone: Any, n: int) -> None:
+    """Leave the parameters up to the backbone's feature map n - 1 as they are. Raises InputError: there is none."""
     if not hasattr(backbone, "feature_info") or n > len(backbone.feature_info.info):
         raise InputError(f"--freeze {n}: the backbone has no feature map {n - 1}")
     last = backbone.feature_info.info[n - 1]["module"].replace(".", "_") + "_"  # as timm names it in flat networks
@@ -186,7 +191,8 @@ def freeze_stages(backbone, n):
         backbone.get_parameter(name).requires_grad_(False)
 
 
-def on_gpu(groups):
+def on_gpu(groups: list[dict]) -> bool:
+    """Whether parameter groups are."""
     return groups[0]["params"][0].is_cuda
 
 
@@ -210,8 +216,10 @@ def build_criterion(args: Args, count: int, rank: Rank) -> torch.nn.Module:
 
 class Trainer:
     """One process's part of a training run: builds everything, resumes, runs the epochs, writes the checkpoints."""
+    net: Any  # a Descriptor
+    criterion: Any  # a module of copydet.losses
 
-    def __init__(self, args: Args, data: Data, rank: Rank):
+    def __init__(self, args: Args, data: Data, rank: Rank) -> None:
         self.data, self.rank, self.device = data, rank, rank.device
         self.args = self.seeded(args)
         self.amp_dtype = pick_precision(args, self.device)
@@ -221,21 +229,23 @@ class Trainer:
         self.epoch, self.done = args.start_epoch, 0  # `done` steps of this epoch
         self.build_stage(self.sample_of_epoch())
         self.step = self.epoch * self.batches.steps()
-        self.skipped, self.failed, self.stop, self.calibration = {}, 0, False, None
+        self.failed, self.stop = 0, False  # failed operations
+        self.skipped: dict[str, str] = {}  # unreadable images: path -> reason
+        self.calibration: dict | None = None
 
     def seeded(self, args: Args) -> Args:
         """The command line with the seed that all ranks agree on; cudnn either repeats itself (seed given) or searches
         for the fastest kernels."""
-        seed = args.seed if args.seed is not None else int(np.random.SeedSequence().entropy % 2**31)
-        seed = gather_objects(seed)[0]
+        seed = gather_objects(args.seed if args.seed is not None else secrets.randbits(31))[0]
         torch.manual_seed(seed)
         torch.backends.cudnn.deterministic = "seed" in args.given
         torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
         return args.replace(seed=seed)
 
-    def build_network(self):
+    def build_network(self) -> None:
+        """The network with its first weights on the device, and how it sees images."""
         args = self.args
-        pretrained = not (args.no_pretrained or args.weight or self.data.resume_file)
+        pretrained: bool | dict = not (args.no_pretrained or args.weight or self.data.resume_file)
         if args.backbone_weights and pretrained:
             pretrained = read_backbone_weights(args.backbone_weights, args.arch)
         self.net = build_net(args, pretrained)
@@ -263,18 +273,20 @@ class Trainer:
         if synchronised(args, self.rank):
             self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
-    def describe_views(self, describe: Callable, paths: list, pipelines: list, preprocessing: Preprocessing):
+    def describe_views(self, describe: Callable, paths: list, pipelines: list,
+                       preprocessing: Preprocessing) -> list[torch.Tensor]:
         """`describe` of training images `paths` in a view by each of the pipelines, the network in evaluation mode."""
         return describe_views(self.net.eval(), describe, paths, self.args.dir, pipelines, preprocessing, self.args.seed,
                               self.args.workers, self.rank)
 
-    def pool_views(self, paths: list, pipelines: list, preprocessing: Preprocessing, features: Callable):
+    def pool_views(self, paths: list, pipelines: list, preprocessing: Preprocessing,
+                   features: Callable) -> Sequence[torch.Tensor]:
         """Pooled features [n, channels] of these images in each view; with --pool grid their mean and variance become
         the network's."""
         views = self.describe_views(lambda images: torch.cat(features(images), 1), paths, pipelines, preprocessing)
         return self.net.fit_standard(*views) if self.args.pool == "grid" else views
 
-    def finish(self):
+    def finish(self) -> None:
         """Fit the head anew to the trained backbone and measure the calibration, on images as extraction sees them."""
         args, net = self.args, self.net
         as_extracted = Preprocessing.of(args, net, args.eval_input_size)
@@ -290,8 +302,9 @@ class Trainer:
         epoch = self.epoch if epoch is None else epoch
         return self.data.sample_of_epoch(self.args, epoch, self.rank.local_world_size)
 
-    def build_stage(self, sample: tuple[int, int]):
-        """Views, criterion and optimizer for `sample` (images, images per step of a rank)."""
+    def build_stage(self, sample: tuple[int, int]) -> None:
+        """Views, criterion and optimizer for `sample` (images, images per step of a rank). Raises InputError: less than
+        a batch."""
         args, self.sample = self.args, sample
         self.views = (Pairs if args.pairs else Views)(
             args.dir, self.data.images[:sample[0]], self.preprocessing, self.pipelines, args.seed, args.negatives,
@@ -301,16 +314,16 @@ class Trainer:
         if not self.batches.steps():
             raise InputError(f"{len(self.views)} images do not fill one batch of {sample[1] * self.rank.world_size}; "
                              "lower --batch-size")
-        self.loaded = None  # batches to come, one epoch's after the other's
+        self.loaded: Iterator | None = None  # batches to come, one epoch's after the other's
         self.criterion = build_criterion(args.replace(dim=self.net.dim), len(self.views), self.rank).to(self.device)
-        self.objective = Objective(self.net, self.criterion, args.ncrops, args.batch_norm == "shuffled",
-                                   args.accumulate)
+        self.objective: torch.nn.Module = Objective(self.net, self.criterion, args.ncrops,
+                                                    args.batch_norm == "shuffled", args.accumulate)
         self.optimizer = OPTIMIZERS[args.optimizer](param_groups(self.objective, args), args)
         if dist.is_initialized():
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.objective = torch.nn.parallel.DistributedDataParallel(self.objective, ids)
 
-    def init_classes(self):
+    def init_classes(self) -> None:
         """Start each class vector as its image's descriptor, before unit length, from the clean view (notes v3)."""
         paths, folder = [str(self.args.dir / path) for path in self.views.paths], self.args.out / "classes.blocks"
         if self.rank.is_main:
@@ -328,7 +341,8 @@ class Trainer:
         if dist.is_initialized():
             dist.broadcast(weights, 0)
 
-    def run(self):
+    def run(self) -> None:
+        """The whole training, from a checkpoint where there is one to go on from."""
         args = self.args
         if self.data.resume_file:
             self.resume(self.data.resume_file)
@@ -348,7 +362,7 @@ class Trainer:
             self.train_epoch()
         print(f"=> done: {args.out / f'checkpoint_{args.epochs - 1:04d}.pth.tar'}")
 
-    def start_folder(self):
+    def start_folder(self) -> None:
         """Print and write what this run is; with --overwrite the checkpoints of the run before it go."""
         args = self.args
         self.print_summary()
@@ -359,7 +373,7 @@ class Trainer:
         with replacing(args.out / "args.json") as temporary:
             temporary.write_text(json.dumps(args.plain(), indent=2) + "\n")
 
-    def print_summary(self):
+    def print_summary(self) -> None:
         args, n, world, tag = self.args, len(self.views), self.rank.world_size, check_arch(self.args.arch)
         print(f"=> recipe    {recipe_of(args)}\n"
               f"=> network   {tag}" + f" (asked for: {args.arch})" * (tag != args.arch) +
@@ -374,13 +388,14 @@ class Trainer:
               f"{args.seed}\n"
               f"=> output    {args.out}", flush=True)
 
-    def train_epoch(self):
+    def train_epoch(self) -> None:
         """The rest of epoch `self.epoch`, after the `self.done` steps that it had; ends with its checkpoint."""
         args, steps = self.args, self.batches.steps()
         if self.loaded is None:
             self.loaded = self.load(self.batches.after(self.epoch, self.done, args.epochs))
         self.objective.train()
-        losses, waited, began = [], 0.0, time.time()
+        losses: list[Any] = []  # tensors, numbers once they are looked at
+        waited, began = 0.0, time.time()
         with tqdm(total=steps, initial=self.done, desc=f"epoch {self.epoch}", unit="step",
                   disable=not self.rank.is_main) as bar:
             while self.done < steps:
@@ -412,26 +427,27 @@ class Trainer:
         self.save(f"checkpoint_{self.epoch - 1:04d}.pth.tar")
         self.report_skipped()
 
-    def load(self, batches):
+    def load(self, batches: Iterable) -> Iterator:
         """Iterator over batches of views; one holds until the next one is taken."""
         return iter(make_loader(self.views, batches, collate_views, self.args.workers, self.rank,
                                 shape_of_batch(self.args, self.batches.batch)))
 
-    def train_step(self, images, labels):
-        """One optimizer step; returns the loss as a tensor that is not waited for."""
+    def train_step(self, images: Images, labels: torch.Tensor) -> torch.Tensor:
+        """One optimizer step with images and labels [n]; returns the loss as a tensor that is not waited for."""
         self.rate = learning_rate(self.args, self.epoch, self.done / self.batches.steps())
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr if group["fixed"] else self.rate
-        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        loss = self.objective(images, labels.to(self.device, non_blocking=True))
+        pixels = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        loss = self.objective(pixels, labels.to(self.device, non_blocking=True))
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
 
-    def check(self, losses):
-        """Fetch the losses since the last check; stop at NaN, or with a checkpoint when any process was told to."""
+    def check(self, losses: list) -> None:
+        """Fetch the losses since the last check, tensors -> numbers; stop with a checkpoint when any process was told
+        to. Raises WorkError: a loss that is not finite."""
         losses[:] = torch.stack(losses).tolist()
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
@@ -444,8 +460,8 @@ class Trainer:
             print(f"\n=> stopped at step {self.step}; continue with --resume auto")
             sys.exit(130)
 
-    def report_skipped(self):
-        """Write skipped.csv; more than 1 % unreadable images are no accident."""
+    def report_skipped(self) -> None:
+        """Write skipped.csv; more than 1 % unreadable images are no accident: WorkError."""
         skipped = {path: reason for part in gather_objects(self.skipped) for path, reason in part.items()}
         if self.rank.is_main:
             write_skipped(self.args.out / "skipped.csv", list(skipped.items()) + self.data.odd)
@@ -456,7 +472,7 @@ class Trainer:
             raise WorkError(f"{len(skipped)} of {len(self.views)} images cannot be read, see "
                             f"{self.args.out / 'skipped.csv'}")
 
-    def save(self, name):
+    def save(self, name: str) -> None:
         """Write a checkpoint that holds everything to continue bit for bit."""
         rng = gather_objects({"cpu": torch.get_rng_state(),
                               "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None})
@@ -476,8 +492,9 @@ class Trainer:
         if name != "latest.pth.tar":
             (self.args.out / "latest.pth.tar").unlink(missing_ok=True)
 
-    def resume(self, file):
-        """Take up the run of `file`. What changed since is told; an incomplete epoch starts anew if its steps moved."""
+    def resume(self, file: str | Path) -> None:
+        """Take up the run of `file`. What changed since is told; an incomplete epoch starts anew if its steps moved.
+        Raises InputError: weights only, or of another network."""
         args, state = self.args, read_checkpoint(file)
         if "done" not in state:
             raise InputError(f"--resume {file}: not a checkpoint of this script; start from it with --weight")
@@ -503,7 +520,7 @@ class Trainer:
             print(f"=> warning: not the run that {file} comes from: {'; '.join(moved)}")
         print(f"=> resumed {file} at epoch {self.epoch}, step {self.step}")
 
-    def load_criterion(self, state):
+    def load_criterion(self, state: dict) -> list[str]:
         """Memory or classes, and the optimizer with the command line's settings; says what starts anew instead."""
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         shapes = [{name: x.shape for name, x in criterion.items() if torch.is_tensor(x)}
@@ -543,7 +560,7 @@ def memory_estimate(args: Args, data: Data, dim: int, rank: Rank) -> float:
 
 
 def train(args: Args, data: Data, rank: Rank) -> None:
-    """Train as the command line says, if memory and loss fit into the device."""
+    """Train as the command line says. Raises InputError: memory and loss do not fit into the device."""
     quiet_timm()
     need = memory_estimate(args, data, args.dim, rank)
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -561,7 +578,7 @@ def train(args: Args, data: Data, rank: Rank) -> None:
 
 
 def export(args: Args) -> None:
-    """Write the network as --format."""
+    """Write the network as --format. Raises InputError: no checkpoint, a package that is missing."""
     args, source = find_source(args)
     net = load_net(args, source)
     config = settings_of(args, source) | {"mean": net.mean, "std": net.std, "dim": net.dim, "input": INPUT,
@@ -573,6 +590,7 @@ def export(args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    """Do what --mode says."""
     quiet_timm()
     if args.list_augmentations:
         print(list_augmentations())

@@ -13,6 +13,8 @@ and `decode` use one core. Floors: the notes' pipeline as written, with AugLy an
 size (decode); forward, backward and optimizer on a ready batch (train, and loop, which trains from files); forward or
 decoding alone, whichever is longer (extract); os.walk (start); one faiss search (search). Other flags go to train.py.
 """
+from __future__ import annotations
+
 import argparse
 import copy
 import functools
@@ -28,6 +30,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,13 +91,14 @@ def plain_pair(size, q=0.2, mean=(0.5,) * 3, std=(0.5,) * 3):
     return moderate, hard
 
 
-def timed(work):
+def timed(work: Callable) -> float:
+    """Seconds that it takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
-def in_turns(repeats, *works):
+def in_turns(repeats: int, *works: Callable) -> np.ndarray:
     """Median seconds of each work; they run in turns, after a first round that is not counted."""
     return np.median([[timed(work) for work in works] for _ in range(repeats + 1)][1:], axis=0)
 
@@ -377,11 +381,11 @@ def copy_images(bench):
     bench.names = sorted(file.name for file in bench.folder.iterdir())
 
 
-def copy_image(path, to, side):
+def copy_image(path: str, to: Path, side: int) -> None:
     """A JPEG of quality 90 with the longer side at `side` px."""
     img = open_image(path)
     scale = side / max(img.size)
-    img.resize([max(1, round(side * scale)) for side in img.size], Image.LANCZOS).save(to, quality=90)
+    img.resize([max(1, round(side * scale)) for side in img.size], Image.Resampling.LANCZOS).save(to, quality=90)
 
 
 def show(rows, old):
@@ -395,7 +399,7 @@ def show(rows, old):
               + (f"{then:10.4g}{value / then - 1:+8.0%}" if then else ""))
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="+", choices=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--images", "--photos", metavar="DIR", help="images for all sections but search")
@@ -406,7 +410,8 @@ def parse_args(argv=None):
     parser.add_argument("--recipe", default="v31", metavar="NAME", help="exp/NAME.args (default: %(default)s)")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--compare", metavar="FILE", help="show the figures of an earlier -o beside these")
-    args, args.flags = parser.parse_known_args(argv)  # the others go to train.py
+    args, flags = parser.parse_known_args(argv)
+    args.flags = flags  # the others go to train.py
     return args
 
 
@@ -446,7 +451,7 @@ def bench_all(bench):
         write_rows(bench, rows)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     bench = parse_args(argv)
     return run_main(lambda: bench_all(bench))
 

@@ -16,6 +16,8 @@ chose the candidates. `rule` in the output says which it was: global, topk (--to
 Standard output holds the result, as JSON, and nothing else. Search is exact: float32 search finds what could be among
 the candidates, rounding errors allowed for, and float64 distances decide. References are read from the file in blocks.
 """
+from __future__ import annotations
+
 import argparse
 import json
 import sys
@@ -37,7 +39,7 @@ from copydet.search import PAIR, count_gpus, exact_distances, rows_of, search, s
 # Evaluation
 
 
-def open_descriptors(path, allow_contaminated):
+def open_descriptors(path: str, allow_contaminated: bool) -> Descriptors:
     """Open descriptors that may be scored. InputError: more than one checkpoint, trained on the ground truth."""
     file = Descriptors(path)
     try:
@@ -67,7 +69,7 @@ class Evaluation:
         missed: DataFrame of the positives that are not among the candidates, with their score where it is known.
     """
 
-    def __init__(self, path, ground_truth, args):
+    def __init__(self, path: str, ground_truth: tuple[np.ndarray, pd.DataFrame], args: argparse.Namespace) -> None:
         self.path, self.attrs = path, {"topk": args.topk} if args.topk else {}
         self.queries, self.positives = ground_truth
         read = self.read_csv if is_csv(path, args) else self.read_h5
@@ -78,7 +80,7 @@ class Evaluation:
         self.pairs = pairs.assign(is_true=is_true).iloc[order].reset_index(drop=True)
         self.counts |= {"n_positives": len(self.positives), "n_candidates": len(pairs), "n_true": int(is_true.sum())}
 
-    def read_csv(self, path, args):
+    def read_csv(self, path: str, args: argparse.Namespace) -> pd.DataFrame:
         """Candidates from a CSV: all of them, or the best --topk of each query."""
         pairs, dropped = read_predictions(path, self.queries, args.drop_unknown)
         present = pairs.query_id.nunique()
@@ -92,7 +94,7 @@ class Evaluation:
         self.missed = self.positives.assign(score=np.nan)
         return pairs
 
-    def read_h5(self, path, args):
+    def read_h5(self, path: str, args: argparse.Namespace) -> pd.DataFrame:
         """Candidates by search in a descriptor file."""
         with open_descriptors(path, args.allow_contaminated) as file:
             self.attrs |= shown_attrs(file)
@@ -123,21 +125,21 @@ class Evaluation:
             return pd.DataFrame({"query_id": query_ids[found["query"]], "score": found["score"],
                                  "reference_id": references.ids[found["reference"]]})
 
-    def curve(self):
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Precision and recall [n] after each candidate."""
         return precision_recall(self.pairs.is_true.to_numpy(), len(self.positives))
 
-    def metrics(self):
+    def metrics(self) -> dict:
         """The output: a dict that is ready for JSON."""
         is_true, n = self.pairs.is_true.to_numpy(), len(self.positives)
         recall, at = recall_at_p90(is_true, n)
-        result = {"average_precision": micro_ap(is_true, n), "recall_p90": recall}
+        result: dict = {"average_precision": micro_ap(is_true, n), "recall_p90": recall}
         if "contaminated" in self.attrs:
             result["contaminated"] = self.attrs["contaminated"]
         result["threshold_p90"] = None if at is None else float(self.pairs.score[at])
         return result | self.counts | {"rule": self.rule} | self.attrs
 
-    def from_score(self, threshold):
+    def from_score(self, threshold: float) -> dict:
         """What holds from a score on; a dict for the output."""
         found = self.pairs.is_true[self.pairs.score >= threshold]
         return {"precision": float(found.mean()) if len(found) else None, "recall": found.sum() / len(self.positives),
@@ -161,7 +163,7 @@ def promised_threshold(args):
             "copies_ratio": calibration.copies_ratio}
 
 
-def is_csv(path, args):
+def is_csv(path: str, args: argparse.Namespace) -> bool:
     """Whether `path` holds scored pairs (--matching) rather than descriptors (--descriptor); by its name otherwise."""
     ending = Path(path).suffix.lower()
     if args.matching or args.descriptor:
@@ -171,7 +173,7 @@ def is_csv(path, args):
     return ending == ".csv"
 
 
-def metrics_per_edit(evaluation, edits):
+def metrics_per_edit(evaluation: Evaluation, edits: Path) -> list[tuple]:
     """[(edit, queries, positives, AP, recall@P90)]: each edit's own queries, with and without a match, by AP.
 
     `edits`: CSV query_id, edits (names joined by +).
@@ -188,12 +190,13 @@ def metrics_per_edit(evaluation, edits):
     return sorted(rows, key=lambda row: (row[3] is None, row[3]))
 
 
-def bootstrap(evaluations, n, seed=0):
+def bootstrap(evaluations: list[Evaluation], n: int, seed: int = 0) -> np.ndarray:
     """AP and recall@P90 of `n` resamples of the queries, the same for all evaluations: [evaluations, n, 2].
 
     The candidates stay those of the whole set; those of a query that is drawn twice count twice.
     """
-    queries, rng, results = evaluations[0].queries, np.random.default_rng(seed), []
+    queries, rng = evaluations[0].queries, np.random.default_rng(seed)
+    results: list[list] = []
     positives = np.searchsorted(queries, evaluations[0].positives.query_id.to_numpy(str))
     columns = [(np.searchsorted(queries, e.pairs.query_id.to_numpy(str)), e.pairs.is_true.to_numpy())
                for e in evaluations]
@@ -230,7 +233,7 @@ def intervals(evaluations, n):
 # Command line
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("submission", help="descriptors (.h5) or pairs (.csv: query_id, reference_id, score)")
     parser.add_argument("ground_truth", help="CSV query_id, reference_id; an empty reference_id means no match")
@@ -328,7 +331,7 @@ def draw(args, evaluation, result):
         report.write_picture(args.picture, evaluation, result["threshold_p90"], images)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     return run_main(lambda: evaluate(args))
 

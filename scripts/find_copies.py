@@ -14,6 +14,8 @@ The report is a folder that opens from disk: index.html with thumbnails, pairs.c
 ids of descriptor files; score: minus the squared L2 distance; precision, where the checkpoint carries a calibration;
 group, within one collection), and skipped.csv, the images that could not be read. Search is exact.
 """
+from __future__ import annotations
+
 import argparse
 import contextlib
 import csv
@@ -51,7 +53,7 @@ THUMBNAIL = 256  # px
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
 
 
-def shown(path):
+def shown(path: str) -> str:
     """Path as text that is valid UTF-8; other bytes become \\xff."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -65,9 +67,9 @@ class Stamp:
     """What tells that a file has changed."""
     size: int
     mtime: int  # nanoseconds
-    sha256: str = None  # with --hash
+    sha256: str | None = None  # with --hash
 
-    def same(self, other):
+    def same(self, other: Stamp) -> bool:
         if self.sha256 and other.sha256:
             return self.sha256 == other.sha256
         return (self.size, self.mtime) == (other.size, other.mtime)
@@ -80,7 +82,7 @@ class Cache:
     Only one process at a time can have it open.
     """
 
-    def __init__(self, file):
+    def __init__(self, file: Path) -> None:
         self.file = file
         self.db = sqlite3.connect(file, timeout=0)
         self.db.executescript("""
@@ -92,22 +94,23 @@ class Cache:
             CREATE TABLE IF NOT EXISTS calibrations (root BLOB PRIMARY KEY, value TEXT);
             COMMIT;""")
 
-    def stamps(self, root):
+    def stamps(self, root: str) -> dict[str, Stamp]:
         """path -> Stamp of what is known below the root."""
         rows = self.db.execute("SELECT path, size, mtime, sha256 FROM photos WHERE root = ?", (os.fsencode(root),))
         return {os.fsdecode(path): Stamp(*stamp) for path, *stamp in rows}
 
-    def count(self):
+    def count(self) -> int:
+        """Number of images."""
         return self.db.execute("SELECT count(*) FROM photos").fetchone()[0]
 
-    def attrs(self, root):
+    def attrs(self, root: str) -> dict:
         """Attributes of train.py's descriptor files, the calibration measured on this root's images if there is one;
         empty before the first."""
         rows = self.db.execute("SELECT name, value FROM attrs UNION ALL SELECT 'calibration', value FROM calibrations "
                                "WHERE root = ?", (os.fsencode(root),))
         return {name: json.loads(value) for name, value in rows}
 
-    def store(self, root, images, attrs):
+    def store(self, root: str, images: list[tuple], attrs: dict) -> None:
         """Write [(path, Stamp, row or None, reason or None)] in one transaction."""
         with self.db:
             self.db.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?, ?, ?)", [
@@ -120,19 +123,20 @@ class Cache:
                 else:
                     self.db.execute("INSERT OR REPLACE INTO attrs VALUES (?, ?)", (name, json.dumps(value)))
 
-    def touch(self, root, stamps):
+    def touch(self, root: str, stamps: dict[str, Stamp]) -> None:
         """Write new stamps, path -> Stamp, of images whose content is still the same."""
         with self.db:
             self.db.executemany("UPDATE photos SET size = ?, mtime = ?, sha256 = ? WHERE root = ? AND path = ?", [
                 (stamp.size, stamp.mtime, stamp.sha256, os.fsencode(root), os.fsencode(path))
                 for path, stamp in stamps.items()])
 
-    def forget(self, root, paths):
+    def forget(self, root: str, paths: list[str]) -> None:
+        """Remove what is known of images."""
         with self.db:
             self.db.executemany("DELETE FROM photos WHERE root = ? AND path = ?",
                                 [(os.fsencode(root), os.fsencode(path)) for path in paths])
 
-    def read(self, root, wanted):
+    def read(self, root: str, wanted: set[str]) -> tuple[list[str], np.ndarray, list[tuple[str, str]]]:
         """Of the `wanted` paths (a set): paths [n] sorted, rows float32 [n, d], [(path, reason)] of the others."""
         paths, rows, skipped = [], [], []
         for path, row, reason in self.db.execute(
@@ -146,7 +150,7 @@ class Cache:
         return paths, np.array(rows), skipped
 
 
-def stamp_files(root, output, with_hash):
+def stamp_files(root: str, output: str, with_hash: bool) -> tuple[dict[str, Stamp], list[tuple[str, str]]]:
     """Images of a folder, or one image: path -> Stamp, and [(path, reason)] of what cannot be one.
 
     What lies below the folder `output` is left out: reports hold thumbnails.
@@ -169,7 +173,8 @@ def stamp_files(root, output, with_hash):
     return stamps, odd
 
 
-def sha256_of(path):
+def sha256_of(path: str) -> str:
+    """Hex digest of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -177,7 +182,8 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def update(cache, root, stamps, odd, extraction):
+def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[str, str]],
+           extraction: Extraction) -> None:
     """Describe what is new or changed below `root`, chunk by chunk, and forget what is gone.
 
     What lies in a folder that cannot be read at the moment is not forgotten.
@@ -271,10 +277,10 @@ def read_skipped(file):
 class ArrayRows(BlockRows):
     """Rows [n, dim] in memory."""
 
-    def __init__(self, rows, ids):
+    def __init__(self, rows: np.ndarray, ids: np.ndarray) -> None:
         self.rows, self.ids, self.shape = rows, ids, rows.shape
 
-    def read(self, start=0, stop=None):
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         return self.rows[start:stop]
 
 
@@ -401,13 +407,12 @@ def write_pairs(file, queries, archive, pairs, calibration, grouped):
         csv.writer(out).writerows([columns, *zip(*columns.values())])
 
 
-def thumbnail(path):
+def thumbnail(path: str) -> bytes | None:
     """JPEG bytes of an image, upright, at most THUMBNAIL px; None where it cannot be read."""
     try:
-        with Image.open(path) as img:
-            img.draft("RGB", (THUMBNAIL, THUMBNAIL))  # JPEG decodes at a fraction of its size
-            img = img.convert("RGB") if img.format == "JPEG" else open_image(path)
-            img = ImageOps.exif_transpose(img)
+        with Image.open(path) as file:
+            file.draft("RGB", (THUMBNAIL, THUMBNAIL))  # JPEG decodes at a fraction of its size
+            img = ImageOps.exif_transpose(file.convert("RGB") if file.format == "JPEG" else open_image(path))
     except UNREADABLE:
         return None
     img.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -416,13 +421,13 @@ def thumbnail(path):
     return buffer.getvalue()
 
 
-def write_thumbnail(path, folder):
+def write_thumbnail(path: str | None, folder: Path) -> str | None:
     """Name of an image's thumbnail in `folder`, made unless it is there; None where there is no image."""
+    if not path:
+        return None
     try:
-        info = os.stat(path) if path else None
+        info = os.stat(path)
     except OSError:
-        info = None
-    if info is None:
         return None
     key = os.fsencode(path) + f"/{info.st_size}/{info.st_mtime_ns}".encode()
     file = folder / (hashlib.blake2b(key, digest_size=12).hexdigest() + ".jpg")
@@ -525,7 +530,7 @@ def check_args(args):
         args.archive = None
 
 
-def open_cache(args):
+def open_cache(args: argparse.Namespace) -> tuple[Cache, Extraction]:
     """(Cache, Extraction) for the folders on the command line. What a killed run left in the folder is removed."""
     weights, folder = pick_weights(args), Path(args.cache or Path(args.output) / "cache").resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -557,7 +562,7 @@ def read_collections(args, stack):
     return collections[0], collections[-1]
 
 
-def find_copies(args):
+def find_copies(args: argparse.Namespace) -> None:
     """Run the command line."""
     check_args(args)
     with contextlib.ExitStack() as stack:
@@ -571,7 +576,7 @@ def find_copies(args):
         write_report(Path(args.output), queries, archive, pairs, threshold, calibration, args.pairs)
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else list(argv)
     at = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -605,7 +610,7 @@ def parse_args(argv=None):
     return args
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     def work():

@@ -18,6 +18,8 @@ score normalisation made of them; equal scores are in order of id.
 build and add skip shards that are there already: a run that was killed goes on when it is repeated. pairs.csv holds
 query_id, reference_id, score, as eval_metrics.py reads it.
 """
+from __future__ import annotations
+
 import argparse
 import contextlib
 import hashlib
@@ -36,7 +38,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from copydet.common import InputError, first_three, replacing, run_main
-from copydet.descriptors import BLOCK, COMPARABLE, Descriptors
+from copydet.descriptors import BLOCK, COMPARABLE, Descriptors, Rows
 from copydet.metrics import micro_ap, read_ground_truth, sort_candidates
 from copydet.options import positive
 from copydet.search import count_gpus, search_topk, squared_distances
@@ -46,12 +48,12 @@ MILVUS_BATCH, MILVUS_QUERIES = 1000, 64  # rows, queries per request
 MILVUS_INSTALL = "pip install --no-deps -r requirements-scale.txt"
 
 
-def made_by(attrs):
+def made_by(attrs: dict) -> str:
     """Hash of what made descriptors: checkpoint, settings, post-processing. Equal where distances mean something."""
     return hashlib.sha256(json.dumps([str(attrs.get(name)) for name in MADE_BY]).encode()).hexdigest()[:16]
 
 
-def open_shard(path):
+def open_shard(path: str | Path) -> tuple[Descriptors, Rows]:
     """Open a descriptor file whose references are a shard. Raises InputError: none in it, not sorted by id."""
     file = Descriptors(path)
     rows = file["reference"]
@@ -73,7 +75,7 @@ class Index:
     shards: [{descriptors: path relative to the folder, rows, file}].
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
             self.about = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
@@ -82,7 +84,7 @@ class Index:
         self.shards = self.about["shards"]
 
     @classmethod
-    def build(cls, folder, factory, paths, sample_size):
+    def build(cls, folder: str | Path, factory: str, paths: list[str], sample_size: int) -> Index:
         """The index of a folder, trained on rows drawn from the shards; as it is if it was made with this factory."""
         folder = Path(folder)
         if (folder / "index.json").exists():
@@ -104,7 +106,7 @@ class Index:
             temporary.write_text(json.dumps(about | {"shards": []}, indent=1), encoding="utf-8")
         return cls(folder)
 
-    def add(self, path):
+    def add(self, path: str | Path) -> None:
         """Add the shard of a descriptor file, unless it is there."""
         relative = os.path.relpath(Path(path).resolve(), self.folder.resolve())
         if any(shard["descriptors"] == relative for shard in self.shards):
@@ -121,7 +123,7 @@ class Index:
         with replacing(self.folder / "index.json") as temporary:
             temporary.write_text(json.dumps(self.about, indent=1), encoding="utf-8")
 
-    def check(self, number):
+    def check(self, number: int) -> None:
         """Raise InputError naming what is missing of a shard."""
         shard = self.shards[number]
         wanted = [self.folder / shard["descriptors"]]
@@ -130,14 +132,15 @@ class Index:
             if not file.is_file():
                 raise InputError(f"shard {number} of {len(self.shards)} is missing: {os.path.normpath(file)}")
 
-    def names(self):
+    def names(self) -> list[str]:
+        """Descriptor files of the shards."""
         return [shard["descriptors"] for shard in self.shards]
 
 
 class Shard:
     """A shard opened for searching: descriptors and, unless the factory is Flat, its memory-mapped faiss index."""
 
-    def __init__(self, index, number):
+    def __init__(self, index: Index, number: int) -> None:
         index.check(number)
         about = index.shards[number]
         self.file, self.rows = open_shard(index.folder / about["descriptors"])
@@ -147,13 +150,13 @@ class Shard:
         if index.about["factory"] != "Flat":
             self.faiss = read_index(index.folder / about["file"])
 
-    def __enter__(self):
+    def __enter__(self) -> Shard:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.file.__exit__()
 
-    def set(self, params):
+    def set(self, params: str) -> Shard:
         """Set search parameters of the faiss index: "nprobe=32,quantizer_efSearch=64"."""
         import faiss
         try:
@@ -163,7 +166,7 @@ class Shard:
             raise InputError(f"--params {params}: {last_line(error)}") from None
         return self
 
-    def search(self, queries, k, candidates=None, ngpu=0):
+    def search(self, queries: np.ndarray, k: int, candidates: int | None = None, ngpu: int = 0) -> pd.DataFrame:
         """The k best references of each of the queries [n, width]: answers; `candidates` of each are scored exactly.
 
         Without candidates, or without a faiss index, all references are.
@@ -260,7 +263,7 @@ class Milvus:
     Rows are upserted by id, in batches; what is there already is not sent again, so that a killed run goes on.
     """
 
-    def __init__(self, uri, made_by):
+    def __init__(self, uri: str, made_by: str) -> None:
         self.uri, self.name = uri, f"descriptors_{made_by}"
         if "://" not in uri and not uri.endswith(".db"):
             raise InputError(f"--milvus {uri}: neither a URI (http://host:19530) nor a FILE.db")
@@ -272,7 +275,7 @@ class Milvus:
             if self.exists:
                 self.client.load_collection(self.name)
 
-    def create(self, dim, index_type):
+    def create(self, dim: int, index_type: str) -> None:
         """Make the collection for rows of `dim` dimensions, unless it is there."""
         from pymilvus import DataType
         if self.exists:
@@ -284,7 +287,7 @@ class Milvus:
         params.add_index("vector", index_type=index_type, metric_type="L2")
         self.client.create_collection(self.name, schema=schema, index_params=params)
 
-    def add(self, rows):
+    def add(self, rows: Rows) -> None:
         """Upsert rows, but for those whose id is there."""
         with tqdm(total=len(rows), desc=str(rows.path), unit=" rows", unit_scale=True, disable=None) as bar:
             for start, block in rows.blocks(MILVUS_BATCH):
@@ -296,10 +299,11 @@ class Milvus:
                 bar.update(len(block))
         self.client.flush(self.name)
 
-    def count(self):
+    def count(self) -> int:
+        """Number of rows."""
         return self.client.query(self.name, output_fields=["count(*)"])[0]["count(*)"]
 
-    def search(self, queries, args):
+    def search(self, queries: np.ndarray, args: argparse.Namespace) -> pd.DataFrame:
         """As Shard.search: Milvus proposes, its stored rows are scored here."""
         if not self.exists:
             raise InputError(f"--milvus {self.uri}: holds no references made like the queries (checkpoint, settings, "
@@ -575,7 +579,7 @@ def draw(table, output):
 # Command line
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="build|add|search|merge|curve")
 
@@ -631,7 +635,7 @@ def check_args(args):
         args.ngpu = count_gpus(args.ngpu)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     def work():

@@ -24,6 +24,8 @@ The folder of the ladder (-o) holds
 
 The same command goes on where a stopped ladder stood; rows that failed are tried again.
 """
+from __future__ import annotations
+
 import argparse
 import csv
 import fcntl
@@ -40,10 +42,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -80,12 +83,12 @@ class Recipe(NamedTuple):
     file: Path
     idea: str
     flags: dict
-    parent: "Recipe"
+    parent: Recipe | None
 
 
-def split_flags(words):
+def split_flags(words: list[str]) -> list[list[str]]:
     """Words of a command line -> [[flag, value...]]; --flag=value is two words. InputError for a value without flag."""
-    groups = []
+    groups: list[list[str]] = []
     for word in words:
         if word.startswith("-") and not re.match(r"-\.?\d", word):
             groups.append(word.split("=", 1) if word.startswith("--") else [word])
@@ -96,7 +99,7 @@ def split_flags(words):
     return groups
 
 
-def read_recipe(name):
+def read_recipe(name: str) -> Recipe:
     """Recipe of exp/NAME.args, or of a file that ends in .args, with its parents. InputError if one is missing."""
     file = Path(name) if name.endswith(".args") else ROOT / "exp" / f"{name}.args"
     if not file.is_file():
@@ -111,9 +114,9 @@ def read_recipe(name):
     return Recipe(file.stem, file.resolve(), idea, flags, parent)
 
 
-def with_parents(names):
+def with_parents(names: Iterable[str]) -> list[Recipe]:
     """Names of recipes -> Recipes, each once and after its parents."""
-    recipes = {}
+    recipes: dict[str, Recipe] = {}
     for name in names:
         chain = [read_recipe(name)]
         while chain[0].parent:
@@ -123,19 +126,20 @@ def with_parents(names):
     return list(recipes.values())
 
 
-def flags_for(recipe, overrides):
+def flags_for(recipe: Recipe, overrides: list[list[str]]) -> list[str]:
     """The overrides [[flag, value...]] that make sense for a recipe, as words."""
     without_memory = recipe.flags.get("memory-size") == "0"
     return [word for group in overrides if not (without_memory and group[0] == "--memory-size") for word in group]
 
 
-def last_value(recipe, overrides, *names):
+def last_value(recipe: Recipe, overrides: list[list[str]], *names: str) -> str | None:
     """Value of a flag, all of whose names are given, or None."""
     given = [values[-1] for flag, *values in overrides if flag.lstrip("-") in names and values]
-    return (given or [recipe.flags[name] for name in names if name in recipe.flags] or [None])[-1]
+    found = given or [recipe.flags[name] for name in names if name in recipe.flags]
+    return found[-1] if found else None
 
 
-def share_steps(steps, epochs, longest):
+def share_steps(steps: int, epochs: int, longest: int) -> tuple[int, int]:
     """Epochs and steps in each, for a budget of `steps` and a recipe of `epochs`, none longer than `longest` steps.
 
     As many epochs as the recipe has, unless the images are too few for that (more) or the budget is too small (fewer).
@@ -162,7 +166,7 @@ def phash_bits(img):
 HASHES = {"pdq": pdq_bits, "phash": phash_bits}  # PIL image -> bits [n]
 
 
-def hash_image(name, path):
+def hash_image(name: str, path: Path) -> np.ndarray | str:
     """Bits of an image as +-1 / sqrt(n), float32 [n]: squared L2 is 4 / n x Hamming distance. Or why not."""
     try:
         bits = HASHES[name](open_image(path))
@@ -171,7 +175,7 @@ def hash_image(name, path):
     return np.where(bits, 1, -1).astype(np.float32) / np.float32(math.sqrt(len(bits)))
 
 
-def write_hashes(name, benchmark, file):
+def write_hashes(name: str, benchmark: Path, file: Path) -> None:
     """Descriptor file of a benchmark by perceptual hash; unreadable images are listed in skipped.csv beside it."""
     groups, skipped = {}, []
     with ProcessPoolExecutor() as pool:
@@ -205,7 +209,7 @@ def source_folders(args):
     return [str(folder.resolve()) for folder in (images, pool) if folder]
 
 
-def last_checkpoint(folder):
+def last_checkpoint(folder: Path) -> Path:
     """The checkpoint of a finished training. Raises Failed if there is none."""
     newest = newest_checkpoint(folder / "train")
     if not newest:
@@ -213,13 +217,13 @@ def last_checkpoint(folder):
     return newest
 
 
-def steps_in(minutes, log):
+def steps_in(minutes: float, log: list[tuple[int, float]]) -> int:
     """Steps in so many minutes, by the pace of the log's rows [(steps, seconds)] after the first."""
     steps, seconds = (sum(column) for column in zip(*log[1:]))
     return max(1, round(minutes * 60 * steps / seconds))
 
 
-def read_log(folder):
+def read_log(folder: Path) -> list[tuple[int, float]]:
     """[(steps, seconds)] of each row of a training's log.csv; pauses between rows are not in it."""
     args = json.loads((folder / "args.json").read_text())
     views = args["batch_size"] * max(1, args["world_size"]) * args["ncrops"]
@@ -238,7 +242,7 @@ class Ladder:
         InputError: the folder was started with other settings, or another ladder runs in it.
     """
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.output
         self.benchmark = args.images if is_benchmark(args.images) else self.out / "benchmark"
         self.images = self.out / "photos"  # without the ground truth: train.py would score, or refuse to
@@ -438,7 +442,7 @@ class Ladder:
         shutil.rmtree(folder)
         return steps
 
-    def run(self):
+    def run(self) -> bool:
         """Everything that has no row yet; returns whether all rows of this command are good."""
         self.build_benchmark()
         wanted = [(name, "", BASELINES[name], partial(self.baseline, name)) for name in self.args.baselines]
@@ -536,7 +540,7 @@ def report(ladder):
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
@@ -548,7 +552,7 @@ def positive(kind):
     return parse
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("images", metavar="IMAGES", type=Path, help="folder of images, or with train and pool in it, or a "
                    "benchmark; before the flags for train.py")
@@ -571,7 +575,7 @@ def build_parser():
     return p
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked: recipes with their parents, baselines, [[flag, value...]] for train.py."""
     args, words = build_parser().parse_known_args(argv)
     for folder in filter(None, (args.images, args.benchmark_images)):
@@ -614,7 +618,7 @@ def choose_baselines(text, flags):
     return names
 
 
-def climb(argv) -> int:
+def climb(argv: list[str] | None) -> int:
     ladder = Ladder(parse_args(argv))
     try:
         good = ladder.run()
@@ -623,7 +627,7 @@ def climb(argv) -> int:
     return 0 if good else 1
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run_main(lambda: climb(argv), "stopped; the same command goes on")
 

@@ -19,6 +19,8 @@ Where a number is not given: 40 % of the images are for training (none with --tr
 of the rest are references, the other half distractors, and half of the references get a query. The same images, flags
 and seed give the same bytes, whatever -j is.
 """
+from __future__ import annotations
+
 import argparse
 import contextlib
 import csv
@@ -32,7 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, NoReturn
 
 import faiss
 import imagehash
@@ -66,7 +68,8 @@ class Source(NamedTuple):
     path: str
     tile: tuple = ()
 
-    def open(self):
+    def open(self) -> Image.Image:
+        """The image or tile, as RGB."""
         img = open_image(self.path)
         return img.crop(self.tile) if self.tile else img
 
@@ -315,8 +318,8 @@ def examine(path, tile=None):
     return found, dull
 
 
-def near_duplicates(hashes, bits):
-    """For every hash (rows of 8 bytes) the index of an earlier row at most `bits` bits away, or -1."""
+def near_duplicates(hashes: np.ndarray, bits: int) -> np.ndarray:
+    """For every hash, uint8 [n, 8], the index [n] of an earlier row at most `bits` bits away, or -1."""
     distinct, first, back = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     index = faiss.IndexBinaryFlat(64)
     index.add(distinct)
@@ -426,7 +429,7 @@ def plan_queries(args, training, references, distractors, queries):
     return plan
 
 
-def make_query(query, strength, quality, folder):
+def make_query(query: Query, strength: str, quality: int, folder: Path) -> dict[str, float | None]:
     """Edit an image, store it, and return the amounts: {edit: number, None for edits without amount}."""
     img = query.source.open()
     img.thumbnail((LARGEST, LARGEST))
@@ -488,7 +491,7 @@ def build(args, out, run):
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
@@ -521,7 +524,7 @@ class ListEdits(argparse.Action):
         parser.exit()
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("images", metavar="IMAGES", help="folder of images, nested or not: " + " ".join(IMAGE_ENDINGS))
     p.add_argument("out", metavar="OUT", help="folder to make; must not exist or be empty")
@@ -585,7 +588,7 @@ def make_benchmark(args):
     partial_out.rename(out)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     return run_main(lambda: make_benchmark(build_parser().parse_args(argv)), "stopped; nothing was made")
 
 

@@ -5,6 +5,8 @@
 
 All N shards have to be there, once each, with the same groups and made with the same settings. Rows are read in blocks.
 """
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from copydet.common import InputError, run_main
-from copydet.descriptors import Descriptors, write_descriptors
+from copydet.descriptors import Descriptors, Rows, write_descriptors
 
 OWN = ("shard", "checkpoint")  # attributes that may differ: the part, and the checkpoint's path on that machine
 
@@ -22,15 +24,15 @@ OWN = ("shard", "checkpoint")  # attributes that may differ: the part, and the c
 class Concatenated:
     """Rows [n, dim] of several files, one after another, read as they are indexed."""
 
-    def __init__(self, parts):
+    def __init__(self, parts: list[Rows]) -> None:
         self.parts = [part.random_access() for part in parts]
         self.starts = np.cumsum([0, *map(len, self.parts)])
         self.shape = (self.starts[-1], self.parts[0].shape[1])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         out = np.empty((len(rows), self.shape[1]), np.float32)
         which = np.searchsorted(self.starts, rows, "right") - 1
         for i, part in enumerate(self.parts):
@@ -38,9 +40,9 @@ class Concatenated:
         return out
 
 
-def check_shards(files):
+def check_shards(files: list[Descriptors]) -> dict:
     """Raise InputError unless `files` are all shards of one extraction, once each; returns their attributes."""
-    shards = [file.attrs.get("shard") for file in files]
+    shards = [file.attrs.get("shard", "") for file in files]
     for file, shard in zip(files, shards):
         if not shard:
             raise InputError(f"{file.path} is no shard: it has no attribute `shard`")
@@ -60,13 +62,13 @@ def check_shards(files):
     return {name: value for name, value in files[0].attrs.items() if name != "shard"}
 
 
-def settings(file):
+def settings(file: Descriptors) -> dict:
     """What has to agree: the groups and every attribute but those of the part."""
     return {"groups": sorted(file.groups)} | {name: json.dumps(value, default=str) for name, value in
                                               file.attrs.items() if name not in OWN}
 
 
-def merge(shards, output):
+def merge(shards: list[Path], output: Path) -> None:
     """Write the descriptor file `output` of the files `shards`."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(Descriptors(path)) for path in shards]
@@ -78,7 +80,7 @@ def merge(shards, output):
     print(f"wrote {output}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()))
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", metavar="SHARD.h5", nargs="+", type=Path)
     parser.add_argument("-o", "--output", metavar="OUT.h5", required=True, type=Path)

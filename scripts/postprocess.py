@@ -25,6 +25,8 @@ training rows alone (`train` in the file: train.py --mode extract --target-set q
 Where the output is a .csv it holds 10 pairs per query, query_id, reference_id and score, without the constant.
 A run that was killed continues from its last finished block. Inputs are never changed.
 """
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -32,13 +34,14 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 from tqdm import tqdm
 
 from copydet.common import InputError, first_three, replacing, run_main
-from copydet.descriptors import BlockRows, Descriptors, write_descriptors
+from copydet.descriptors import BlockRows, Descriptors, Rows, write_descriptors
 from copydet.options import split_settings
 from copydet.search import count_gpus, search_topk
 
@@ -60,7 +63,7 @@ PRESETS = {  # the notes' results; each with the state of the notes' script that
 class StoredRows(BlockRows):
     """Rows that a step wrote: float32 [n, d] in a plain binary file."""
 
-    def __init__(self, file, ids, dim):
+    def __init__(self, file: Path, ids: np.ndarray, dim: int) -> None:
         self.file, self.ids, self.shape = file, ids, (len(ids), dim)
 
     def read(self, start=0, stop=None):
@@ -72,7 +75,7 @@ class StoredRows(BlockRows):
 class JoinedRows(BlockRows):
     """The same rows of several files side by side."""
 
-    def __init__(self, members):
+    def __init__(self, members: list[Rows]) -> None:
         self.members, self.ids = members, members[0].ids
         self.shape = (len(self.ids), sum(member.shape[1] for member in members))
 
@@ -112,34 +115,34 @@ def check_same_ids(a, b):
 class Pool:
     """Exact search by inner product in rows [n, d] that are held in memory."""
 
-    def __init__(self, rows, ngpu):
+    def __init__(self, rows: np.ndarray, ngpu: int) -> None:
         self.rows, self.index = np.ascontiguousarray(rows), None
         if ngpu:
             self.index = faiss.IndexFlatIP(rows.shape[1])
             self.index.add(self.rows)
             self.index = faiss.index_cpu_to_all_gpus(self.index, ngpu=ngpu)
 
-    def search(self, x, k):
+    def search(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Similarities and rows [n, k] of the k most similar to each of x [n, d]; fewer if the pool is smaller."""
         k = min(k, len(self.rows))
         if self.index:
             return self.index.search(x, k)
         return faiss.knn(x, self.rows, k, metric=faiss.METRIC_INNER_PRODUCT)
 
-    def weighted_sum(self, weights, rows):
-        """sum_j weights[i, j] * pool[rows[i, j]] -> [n, d]."""
+    def weighted_sum(self, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """sum_j weights[i, j] * pool[rows[i, j]], of weights and rows [n, k] -> [n, d]."""
         total = np.zeros((len(rows), self.rows.shape[1]), np.float32)
         for weight, row in zip(weights.T, rows.T):
             total += weight[:, None] * self.rows[row]
         return total
 
 
-def power(similarity, alpha):
+def power(similarity: np.ndarray, alpha: float) -> np.ndarray:
     """similarity^alpha; negative similarities count as 0 where alpha is no whole number."""
     return np.power(similarity if alpha == int(alpha) else similarity.clip(0), alpha)
 
 
-def normalize(x, former=None):
+def normalize(x: np.ndarray, former: np.ndarray | None = None) -> tuple[np.ndarray, int]:
     """Rows of x [n, d] to unit length, and the number of those that have none: they become `former`, if given."""
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     zero = norm[:, 0] < 1e-6  # what a difference of unit vectors leaves at this length is rounding
@@ -224,7 +227,7 @@ def isolate(groups, p, ngpu):
     return {name: partial(iterate, p[name[0]]) for name in ("query", "reference") if p[name[0]]}
 
 
-def centroids(rows, n):
+def centroids(rows: np.ndarray, n: int) -> np.ndarray:
     """n k-means centroids of rows [m, d], of unit length (notes, 7cc692d: 20 iterations, 10,000 rows a centroid)."""
     if n > len(rows):
         raise InputError(f"isolate:centroids={n}: there are {len(rows)} training rows")
@@ -257,7 +260,7 @@ def norm_constant(p):
     return p["beta"] * (4 if p["level"] == "distance" else 1)
 
 
-STEPS = {  # name -> (function, parameters with their defaults)
+STEPS: dict[str, tuple[Any, dict]] = {  # name -> (function, parameters with their defaults)
     "l2": (l2, {}), "center": (center, {}), "whiten": (whiten, {"dim": 256}), "svd": (svd, {"dim": 256}),
     "dba": (dba, {"k": 10, "alpha": 3.0}),
     "isolate": (isolate, {"beta": 0.35, "k": 10, "q": 3, "r": 3, "threshold": -1.0, "alpha": 0.0, "centroids": 0}),
@@ -266,7 +269,7 @@ STEPS = {  # name -> (function, parameters with their defaults)
 }
 
 
-def parse_step(text):
+def parse_step(text: str) -> tuple[str, dict]:
     """"isolate:beta=0.35,k=10" -> (name, parameters, defaults filled in). InputError names what is wrong."""
     name, settings = split_settings(text)
     parameters = dict(STEPS[name][1])
@@ -284,7 +287,7 @@ def parse_step(text):
     return name, parameters
 
 
-def step_text(name, parameters):
+def step_text(name: str, parameters: dict) -> str:
     """The inverse of parse_step, every parameter named."""
     settings = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
                         for key, value in parameters.items())
@@ -295,7 +298,7 @@ def step_text(name, parameters):
 # Running
 
 
-def work_folder(output, inputs, steps):
+def work_folder(output: Path, inputs: list[str], steps: list[str]) -> Path:
     """Folder beside the output for what steps have finished: another one for other inputs, or other steps."""
     stamps = [(str(Path(file).resolve()), Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in inputs]
     key = hashlib.sha256(json.dumps([stamps, steps, BLOCK]).encode()).hexdigest()[:16]
@@ -391,7 +394,7 @@ def check_steps(steps, files):
         file.check_checkpoint()
 
 
-def postprocess(args):
+def postprocess(args: argparse.Namespace) -> None:
     """Run the command line."""
     steps = [parse_step(text) for text in args.steps]
     output = Path(args.output)
@@ -430,7 +433,7 @@ def postprocess(args):
             file.__exit__()
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="IN.h5|STEP", help="descriptor files, and steps in their order")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help=".h5: descriptors; .csv: pairs")
@@ -457,7 +460,7 @@ def check_args(args):
         raise InputError("no input file given")
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     def work():

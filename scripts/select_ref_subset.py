@@ -7,6 +7,8 @@ writes one reference id per line, sorted. `train.py --mode extract --eval-subset
 subset are higher than those on all references, and comparable only between runs with the same subset. The notes drew
 100,000 of the million ids with replacement, without a seed, which left about 95,200 distinct ones (--replacement).
 """
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ from copydet.options import positive
 DISC21 = 1_000_000  # references R000000 to R999999
 
 
-def reference_ids(source):
+def reference_ids(source: str) -> np.ndarray:
     """Ids [n], sorted, from a number (of DISC21's ids), a folder of images, or a descriptor file."""
     if source.isdecimal():
         return np.char.mod("R%06d", np.arange(int(source)))
@@ -32,7 +34,7 @@ def reference_ids(source):
         return np.sort(file["reference"].ids)
 
 
-def select(positives, ids, size, seed, replacement=False):
+def select(positives: np.ndarray, ids: np.ndarray, size: int, seed: int, replacement: bool = False) -> np.ndarray:
     """Sorted union of the ids of the true pairs [p] and `size` draws from ids [n]."""
     if size > len(ids) and not replacement:
         raise InputError(f"--size {size}: there are {len(ids)} references")
@@ -41,7 +43,7 @@ def select(positives, ids, size, seed, replacement=False):
     return np.union1d(positives, np.random.default_rng(seed).choice(ids, size, replace=replacement))
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ground_truth", help="CSV query_id, reference_id")
     parser.add_argument("-o", "--output", default="input/rids_subset.txt", metavar="FILE", help="default: %(default)s")
@@ -53,7 +55,7 @@ def build_parser():
     return parser
 
 
-def write_subset(args):
+def write_subset(args: argparse.Namespace) -> None:
     """Run the command line."""
     if not Path(args.output).resolve().parent.is_dir():
         raise InputError(f"-o {args.output}: no such folder: {Path(args.output).parent}")
@@ -64,7 +66,7 @@ def write_subset(args):
     print(f"{args.output}: {len(subset):,} references, {len(np.unique(positives)):,} of them of true pairs")
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     return run_main(lambda: write_subset(args))
 

@@ -189,7 +189,8 @@ def test_loss_over_a_memory_of_the_notes_fits_in_4_gib():
     code = """
 import resource, sys
 sys.path[:0] = ["scripts"]
-import losses, torch
+from copydet import losses
+import torch
 for loss in (losses.NTXentLoss(0.1), losses.ContrastiveLoss(0, 0.7, distance=losses.SNRDistance())):
     memory = losses.Memory(loss, 256, 10000)
     memory.add_to_memory(torch.randn(10000, 256), torch.arange(10000) % 5000, 10000)

@@ -24,9 +24,10 @@ In the order the data flows:
 
 Importing it changes nothing but what is imported.
 """
+from typing import Any
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "load_descriptor":  # late, as it needs PyTorch
         from copydet.extraction import load_descriptor
         return load_descriptor

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import augly.image as imaugs
 import augly.utils
@@ -26,11 +27,13 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from copydet.images import ImageFile, through_jpeg
 
+if TYPE_CHECKING:
+    from copydet.views import Views
 
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 
 
-def size_of(img):
+def size_of(img: np.ndarray | ImageFile | LazyCrop) -> tuple[int, ...]:
     """(width, height) of pixels, an image or a LazyCrop"""
     return img.shape[1::-1] if isinstance(img, np.ndarray) else img.size
 
@@ -39,15 +42,19 @@ class LazyCrop:
     """What a view shows of an image: the image turned, then a box of it resized to a square, or all of it; in one go
     and only when the pixels are asked for, so that the image is decoded no larger than its views need it."""
 
-    def __init__(self, image):
-        self.image, self.angle, self.box, self.side, self.resize = image, 0, None, None, None
+    def __init__(self, image: np.ndarray | ImageFile) -> None:
+        self.image, self.angle = image, 0.0
+        self.box: tuple | None = None  # left, top, width, height
+        self.side = 0  # 0: as it is
+        self.resize: Callable | None = None
         self.size = self.frame = size_of(image)  # of the pixels; of what the box is cut from
 
     @classmethod
-    def of(cls, img):
-        return img if isinstance(img, cls) else cls(img)
+    def of(cls, img: np.ndarray | ImageFile | LazyCrop) -> LazyCrop:
+        """The same, or all of pixels or an image."""
+        return img if isinstance(img, LazyCrop) else cls(img)
 
-    def turn(self, degrees):
+    def turn(self, degrees: float) -> LazyCrop:
         """Counter-clockwise, cut to the largest upright rectangle without background, as augly does."""
         if self.angle or self.side:
             return LazyCrop(self.pixels()).turn(degrees)
@@ -55,27 +62,27 @@ class LazyCrop:
         self.size = self.frame = tuple(max(1, int(side)) for side in rotated_rect_with_max_area(*self.size, degrees))
         return self
 
-    def crop(self, box, side):
-        """Box (left, top, width, height) resized to a square of `side`."""
+    def crop(self, box: tuple, side: int) -> LazyCrop:
+        """Box (left, top, width, height) resized to a square of `side`, all in pixels."""
         if self.side:
             return LazyCrop(self.pixels()).crop(box, side)
         self.box, self.side, self.size = box, side, (side, side)
         return self
 
-    def whole(self, resize, side):
-        """All of it, made a square of `side` by an entry of train.py's RESIZES."""
+    def whole(self, resize: Callable, side: int) -> LazyCrop:
+        """All of it, made a square of `side` pixels by an entry of RESIZES."""
         if self.angle or self.side:
             return LazyCrop(self.pixels()).whole(resize, side)
         self.resize, self.side, self.size = resize, side, (side, side)
         return self
 
-    def shrink(self):
+    def shrink(self) -> float:
         """How many times smaller the image may be; turning does not interpolate, so then it is twice as large."""
         if self.resize:
             return min(self.frame) / (self.side + 32)  # what --resize crop needs
         return min(self.box[2:]) / self.side / (2 if self.angle else 1) if self.box else 1
 
-    def pixels(self):
+    def pixels(self) -> np.ndarray:
         """uint8 [h, w, 3]"""
         if isinstance(self.image, ImageFile):
             self.image.shrink(self.shrink())
@@ -98,8 +105,9 @@ class LazyCrop:
         return resize(pixels, self.side, self.side) if self.side else pixels
 
 
-def crop_box(size, rng, smallest):
-    """Box (left, top, width, height) of `smallest`..1 of the area at aspect ratio 3/4..4/3; the torchvision one."""
+def crop_box(size: tuple[int, ...], rng: np.random.Generator, smallest: float) -> tuple[int, int, int, int]:
+    """Box (left, top, width, height) of `smallest`..1 of the area of an image of size (width, height) at aspect ratio
+    3/4..4/3; the torchvision one."""
     full_width, full_height = size
     for _ in range(10):
         area = full_width * full_height * rng.uniform(smallest, 1)
@@ -112,17 +120,17 @@ def crop_box(size, rng, smallest):
     return (full_width - w) // 2, (full_height - h) // 2, w, h
 
 
-def resize(pixels, height, width, mode="bilinear"):
+def resize(pixels: np.ndarray, height: int, width: int, mode: str = "bilinear") -> np.ndarray:
     """uint8 [h, w, 3] -> [height, width, 3] with antialiasing, as Pillow does to within a level, but vectorised."""
-    pixels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, which is the fast path
-    pixels = torch.nn.functional.interpolate(pixels, (height, width), mode=mode, antialias=True)
-    return pixels.permute(0, 2, 3, 1)[0].numpy()
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, which is the fast path
+    image = torch.nn.functional.interpolate(image, (height, width), mode=mode, antialias=True)
+    return image.permute(0, 2, 3, 1)[0].numpy()
 
 
-def on_pillow(op):
+def on_pillow(op: Callable) -> Callable:
     """An operation on Pillow images, for pixels."""
     @functools.wraps(op)
-    def on_pixels(pixels, *args):
+    def on_pixels(pixels: np.ndarray, *args: Any) -> np.ndarray:
         return np.array(op(Image.fromarray(pixels), *args))
     return on_pixels
 
@@ -130,18 +138,19 @@ def on_pillow(op):
 enhance_edges = on_pillow(Image.Image.filter)
 
 
-def gray(pixels):
+def gray(pixels: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
-def pixelize(pixels, ratio):
+def pixelize(pixels: np.ndarray, ratio: float) -> np.ndarray:
+    """Reduced to `ratio` of its size and back."""
     height, width, _ = pixels.shape
     return resize(resize(pixels, int(height * ratio), int(width * ratio), "bicubic"), height, width, "bicubic")
 
 
-def blur(pixels, radius):
-    """Gaussian blur of standard deviation `radius`. A wide one is done on the image reduced by 2 or 4, less the
-    variance that reducing (box) and enlarging (triangle) add."""
+def blur(pixels: np.ndarray, radius: float) -> np.ndarray:
+    """Gaussian blur of standard deviation `radius`, in pixels. A wide one is done on the image reduced by 2 or 4, less
+    the variance that reducing (box) and enlarging (triangle) add."""
     height, width, _ = pixels.shape
     factor = next(f for f in (4, 2, 1) if radius >= f and height % f == width % f == 0) if radius >= 1 else 1
     if factor > 1:
@@ -151,7 +160,8 @@ def blur(pixels, radius):
     return resize(pixels, height, width) if factor > 1 else pixels
 
 
-def color_jitter(pixels, rng, brightness, contrast, saturation, hue):
+def color_jitter(pixels: np.ndarray, rng: np.random.Generator, brightness: float, contrast: float, saturation: float,
+                 hue: float) -> np.ndarray:
     """Brightness, contrast and saturation by a factor of 1 +- strength, hue by +- strength turns, in random order."""
     steps = [(adjust_brightness, rng.uniform(max(0, 1 - brightness), 1 + brightness)),
              (adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
@@ -162,32 +172,32 @@ def color_jitter(pixels, rng, brightness, contrast, saturation, hue):
     return pixels
 
 
-def blend(pixels, other, factor):
+def blend(pixels: np.ndarray, other: np.ndarray, factor: float) -> np.ndarray:
     """other + factor * (pixels - other), clipped and cut to whole levels as Pillow does; OpenCV rounds them."""
     return cv2.addWeighted(pixels, factor, other, 1 - factor, -0.49)
 
 
-def adjust_brightness(pixels, factor):
+def adjust_brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
     return blend(pixels, np.zeros_like(pixels), factor)
 
 
-def adjust_contrast(pixels, factor):
+def adjust_contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
     mean = cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0]
     return blend(pixels, np.full_like(pixels, int(mean + 0.5)), factor)
 
 
-def adjust_saturation(pixels, factor):
+def adjust_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
     return blend(pixels, gray(pixels), factor)
 
 
-def adjust_hue(pixels, turns):
+def adjust_hue(pixels: np.ndarray, turns: float) -> np.ndarray:
     """Shift the hue of the HSV colour, in steps of 1/255 turn as torchvision does."""
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] += np.uint8(int(255 * turns) % 256)  # goes around
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
-def shuffle_pixels(pixels, rng, fraction):
+def shuffle_pixels(pixels: np.ndarray, rng: np.random.Generator, fraction: float) -> np.ndarray:
     """Permute a `fraction` of the pixels among themselves. AugLy's does it after seeding numpy with the constant 10."""
     flat = pixels.reshape(-1, 3).copy()
     chosen = rng.choice(len(flat), int(fraction * len(flat)), replace=False)
@@ -195,17 +205,17 @@ def shuffle_pixels(pixels, rng, fraction):
     return flat.reshape(pixels.shape)
 
 
-def random_perspective(pixels, rng, distortion):
+def random_perspective(pixels: np.ndarray, rng: np.random.Generator, distortion: float) -> np.ndarray:
     """Each corner moves inwards by up to `distortion` of half the side; uncovered pixels are black."""
     (h, w), d = pixels.shape[:2], distortion / 2
     dx, dy = rng.integers(0, int(w * d) + 1, 4), rng.integers(0, int(h * d) + 1, 4)
-    corners = np.float32([[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]])
-    moved = np.float32(corners + np.stack([dx, dy], 1) * [[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    corners = np.array([[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]], np.float32)
+    moved = (corners + np.stack([dx, dy], 1) * [[1, 1], [-1, 1], [-1, -1], [1, -1]]).astype(np.float32)
     matrix = from_corner(cv2.getPerspectiveTransform(moved, corners))
     return cv2.warpPerspective(pixels, matrix, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
-def from_corner(matrix):
+def from_corner(matrix: np.ndarray) -> np.ndarray:
     """A map between places counted from the corner of the first pixel, as Pillow does, for OpenCV, which counts from
     its middle; 3 x 3, homogeneous."""
     to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
@@ -213,7 +223,8 @@ def from_corner(matrix):
 
 
 @on_pillow
-def overlay_text(img, rng, fewest=None, most=None, lines=1):
+def overlay_text(img: Image.Image, rng: np.random.Generator, fewest: float | None = None, most: float | None = None,
+                 lines: float = 1) -> Image.Image:
     """Five characters of augly's default font (notes v8); with `fewest` and `most`, that many of a random font's own
     characters in each of 1..`lines` lines (v48, v50). Random colour, starting in the upper left quarter."""
     size, color = rng.uniform(0.1, 0.3), tuple(rng.integers(0, 256, 3).tolist())
@@ -226,13 +237,13 @@ def overlay_text(img, rng, fewest=None, most=None, lines=1):
                  for _ in range(rng.integers(1, int(lines) + 1))]
     chars, draw = characters(file), ImageDraw.Draw(img)
     for line, text in enumerate(texts):
-        text = "".join(chr(chars[c % len(chars)]) for c in text)
-        draw.text((x, (y + line * size) * img.height), text, color, font(file, int(min(img.size) * size)))
+        letters = "".join(chr(chars[c % len(chars)]) for c in text)
+        draw.text((x, (y + line * size) * img.height), letters, color, font(file, int(min(img.size) * size)))
     return img
 
 
 @functools.cache
-def fonts():
+def fonts() -> list[str]:
     """Files of augly's fonts but for two that cannot be used (notes v48)."""
     names = Path(augly.utils.FONT_LIST_PATH).read_text(encoding="utf-8").split()
     names = sorted(Path(name).name for name in names if not re.search("TypeMyMusic|PainttheSky-Regular", name))
@@ -240,41 +251,43 @@ def fonts():
 
 
 @functools.lru_cache(256)
-def font(file, size):
+def font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    """Of `size` pixels."""
     return ImageFont.truetype(file, size)
 
 
 @functools.cache
-def characters(file):
+def characters(file: str) -> list[int]:
     """Code points of a font's characters, which augly keeps beside it."""
     return pickle.loads(Path(file).with_suffix(".pkl").read_bytes())
 
 
 @functools.cache
-def emoji():
+def emoji() -> list[Image.Image]:
+    """AugLy's smileys, RGBA."""
     folder = Path(augly.utils.SMILEY_EMOJI_DIR)
     return [Image.open(folder / name).convert("RGBA") for name in sorted(os.listdir(folder))]
 
 
 @on_pillow
-def overlay_emoji(img, rng):
+def overlay_emoji(img: Image.Image, rng: np.random.Generator) -> Image.Image:
     """A random smiley of 0.1..0.3 of the height, anywhere, possibly in part beyond the edge."""
     smiley = emoji()[rng.integers(len(emoji()))]
     height = max(1, int(img.height * rng.uniform(0.1, 0.3)))
-    smiley = smiley.resize((int(smiley.width * height / smiley.height), height), Image.NEAREST)
+    smiley = smiley.resize((int(smiley.width * height / smiley.height), height), Image.Resampling.NEAREST)
     img.paste(smiley, (int(img.width * rng.uniform(0, 1)), int(img.height * rng.uniform(0, 1))), smiley)
     return img
 
 
 @functools.cache
-def screenshot(name):
+def screenshot(name: str) -> tuple[np.ndarray, tuple[int, int, int, int]]:
     """Template of a web page or a telephone with the box (left, top, right, bottom) for the image."""
     template, box = get_template_and_bbox(os.path.join(augly.utils.SCREENSHOT_TEMPLATES_DIR, name),
                                           augly.utils.BBOXES_PATH)
     return np.array(template.convert("RGB")), box
 
 
-def overlay_onto_screenshot(pixels, rng):
+def overlay_onto_screenshot(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The image, as large as fits, on black in the middle of the template's box (AugLy reduces by Lanczos' filter)."""
     template, (left, top, right, bottom) = screenshot(("web.png", "mobile.png")[rng.integers(2)])
     factor = min((right - left) / pixels.shape[1], (bottom - top) / pixels.shape[0])
@@ -288,13 +301,14 @@ def overlay_onto_screenshot(pixels, rng):
 
 
 @on_pillow
-def overlay_onto_image(img, rng, views):
+def overlay_onto_image(img: Image.Image, rng: np.random.Generator, views: Views) -> Image.Image:
     """Paste the image onto another training image, 0.1..0.5 of its height (notes v32)."""
     below = Image.fromarray(views.random_image(rng))
     return overlay(below, img, overlay_size=rng.uniform(0.1, 0.5), x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
 
 
-def overlay_and_crop(img, rng, views, smallest, prob, low, high, opacity):
+def overlay_and_crop(img: np.ndarray | LazyCrop, rng: np.random.Generator, views: Views, smallest: float, prob: float,
+                     low: float, high: float, opacity: float) -> LazyCrop:
     """With `prob` one of the image and another training image is pasted into the other: `low`..`high` of its height,
     opacity from `opacity` up; then a crop of at least 0.7. Otherwise a crop of at least `smallest` (notes v79)."""
     if rng.random() >= prob:
@@ -302,20 +316,21 @@ def overlay_and_crop(img, rng, views, smallest, prob, low, high, opacity):
     images = [Image.fromarray(pixels) for pixels in (LazyCrop.of(img).pixels(), views.random_image(rng))]
     below, above = images if rng.random() < 0.5 else images[::-1]
     size = rng.uniform(low, high)
-    img = overlay(below, above, opacity=rng.uniform(opacity, 1), overlay_size=size,
-                  x_pos=rng.uniform(0, 1 - size), y_pos=rng.uniform(0, 1 - size))
-    return LazyCrop(np.array(img)).crop(crop_box(img.size, rng, 0.7), views.size)
+    both = overlay(below, above, opacity=rng.uniform(opacity, 1), overlay_size=size,
+                   x_pos=rng.uniform(0, 1 - size), y_pos=rng.uniform(0, 1 - size))
+    return LazyCrop(np.array(both)).crop(crop_box(both.size, rng, 0.7), views.size)
 
 
-def overlay(below, above, overlay_size, **place):
-    """AugLy's. Raises ValueError where it would make a huge picture of a long image `above` first."""
+def overlay(below: Image.Image, above: Image.Image, overlay_size: float, **place: float) -> Image.Image:
+    """AugLy's; size and place are fractions of the image `below`. Raises ValueError where it would make a huge picture
+    of a long image `above` first."""
     pixels = (overlay_size * below.height) ** 2 * above.width / above.height
-    if pixels > Image.MAX_IMAGE_PIXELS:
+    if pixels > (Image.MAX_IMAGE_PIXELS or math.inf):  # other programs set it to None
         raise ValueError(f"an overlay of {pixels:,.0f} pixels")
     return imaugs.overlay_image(below, overlay=above, overlay_size=overlay_size, **place)
 
 
-def erased_part(side, rng):
+def erased_part(side: int, rng: np.random.Generator) -> tuple[int, int, np.ndarray] | None:
     """A rectangle of 0.02..0.33 of a square's area, ratio 0.3..3.3, that becomes N(0, 1) noise before normalisation:
     (top, left, float32 [3, h, w]), or None where ten attempts do not fit."""
     for _ in range(10):
@@ -324,9 +339,11 @@ def erased_part(side, rng):
         if 0 < h < side and 0 < w < side:
             top, left = rng.integers(side - h + 1), rng.integers(side - w + 1)
             return int(top), int(left), rng.standard_normal((3, h, w), dtype=np.float32)
+    return None
 
 
-RESIZES = {  # name -> whole image, uint8 tensor [3, h, w], to a square of a size, for extraction and the `clean` view
+# name -> whole image, uint8 tensor [3, h, w], to a square of a size, for extraction and the `clean` view
+RESIZES: dict[str, Callable] = {
     "crop": lambda img, s: TF.center_crop(TF.resize(img, s + 32), [s, s]),  # notes v3..v51
     "square": lambda img, s: TF.resize(img, [s, s]),  # notes v52 and later
 }
@@ -338,7 +355,7 @@ class Augmentation:
     meaning: str
     apply: Callable
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         return self.apply(*args)
 
     @property

@@ -5,8 +5,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,25 +28,28 @@ class Images:
     descriptor.
     """
 
-    def __init__(self, pixels, boxes, noise, mean, std):
+    def __init__(self, pixels: torch.Tensor, boxes: list[tuple], noise: torch.Tensor, mean: Sequence[float],
+                 std: Sequence[float]) -> None:
         self.pixels, self.boxes, self.noise, self.mean, self.std = pixels, boxes, noise, mean, std
 
     @classmethod
-    def of(cls, views, mean, std):
-        """Of views [(pixels [s, s, 3], erased part or None)]."""
+    def of(cls, views: Sequence[tuple[np.ndarray, tuple | None]], mean: Sequence[float],
+           std: Sequence[float]) -> Images:
+        """Of views [(pixels [s, s, 3], erased part as `erased_part` draws it or None)]."""
         parts = [(i, *erased) for i, (_, erased) in enumerate(views) if erased]
         noise = [TF.normalize(torch.from_numpy(noise), mean, std).flatten() for *_, noise in parts]
         return cls(torch.from_numpy(np.stack([pixels for pixels, _ in views])),
                    [(i, top, left, *noise.shape[1:]) for i, top, left, noise in parts],
                    torch.cat([torch.empty(0), *noise]), mean, std)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.pixels)
 
-    def pin_memory(self):
+    def pin_memory(self) -> Images:
         return Images(self.pixels.pin_memory(), self.boxes, self.noise.pin_memory(), self.mean, self.std)
 
-    def to(self, device, non_blocking=False, memory_format=torch.channels_last):
+    def to(self, device: torch.device | str, non_blocking: bool = False,
+           memory_format: torch.memory_format = torch.channels_last) -> torch.Tensor:
         """Normalised float32 [n, 3, s, s] on the device, channels last as the pixels are."""
         mean, std = (torch.tensor(x).to(device, non_blocking=True) for x in (self.mean, self.std))
         side = self.pixels.shape[1]
@@ -61,13 +65,13 @@ class Images:
         return images
 
 
-def collate_views(items, out=None):
+def collate_views(items: Sequence[tuple], out: torch.Tensor | None = None) -> tuple[Images, torch.Tensor, list, list]:
     """-> Images of views * batch, view after view, labels alike, unreadable images, failed operations. `out`: memory
     for the pixels, uint8 [views, batch, s, s, 3]."""
-    images, labels, unreadable, failed = zip(*items)
-    boxes = [(row * len(items) + i, *box) for i, item in enumerate(images) for row, *box in item.boxes]
-    images = Images(torch.stack([item.pixels for item in images], 1, out=out).flatten(0, 1), boxes,
-                    torch.cat([item.noise for item in images]), images[0].mean, images[0].std)
+    views, labels, unreadable, failed = zip(*items)
+    boxes = [(row * len(items) + i, *box) for i, item in enumerate(views) for row, *box in item.boxes]
+    images = Images(torch.stack([item.pixels for item in views], 1, out=out).flatten(0, 1), boxes,
+                    torch.cat([item.noise for item in views]), views[0].mean, views[0].std)
     return images, torch.tensor(labels).T.flatten(), sum(unreadable, []), sum(failed, [])
 
 
@@ -82,14 +86,15 @@ class EpochBatches:
     An epoch ends after `limit` steps, if that is not 0.
     """
 
-    def __init__(self, count, batch, seed, rank, world, limit=0):
+    def __init__(self, count: int, batch: int, seed: int, rank: int, world: int, limit: int = 0) -> None:
         self.count, self.batch, self.seed, self.rank, self.world, self.limit = count, batch, seed, rank, world, limit
 
-    def steps(self):
+    def steps(self) -> int:
+        """Of an epoch."""
         whole = self.count // (self.batch * self.world)
         return min(whole, self.limit) if self.limit else whole
 
-    def after(self, epoch, done, epochs):
+    def after(self, epoch: int, done: int, epochs: int) -> Iterator[list[tuple[int, int]]]:
         """The batches after `done` steps of `epoch`, up to the end of epoch `epochs` - 1."""
         for epoch in range(epoch, epochs):
             order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
@@ -99,7 +104,7 @@ class EpochBatches:
             done = 0
 
 
-def collate_images(items):
+def collate_images(items: Sequence[tuple]) -> tuple[list[int], Images | None, list[tuple[int, str]]]:
     """-> indices of images, their Images or None, unreadable ones [(index, reason)]."""
     good = [(i, images) for i, images, reason in items if reason is None]
     images = collate_views([(images, [0], [], []) for _, images in good])[0] if good else None
@@ -114,14 +119,15 @@ class CollateInPlace:
     `shape` is (processes, batches of each, ...). To map and unmap new memory for each batch keeps this process from its
     work: Python lets nothing else run meanwhile."""
 
-    def __init__(self, collate, shape):
+    def __init__(self, collate: Callable, shape: tuple) -> None:
         self.collate, self.filled = collate, 0
         memory = torch.UntypedStorage._new_shared(math.prod(shape))
         self.memory = torch.empty(0, dtype=torch.uint8).set_(memory).view(shape)
         ForkingPickler.loads(ForkingPickler.dumps(self.memory))  # torch then knows it in what the processes send
 
-    def __call__(self, items):
-        mine = self.memory[torch.utils.data.get_worker_info().id]
+    def __call__(self, items: Sequence[tuple]) -> Any:
+        process: Any = torch.utils.data.get_worker_info()
+        mine = self.memory[process.id]
         self.filled += 1
         return self.collate(items, mine[self.filled % len(mine)])
 
@@ -141,7 +147,7 @@ def check_shared_memory(workers: int, rank: Rank, shape: tuple) -> None:
                          "them, or in Docker give --shm-size")
 
 
-def make_loader(data: torch.utils.data.Dataset, batches, collate: Callable, workers: int, rank: Rank,
+def make_loader(data: torch.utils.data.Dataset, batches: Iterable, collate: Callable, workers: int, rank: Rank,
                 shape: tuple | None = None) -> torch.utils.data.DataLoader:
     """DataLoader of batches [indices], which takes no number from the global generator. With the `shape` of each
     batch's pixels their memory is used again: then a batch holds until the next one is taken. Its processes are forked,
@@ -159,6 +165,6 @@ def make_loader(data: torch.utils.data.Dataset, batches, collate: Callable, work
         multiprocessing_context="fork" if forked else None, worker_init_fn=one_thread)
 
 
-def one_thread(_) -> None:
+def one_thread(_: int) -> None:
     """Loading processes have a core each, and OpenCV's threads do not outlive a fork."""
     cv2.setNumThreads(0)

@@ -6,7 +6,11 @@ distance), `recall` (fraction of copies with a score of at least that), `false_r
 per query and archive image), `copies_ratio` (fraction of queries that have an original in the archive), `photos`
 (`training` or `references`).
 """
+from __future__ import annotations
+
 import json
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -18,8 +22,8 @@ DUPLICATE = 0.9  # quantile of the copies' scores from which two originals count
 COPIES_RATIO = 0.2  # unless told: most queries have no original
 
 
-def false_rates(false, pairs, at):
-    """Rates, per pair, of non-copies with scores of at least `at`.
+def false_rates(false: np.ndarray, pairs: int, at: np.ndarray) -> np.ndarray:
+    """Rates [n], per pair, of non-copies with scores of at least `at`.
 
     Args: false: the best scores of non-copies, falling; pairs: number of all non-copies; at: scores [n].
 
@@ -32,7 +36,7 @@ def false_rates(false, pairs, at):
     return count / pairs
 
 
-def measure(copies, originals, others, images):
+def measure(copies: np.ndarray, originals: np.ndarray, others: Iterable[np.ndarray], images: str) -> dict | None:
     """Calibration of edited copies [n, d] of `originals` [n, d] against `others`, blocks [m, d] of images that no copy
     shows any of: the images that views paste in are not among them. `images` names where all of these come from.
 
@@ -56,15 +60,16 @@ def measure(copies, originals, others, images):
 
 
 class Calibration:
-    """Precision at a score, for an archive of `references` images.
+    """Precision at a score, for an archive of `references` images, from the attribute `text` of the file `source`.
 
     With R the recall and F the false rate at a score, c the copies ratio: c R / (c R + F x references). More queries
-    without an original, or a larger archive, bring more false pairs for as many true ones.
+    without an original, or a larger archive, bring more false pairs for as many true ones. Raises InputError: `text` is
+    no calibration.
 
     Raises InputError: `text`, of the file `source`, is not of that form.
     """
 
-    def __init__(self, text, source, references, copies_ratio=None):
+    def __init__(self, text: str, source: str | Path, references: int, copies_ratio: float | None = None) -> None:
         self.source = source
         try:
             table = json.loads(text)
@@ -79,11 +84,11 @@ class Calibration:
         true = self.copies_ratio * recall
         self.precision = np.maximum.accumulate(true / np.maximum(true + false * references, 1e-12))
 
-    def at(self, scores):
+    def at(self, scores: np.ndarray) -> np.ndarray:
         """Precision [n] of pairs of these scores [n] and above."""
         return np.interp(scores, self.scores, self.precision)
 
-    def threshold(self, precision, flag):
+    def threshold(self, precision: float, flag: str) -> float:
         """The smallest score whose precision reaches `precision`. InputError naming `flag` where none does."""
         i = int(np.searchsorted(self.precision, precision))
         if i == len(self.precision):

@@ -6,6 +6,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]  # of the project
 
@@ -18,7 +22,7 @@ class WorkError(Exception):
     """What failed while working, in one line; commands print it and exit with 1."""
 
 
-def first_three(names: Sequence) -> str:
+def first_three(names: Sequence | np.ndarray) -> str:
     """Sequence of names -> "a, b, c and 4 more"."""
     return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 

@@ -4,9 +4,13 @@ A file holds up to three groups, `query`, `reference` and `train`: float32 [rows
 `query_ids`, `reference_ids`, `train_ids`. Also read: the competition's files (the same keys, ids of type S6, S7), the
 older form with `vectors` and `image_names` (Q..., R..., T...), and float16 rows.
 """
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,13 +23,13 @@ COMPARABLE = ("checkpoint_sha256", "input_size", "resize", "gem_eval_p")  # attr
 UNIT_TOLERANCE = 1e-3  # float16 rows deviate from unit length by up to 5e-4
 
 
-def duplicates(ids):
+def duplicates(ids: np.ndarray) -> np.ndarray:
     """Those of the ids [n] that occur more than once, each once, sorted."""
     names, counts = np.unique(ids, return_counts=True)
     return names[counts > 1]
 
 
-def check_finite(path, name, block, ids):
+def check_finite(path: str | Path, name: str, block: np.ndarray, ids: np.ndarray) -> None:
     """Raise InputError naming the ids [n] of the rows in block [n, d] that hold NaN or infinity."""
     if not np.isfinite(block).all():
         bad = ids[~np.isfinite(block).all(axis=1)]
@@ -36,7 +40,8 @@ def check_finite(path, name, block, ids):
 # Writing
 
 
-def write_descriptors(path, groups, attrs, keep=()):
+def write_descriptors(path: str | Path, groups: Mapping[str, tuple[Any, Sequence[str] | np.ndarray]],
+                      attrs: Mapping[str, Any], keep: Iterable[str] = ()) -> None:
     """Write a descriptor file, sorted by id, under a temporary name that replaces `path` when it is complete.
 
     Args:
@@ -50,7 +55,7 @@ def write_descriptors(path, groups, attrs, keep=()):
 
     Raises:
         InputError: ids that occur twice, as many ids as rows not given, other dimensions than the rest, rows with NaN
-            or infinity.
+            or infinity, no group to keep.
     """
     with replacing(path) as temporary, h5py.File(temporary, "w") as out:
         if keep:
@@ -69,8 +74,9 @@ def write_descriptors(path, groups, attrs, keep=()):
             out.attrs[key] = json.dumps(value) if isinstance(value, (dict, list, tuple)) else value
 
 
-def write_group(path, out, name, vectors, ids):
-    """Write vectors [n, d] as `name` and ids [n] as `name`_ids to the open file `out`, sorted by id."""
+def write_group(path: str | Path, out: h5py.File, name: str, vectors: Any, ids: np.ndarray) -> None:
+    """Write vectors [n, d] as `name` and ids [n] as `name`_ids to the open file `out`, sorted by id. Raises InputError
+    as `write_descriptors` does, naming `path`."""
     if len(vectors.shape) != 2 or len(vectors) != len(ids):
         raise InputError(f"{path}: `{name}` of shape {vectors.shape} with {len(ids)} ids")
     if len(twice := duplicates(ids)):
@@ -89,7 +95,7 @@ def write_group(path, out, name, vectors, ids):
         out.create_dataset(f"{name}_ids", data=ids.astype(object), dtype=h5py.string_dtype())
 
 
-def check_dims(path, shapes):
+def check_dims(path: str | Path, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Raise InputError if the shapes (name -> (rows, dim)) of the groups of one file differ in dim."""
     if len({dim for _, dim in shapes.values()}) > 1:
         raise InputError(f"{path}: dimensions differ: " + ", ".join(f"`{name}` {s}" for name, s in shapes.items()))
@@ -99,7 +105,7 @@ def check_dims(path, shapes):
 # Reading
 
 
-def open_h5(path):
+def open_h5(path: str | Path) -> h5py.File:
     """Open an HDF5 file for reading; InputError if there is none or it is something else."""
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}")
@@ -109,29 +115,37 @@ def open_h5(path):
         raise InputError(f"{path}: not an HDF5 file") from None
 
 
-def read_ids(dataset):
-    """Ids of any stored form (fixed width or variable, ASCII or UTF-8) -> array [n] of str."""
+def read_ids(dataset: h5py.Dataset) -> np.ndarray:
+    """Ids of any stored form (fixed width or variable, ASCII or UTF-8) -> array [n] of str. Raises InputError: no
+    strings, not UTF-8."""
     if h5py.check_string_dtype(dataset.dtype) is None:
         raise InputError(f"{dataset.file.filename}: `{dataset.name.strip('/')}` holds {dataset.dtype}, not strings")
     ids = dataset[:]
     try:
         return np.char.decode(ids.astype(np.bytes_) if ids.dtype == object else ids, "utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{dataset.file.filename}: `{dataset.name.strip('/')}` is not UTF-8: {error.object}") from None
+        raise InputError(f"{dataset.file.filename}: `{dataset.name.strip('/')}` is not UTF-8: "
+                         f"{error.object!r}") from None
 
 
 class BlockRows:
     """Rows [n, dim] that are read in blocks: what has `ids` [n], `shape` and `read(start, stop)`."""
+    ids: np.ndarray
+    shape: tuple[int, int]
 
-    def __len__(self):
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows start..stop as float32 [n, dim]."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows):
-        """Rows of an index array; what lies between the first and the last of them is read."""
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of an index array [n] -> [n, dim]; what lies between the first and the last of them is read."""
         first = rows.min()
         return self.read(first, rows.max() + 1)[rows - first]
 
-    def blocks(self, size=BLOCK):
+    def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
         """Iterate over (start, float32 [up to size, dim])."""
         for start in range(0, len(self), size):
             yield start, self.read(start, start + size)
@@ -144,14 +158,14 @@ class Rows(BlockRows):
     sha256 of the checkpoint that made them, or None.
     """
 
-    def __init__(self, name, dataset, ids, rows=None):
+    def __init__(self, name: str, dataset: h5py.Dataset, ids: np.ndarray, rows: np.ndarray | None = None) -> None:
         self.name, self.dataset, self.ids, self.rows = name, dataset, ids, rows
         self.path, self.deviation = dataset.file.filename, 0.0
         self.checkpoint = dataset.attrs.get("checkpoint_sha256")
         self.check()
         self.shape = (len(ids), dataset.shape[1])
 
-    def check(self):
+    def check(self) -> None:
         """Raise InputError for a wrong shape or type, a wrong number of ids, duplicate ids, no rows."""
         data, where = self.dataset, f"{self.path}: `{self.name}`"
         if data.ndim != 2 or data.dtype.kind != "f":
@@ -165,7 +179,7 @@ class Rows(BlockRows):
         if data.dtype != np.float32:
             print(f"{where} is {data.dtype}, read as float32", file=sys.stderr)
 
-    def read(self, start=0, stop=None):
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows start..stop as float32 [n, dim]. Raises InputError naming the ids of rows with NaN or infinity."""
         stop = len(self) if stop is None else min(stop, len(self))
         if self.rows is None:
@@ -179,7 +193,7 @@ class Rows(BlockRows):
         self.deviation = max(self.deviation, float(np.abs(norms - 1).max(initial=0)))
         return block
 
-    def random_access(self):
+    def random_access(self) -> np.ndarray:
         """Rows [n, dim] to index at random: a memory map where the file allows it, else in memory."""
         offset = self.dataset.id.get_offset()  # None where rows are stored in chunks
         if self.rows is not None or offset is None or self.dataset.dtype != np.dtype("<f4"):
@@ -197,7 +211,7 @@ class Descriptors:
             groups, dimensions that differ between groups; on access: the group is not there.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.path, self.file = path, open_h5(path)
         try:
             self.attrs = dict(self.file.attrs)
@@ -207,11 +221,11 @@ class Descriptors:
             self.file.close()
             raise
 
-    def find_groups(self):
-        """name -> Rows, in either form."""
-        file = self.file
+    def find_groups(self) -> dict[str, Rows]:
+        """name -> Rows, in either form. Raises InputError: none of the known keys, ids missing or wrong in number."""
+        file, groups = self.file, {}
         if "vectors" in file and "image_names" in file:
-            names, groups = read_ids(file["image_names"]), {}
+            names = read_ids(file["image_names"])
             if len(names) != len(file["vectors"]):
                 raise InputError(f"{self.path}: `vectors` of shape {file['vectors'].shape} with {len(names)} names")
             letters = names.astype("U1")
@@ -228,22 +242,22 @@ class Descriptors:
                 raise InputError(f"{self.path}: `{name}_ids` is missing")
         return {name: Rows(name, file[name], read_ids(file[f"{name}_ids"])) for name in found}
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Rows:
         if name not in self.groups:
             raise InputError(f"{self.path}: `{name}` is missing, it holds {', '.join(self.groups) or 'no rows'}")
         return self.groups[name]
 
-    def check_checkpoint(self):
+    def check_checkpoint(self) -> None:
         """Raise InputError if the groups come from more than one checkpoint: their distances would mean nothing."""
         made_by = {name: rows.checkpoint for name, rows in self.groups.items() if rows.checkpoint is not None}
         if len(set(made_by.values())) > 1:
             raise InputError(f"{self.path}: groups of different checkpoints: "
                              + ", ".join(f"`{name}` {sha[:12]}" for name, sha in made_by.items()))
 
-    def __enter__(self):
+    def __enter__(self) -> Descriptors:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         """Close, and warn of rows read that are not of unit length, unless post-processing left them so."""
         for name, rows in self.groups.items():
             if rows.deviation > UNIT_TOLERANCE and "steps" not in self.attrs:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,9 +32,9 @@ class Rank:
         return self.rank == 0
 
 
-def launch(work: Callable, args: Args, *rest) -> None:
+def launch(work: Callable, args: Args, *rest: Any) -> None:
     """Run work(args, *rest, rank) here, in --nproc new processes, or in torchrun's. A new process that fails ends this
-    one with its exit code."""
+    one with its exit code. Raises InputError: more processes than GPUs, a --batch-size that they cannot share."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave their cores to the loading processes
     if "TORCHELASTIC_RUN_ID" in os.environ:
         place = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
@@ -64,7 +65,10 @@ def spawned(local_rank: int, work: Callable, args: Args, rest: tuple, nproc: int
 
 def run_rank(work: Callable, args: Args, rest: tuple, url: str | None, rank: int, world_size: int, local_rank: int,
              local_world_size: int) -> None:
-    """Join the process group at `url` (None: a single process), get the device ready, do the work, leave the group."""
+    """Join the process group at `url` (None: a single process), get the device ready, do the work, leave the group.
+
+    Raises WorkError: the processes cannot meet, the disk is full.
+    """
     device = pick_device(args, local_rank)
     prepare_device(device, local_world_size)
     if url:
@@ -113,7 +117,7 @@ def libc(name: str, *numbers: int) -> None:
 
 
 def pick_device(args: Args, local_rank: int | None = None) -> torch.device:
-    """cuda (this rank's own, or --gpu), mps or cpu."""
+    """cuda (this rank's own, or --gpu), mps or cpu. Raises InputError: no such GPU."""
     kind, gpu = args.device, args.gpu or 0
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -131,7 +135,7 @@ def pick_precision(args: Args, device: torch.device) -> torch.dtype | None:
     return None  # CPUs: with AVX-512 and AMX too, bf16 gradients of depth-wise convolutions take four times as long
 
 
-def gather_objects(x) -> list:
+def gather_objects(x: Any) -> list:
     """A picklable object of each process -> list in order of rank."""
     objects = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():

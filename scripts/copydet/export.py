@@ -4,6 +4,8 @@ The graph holds backbone, pooling, head and normalisation. How to make its input
 deviation) is in the file's metadata, or in config.json beside safetensors.
 """
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,12 +14,13 @@ from copydet.common import InputError, replacing
 INPUT = "images: float32 [n, 3, s, s], RGB, images resized to s = input_size as `resize` says, 0..1, (x - mean) / std"
 
 
-def write_onnx(net, config, path):
-    """ONNX with a free batch size; onnx's `metadata_props` hold the config, values as JSON."""
+def write_onnx(net: torch.nn.Module, config: dict, path: Path) -> None:
+    """ONNX with a free batch size; onnx's `metadata_props` hold the config, values as JSON. Raises InputError: a
+    package is missing."""
     images, n = example(config), torch.export.Dim("n", min=1)
     try:
-        program = torch.onnx.export(net, (images,), input_names=["images"], output_names=["descriptors"], dynamo=True,
-                                    dynamic_shapes=({0: n},), verbose=False)
+        program: Any = torch.onnx.export(net, (images,), input_names=["images"], output_names=["descriptors"],
+                                         dynamo=True, dynamic_shapes=({0: n},), verbose=False)
     except ImportError as error:
         raise InputError(f"--format onnx needs a package: {error}; pip install onnx onnxscript") from None
     program.model.metadata_props.update({name: json.dumps(value) for name, value in config.items()})
@@ -25,14 +28,14 @@ def write_onnx(net, config, path):
         program.save(temporary, external_data=False)
 
 
-def write_torchscript(net, config, path):
+def write_torchscript(net: torch.nn.Module, config: dict, path: Path) -> None:
     """TorchScript by tracing; torch.jit.load's `_extra_files` {"config.json": ""} takes the config."""
     with torch.inference_mode(), replacing(path) as temporary:
         traced = torch.jit.trace(net, example(config))
         torch.jit.save(traced, str(temporary), _extra_files={"config.json": json.dumps(config)})
 
 
-def write_safetensors(net, config, path):
+def write_safetensors(net: torch.nn.Module, config: dict, path: Path) -> None:
     """Weights alone, and config.json beside them; `load_descriptor` and --weight read both."""
     from safetensors.torch import save_file
     with replacing(path) as temporary:
@@ -45,5 +48,6 @@ FORMATS = {"onnx": write_onnx, "torchscript": write_torchscript, "safetensors": 
 ENDINGS = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
 
 
-def example(config):
+def example(config: dict) -> torch.Tensor:
+    """Two images [2, 3, s, s] to trace with."""
     return torch.zeros(2, 3, config["input_size"], config["input_size"])

@@ -3,6 +3,7 @@ import csv
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from copydet.common import replacing
 
@@ -12,7 +13,7 @@ class Log:
 
     COLUMNS = ("epoch", "step", "loss", "lr", "images_per_s", "wait_share")
 
-    def __init__(self, folder: Path, start: int):
+    def __init__(self, folder: Path, start: int) -> None:
         self.file = folder / "log.csv"
         lines = self.file.read_text().splitlines()[1:] if start and self.file.is_file() else []
         rows = [row for row in csv.reader(lines) if len(row) == 6 and int(row[1]) <= start]
@@ -20,7 +21,8 @@ class Log:
             csv.writer(out).writerows([self.COLUMNS, *rows])
         self.board = SummaryWriter(folder, purge_step=start + 1)
 
-    def write(self, bar, *values):
+    def write(self, bar: tqdm, *values: float) -> None:
+        """Show an entry, values of COLUMNS in that order, beside the progress bar and append it to both logs."""
         row = dict(zip(self.COLUMNS, values))
         bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.2g}, {row['images_per_s']:.0f} images/s, waiting "
                             f"for data {row['wait_share']:.0%}", refresh=False)

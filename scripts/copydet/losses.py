@@ -4,7 +4,11 @@ A criterion is a module (outputs of the network, labels) -> scalar. pytorch-metr
 are, but for those that are functions of the matrix of anchors and references: these are given here, with the same
 values and no list of pairs.
 """
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytorch_metric_learning as pml
 import pytorch_metric_learning.distances
@@ -18,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from copydet.options import Args
 
 
-def gather_rows(x):
+def gather_rows(x: torch.Tensor) -> torch.Tensor:
     """[B, ...] of each process -> [processes * B, ...] in order of rank; the own block keeps its gradient."""
     if not dist.is_initialized():
         return x
@@ -32,14 +36,16 @@ class SNRDistance(pml.distances.SNRDistance):
     """Var(a - r) / Var(a) over the dimensions (Yuan et al., CVPR 2019; notes v15), for all anchors a [B, d] and
     references r [M, d] as Var(a) + Var(r) - 2 Cov(a, r): B x M values, where the library makes B x M x d."""
 
-    def compute_mat(self, query_emb, ref_emb):
+    def compute_mat(self, query_emb: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
         a, r = (x - x.mean(1, keepdim=True) for x in (query_emb, ref_emb))
         var_a, var_r = (x.square().sum(1) for x in (a, r))
         return ((var_a[:, None] + var_r - 2 * a @ r.T) / var_a[:, None]).clamp(min=0)
 
 
-def pair_masks(labels, ref_labels, own=None):
-    """Positive and negative pairs of anchors and references as masks [B, M]; reference own[i] is anchor i itself."""
+def pair_masks(labels: torch.Tensor, ref_labels: torch.Tensor,
+               own: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positive and negative pairs of anchors with labels [B] and references with labels [M] as masks [B, M]; reference
+    own[i] is anchor i itself."""
     positive = labels[:, None] == ref_labels
     negative = ~positive
     if own is not None:
@@ -47,14 +53,15 @@ def pair_masks(labels, ref_labels, own=None):
     return positive, negative
 
 
-class MatrixLoss:
+class MatrixLoss(pml.losses.BaseMetricLossFunction):
     """Makes a pair loss of the library a function of the matrix of anchors and references and the masks of its positive
     and negative pairs: `of_matrix`. The library lists all pairs instead, for which a GPU has to be waited for; it does
     so here for the pairs of a miner."""
 
-    def forward(self, embeddings, labels, pairs=None, ref_emb=None, ref_labels=None):
-        """Anchors [B, d] with labels [B], references [M, d] (none: the anchors), pairs (none: all) as `pair_masks` or
-        as a miner's lists -> scalar."""
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, pairs: tuple | None = None,
+                ref_emb: torch.Tensor | None = None, ref_labels: Any = None) -> torch.Tensor:
+        """Anchors [B, d] with labels [B], references [M, d] with labels [M] (none: the anchors), pairs (none: all) as
+        `pair_masks` or as a miner's lists -> scalar."""
         if ref_emb is None:
             ref_emb, ref_labels = embeddings, labels
         if pairs is None:
@@ -69,9 +76,11 @@ class ContrastiveLoss(MatrixLoss, pml.losses.ContrastiveLoss):
     """max(d - pos_margin, 0) of positive and max(neg_margin - d, 0) of negative pairs at distance d; of each kind the
     mean over the terms above 0 (Hadsell et al., CVPR 2006; notes v10)."""
 
-    def of_matrix(self, distances, positive, negative):
-        terms = [F.relu(distances - self.pos_margin) * positive, F.relu(self.neg_margin - distances) * negative]
-        return sum(x.sum() / (x > 0).sum().clamp(min=1) for x in terms)
+    def of_matrix(self, distances: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        """Distances [B, M] and masks [B, M] -> scalar."""
+        near, far = F.relu(distances - self.pos_margin) * positive, F.relu(self.neg_margin - distances) * negative
+        mean = lambda x: x.sum() / (x > 0).sum().clamp(min=1)
+        return mean(near) + mean(far)
 
 
 class NTXentLoss(MatrixLoss, pml.losses.NTXentLoss):
@@ -81,11 +90,12 @@ class NTXentLoss(MatrixLoss, pml.losses.NTXentLoss):
     (notes v60). The library makes a matrix of positives x negatives.
     """
 
-    def __init__(self, temperature, margin=0.0):
+    def __init__(self, temperature: float, margin: float = 0.0) -> None:
         super().__init__(temperature)
         self.margin = margin
 
-    def of_matrix(self, cosines, positive, negative):
+    def of_matrix(self, cosines: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        """Cosines [B, M] and masks [B, M] -> scalar."""
         logits = cosines / self.temperature
         negatives = logits.masked_fill(~negative, torch.finfo(logits.dtype).min).logsumexp(1, keepdim=True)
         terms = F.softplus(negatives - logits + self.margin / self.temperature) * positive
@@ -98,10 +108,10 @@ class ArcFaceLoss(pml.losses.ArcFaceLoss):
 
     per_view = False
 
-    def __init__(self, classes, dim, margin, scale):
+    def __init__(self, classes: int, dim: int, margin: float, scale: float) -> None:
         super().__init__(classes, dim, margin, scale)
 
-    def init_margin(self):
+    def init_margin(self) -> None:
         pass  # given in radians
 
 
@@ -111,28 +121,32 @@ class SimSiamLoss(torch.nn.Module):
 
     per_view = True  # the network sees each view by itself, with batch statistics of its own
 
-    def forward(self, outputs, labels):
+    def forward(self, outputs: list[tuple[torch.Tensor, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
         """[(projection, prediction) of each view], each [B, dim] -> scalar."""
         pairs = [(p, z.detach()) for i, (_, p) in enumerate(outputs) for j, (z, _) in enumerate(outputs) if i != j]
-        return -sum(F.cosine_similarity(p, z).mean() for p, z in pairs) / len(pairs)
+        total: Any = sum(F.cosine_similarity(p, z).mean() for p, z in pairs)
+        return -total / len(pairs)
 
 
 class Memory(pml.losses.CrossBatchMemory):
     """The library's ring buffer of descriptors (arXiv 1912.06798), whose state_dict leaves out where it stands."""
 
-    def create_indices_tuple(self, embeddings, labels, memory, memory_labels, given, own_are_there):
+    def create_indices_tuple(self, embeddings: torch.Tensor, labels: torch.Tensor, memory: torch.Tensor,
+                             memory_labels: torch.Tensor, given: tuple | None, own_are_there: bool) -> tuple:
+        """Pairs of embeddings [B, dim] and memory [M, dim]: as masks where the loss takes them."""
         if self.miner or given is not None or not isinstance(self.loss, MatrixLoss):
             return super().create_indices_tuple(embeddings, labels, memory, memory_labels, given, own_are_there)
         return pair_masks(labels, memory_labels, self.curr_batch_idx if own_are_there else None)
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> dict:
         return {"next": self.queue_idx, "filled": self.has_been_filled}
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: dict) -> None:
         self.queue_idx, self.has_been_filled = state["next"], state["filled"]
 
 
-ENQUEUE = {  # --memory-enqueue -> for each memory: all rows enter it (None), only those of view 0, only the others
+# --memory-enqueue -> for each memory: all rows enter it (None), only those of view 0, only the others
+ENQUEUE: dict[str, list[bool | None]] = {
     "all": [None], "view0": [True], "crosswise": [True, False]}
 
 
@@ -149,7 +163,8 @@ class PairCriterion(torch.nn.Module):
 
     per_view = False
 
-    def __init__(self, args: Args, loss: torch.nn.Module, miner, dim: int, world_size: int):
+    def __init__(self, args: Args, loss: torch.nn.Module, miner: torch.nn.Module | None, dim: int,
+                 world_size: int) -> None:
         super().__init__()
         self.loss, self.miner, self.memories = loss, miner, torch.nn.ModuleList()
         self.scale = world_size if args.world_scaled_loss else 1
@@ -158,7 +173,7 @@ class PairCriterion(torch.nn.Module):
         if args.memory_size:
             self.memories.extend(Memory(loss, dim, args.memory_size, miner) for _ in self.enqueue)
 
-    def forward(self, descriptors, labels):
+    def forward(self, descriptors: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Descriptors [B, dim] and labels [B] of this process, view after view -> scalar."""
         view0 = torch.arange(len(labels), device=labels.device) < len(labels) // self.views
         descriptors, labels, view0 = (gather_rows(x) for x in (descriptors, labels, view0))
@@ -179,20 +194,22 @@ class Objective(torch.nn.Module):
     them again, part by part (gradient caching, arXiv 2101.06983). The criterion sees the whole batch at once.
     """
 
-    def __init__(self, net, criterion, views, shuffled, parts=1):
+    def __init__(self, net: torch.nn.Module, criterion: torch.nn.Module, views: int, shuffled: bool,
+                 parts: int = 1) -> None:
         super().__init__()
         self.net, self.criterion, self.views, self.shuffled, self.parts = net, criterion, views, shuffled, parts
         self._ddp_params_and_buffers_to_ignore = [  # DDP would send the memory, the same in all processes, at each step
             f"criterion.{name}" for name, _ in criterion.named_buffers()]
 
-    def forward(self, images, labels):
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Images [views * B, 3, s, s] and labels [views * B], view after view."""
         if self.criterion.per_view:
             return self.criterion([self.net(view) for view in images.chunk(self.views)], labels)
         outputs = forward_shuffled(self.describe, images) if self.shuffled else self.describe(images)
         return self.criterion(outputs, labels)
 
-    def describe(self, images):
+    def describe(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [n, 3, s, s] -> descriptors [n, dim]."""
         if self.parts == 1:
             return self.net(images)
         contexts = lambda: (contextlib.nullcontext(), running_statistics_kept(self.net))
@@ -201,19 +218,20 @@ class Objective(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def running_statistics_kept(net):
+def running_statistics_kept(net: torch.nn.Module) -> Iterator[None]:
     """Batch norm as in training, but its running mean and variance stay as they are."""
-    norms = [(module, module.momentum) for module in net.modules() if hasattr(module, "running_mean")]
-    for module, _ in norms:
+    norms: list[Any] = [module for module in net.modules() if hasattr(module, "running_mean")]
+    momenta = [module.momentum for module in norms]
+    for module in norms:
         module.momentum = 0.0
     try:
         yield
     finally:
-        for module, momentum in norms:
+        for module, momentum in zip(norms, momenta):
             module.momentum = momentum
 
 
-def forward_shuffled(net, images):
+def forward_shuffled(net: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """Outputs for this process's images, computed in batches drawn from all processes, so that the batch statistics of
     one process tell nothing about which rows belong together (arXiv 1911.05722; notes v21, with its gradient)."""
     if not dist.is_initialized():

@@ -1,4 +1,7 @@
 """Ground truths, lists of scored pairs, and what is measured on them: micro-AP and recall at 90 % precision."""
+from __future__ import annotations
+
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +10,11 @@ import pandas as pd
 from copydet.common import InputError, first_three
 
 
-def read_table(path, columns, optional=()):
+def read_table(path: str | Path, columns: list[str], optional: Collection[str] = ()) -> pd.DataFrame:
     """CSV with or without a header -> DataFrame of str with the given columns; its index is the line in the file.
 
-    Without a header the columns are taken in order. Raises InputError: no such file, missing column.
+    Without a header the columns are taken in order; those in `optional` may be missing. Raises InputError: no such
+    file, empty, no CSV, missing column.
     """
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}")
@@ -31,13 +35,13 @@ def read_table(path, columns, optional=()):
     return table[columns]
 
 
-def at_lines(table, wrong):
-    """The rows of `table` marked in `wrong` -> "line 3 (Q1, R7), ..."."""
+def at_lines(table: pd.DataFrame, wrong: np.ndarray) -> str:
+    """The rows of `table` marked in `wrong`, bool [n] -> "line 3 (Q1, R7), ..."."""
     rows = table[wrong].iloc[:, :2].itertuples()
     return first_three([f"line {line} ({', '.join(pair)})" for line, *pair in rows])
 
 
-def read_ground_truth(path):
+def read_ground_truth(path: str | Path) -> tuple[np.ndarray, pd.DataFrame]:
     """CSV query_id,reference_id (empty: no match) -> (query ids [n], sorted; DataFrame of the positive pairs).
 
     Raises InputError: missing column, a pair given twice, no positive pair at all.
@@ -51,7 +55,7 @@ def read_ground_truth(path):
     return np.unique(table.query_id.to_numpy(str)), positives
 
 
-def read_predictions(path, queries, drop_unknown=False):
+def read_predictions(path: str | Path, queries: np.ndarray, drop_unknown: bool = False) -> tuple[pd.DataFrame, int]:
     """CSV query_id,reference_id,score -> (DataFrame with float scores, number of rows dropped).
 
     Args:
@@ -73,25 +77,27 @@ def read_predictions(path, queries, drop_unknown=False):
     return table.assign(score=scores)[~unknown], int(unknown.sum())
 
 
-def sort_candidates(scores, is_true):
-    """Order [n] by falling score; among equal scores false pairs come first, which is the worst case."""
+def sort_candidates(scores: np.ndarray, is_true: np.ndarray) -> np.ndarray:
+    """Scores [n] and bool [n] -> order [n] by falling score; among equal scores false pairs come first, which is the
+    worst case."""
     return np.lexsort((is_true, -scores))
 
 
-def precision_recall(is_true, n_positives):
+def precision_recall(is_true: np.ndarray, n_positives: int) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall [n] after each of the sorted candidates (bool [n])."""
     hits = np.cumsum(is_true)
     return hits / np.arange(1, len(hits) + 1), hits / n_positives
 
 
-def micro_ap(is_true, n_positives):
+def micro_ap(is_true: np.ndarray, n_positives: int) -> float:
     """Sum of (recall_k - recall_{k-1}) * precision_k over the sorted candidates (bool [n])."""
     precision, _ = precision_recall(is_true, n_positives)
     return float(precision[is_true].sum() / n_positives)
 
 
-def recall_at_p90(is_true, n_positives):
-    """(largest recall at which precision is 0.9 or more, index of that candidate); (0.0, None) if there is none."""
+def recall_at_p90(is_true: np.ndarray, n_positives: int) -> tuple[float, int | None]:
+    """(largest recall at which precision is 0.9 or more, index of that one of the sorted candidates, bool [n]);
+    (0.0, None) if there is none."""
     precision, recall = precision_recall(is_true, n_positives)
     reached = np.where(precision >= 0.9, recall, 0.0)
     if not reached.any():

@@ -11,7 +11,9 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from copydet.common import ROOT, InputError, tell
 
@@ -37,10 +39,10 @@ def split_settings(text: str) -> tuple[str, dict[str, str]]:
 class Parser(argparse.ArgumentParser):
     """argparse that reads recipes, @FILE, and tells a wrong flag in one line."""
 
-    def convert_arg_line_to_args(self, line):
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
         return shlex.split(line.removeprefix("\ufeff"), comments=True)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         tell(message)
         raise SystemExit(2)
 
@@ -78,7 +80,8 @@ HARD = ("screenshot:p=0.01 crop:area=0.2,p=1 jitter:brightness=0.4,contrast=0.4,
         "shuffle jpeg:p=0.5 gray blur perspective hflip:p=0.5 vflip text emoji erase")
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
 LEAST_CALIBRATED = 10
-FLAGS = {  # group -> rows of (names and metavar, type or choices or bool, default, help)
+# group -> rows of (names and metavar, type or choices or bool, default, help)
+FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
     "what to do": [
         ("--mode", ["train", "extract", "export"], "train", "what to do"),
         ("--exp NAME", str, None, "results go to exp/NAME/train and exp/NAME/extract (default: the experiment that "
@@ -226,18 +229,20 @@ class Args(argparse.Namespace):
     """
     __slots__ = ("given", "typed", "recipes")
 
-    def __init__(self, values: dict, given=(), typed=(), recipes=()):
+    def __init__(self, values: dict, given: Iterable[str] = (), typed: Iterable[str] = (),
+                 recipes: Iterable[str] = ()) -> None:
         for name, words in (("given", frozenset(given)), ("typed", frozenset(typed)), ("recipes", tuple(recipes))):
             object.__setattr__(self, name, words)
         self.__dict__.update(values)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name}: a command line is read-only; args.replace(...) gives another one")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Args, (vars(self), self.given, self.typed, self.recipes)
 
-    def replace(self, **values) -> Args:
+    def replace(self, **values: Any) -> Args:
+        """The command line with other values, given and typed as before."""
         return Args(vars(self) | values, self.given, self.typed, self.recipes)
 
     def plain(self) -> dict:
@@ -251,6 +256,7 @@ class Args(argparse.Namespace):
 
 
 def build_parser(description: str | None = None) -> Parser:
+    """Parser of train.py's command line: FLAGS, DIR and recipes, none of it checked yet."""
     p = Parser(fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                description=description)
     p.add_argument("dir", metavar="DIR", nargs="?", help="train: folder of images, nested or not (default: "
@@ -265,8 +271,8 @@ def build_parser(description: str | None = None) -> Parser:
             elif isinstance(kind, list):
                 group.add_argument(names, choices=kind, default=default, help=text)
             else:
-                *names, metavar = names.split()
-                group.add_argument(*names, metavar=metavar, type=kind, default=default, help=text)
+                *flags, metavar = names.split()
+                group.add_argument(*flags, metavar=metavar, type=kind, default=default, help=text)
     return p
 
 
@@ -323,6 +329,7 @@ def check_args(args: Args) -> Args:
 
 
 def check_extraction_flags(args: Args) -> None:
+    """Raise InputError naming the flag that an extraction cannot do with."""
     if args.resume not in ("", "auto"):
         raise InputError(f"--resume {args.resume}: an extraction goes on with --resume auto; the checkpoint is "
                          "--weight")
@@ -331,7 +338,8 @@ def check_extraction_flags(args: Args) -> None:
 
 
 def check_training_flags(args: Args) -> Args:
-    """The command line of a training; without a memory where the loss has none."""
+    """The command line of a training; without a memory where the loss has none. Raises InputError naming the flag that
+    is wrong or contradicts another."""
     least = 1 if args.loss == "arcface" else 2
     if args.ncrops < least or (args.pairs and args.ncrops != 2):
         why = "a pair has 2 views" if args.pairs else "an image needs at least 2 views, or there are no positive pairs"

@@ -1,9 +1,18 @@
 """Exact search: float32 search by faiss finds what could be among the candidates, rounding errors allowed for, and
 float64 distances decide. References are read in blocks, so that memory does not grow with them."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import numpy as np
 from tqdm import tqdm
 
 from copydet.common import InputError, warn
+
+if TYPE_CHECKING:
+    from copydet.descriptors import BlockRows
 
 
 PAIR = np.dtype([("query", np.int32), ("reference", np.int64), ("score", np.float64)])  # rows, -(squared L2)
@@ -12,8 +21,9 @@ BYTES_PER_PAIR = 64  # of memory where a whole block turns out to be candidates,
 NEIGHBOURS = 32  # per query and block; queries with more candidates than that need a range search
 
 
-def count_gpus(wanted):
-    """Number of GPUs to use; faiss on CPUs alone lacks what is needed to use one."""
+def count_gpus(wanted: int) -> int:
+    """Number of GPUs to use, -1: all; faiss on CPUs alone lacks what is needed to use one. Raises InputError: more than
+    there are."""
     if not wanted:
         return 0
     import faiss
@@ -23,8 +33,8 @@ def count_gpus(wanted):
     return there if wanted < 0 else wanted
 
 
-def squared_distances(queries, references, i, j):
-    """|q_i - r_j|^2 [n] in float64, as a sum of squared differences, of float32 rows i, j [n]."""
+def squared_distances(queries: np.ndarray, references: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """|q_i - r_j|^2 [n] in float64, as a sum of squared differences, of rows i, j [n] of float32 [nq, d], [nr, d]."""
     result = np.empty(len(i))
     for start in range(0, len(i), 1024):  # rows that fit the cache
         part = slice(start, start + 1024)
@@ -34,18 +44,19 @@ def squared_distances(queries, references, i, j):
     return result
 
 
-def longest(rows):
+def longest(rows: np.ndarray) -> float:
     """Largest norm of rows [n, d]."""
     return float(np.sqrt(np.einsum("ij,ij->i", rows, rows).max()))
 
 
-def rounding_error(dim, query_norm, reference_norm):
+def rounding_error(dim: int, query_norm: float, reference_norm: float) -> float:
     """Bound of the error of |q|^2 + |r|^2 - 2 q.r in float32: (d + 8) u (|q| + |r|)^2, u = 2^-24 (Higham, 3.1)."""
     return (dim + 8) * 2.0**-24 * (query_norm + reference_norm)**2
 
 
-def knn(queries, block, k, ngpu):
-    """Squared distances, in float32, and rows [n, k] of the k nearest of block [m, d] to each query, nearest first."""
+def knn(queries: np.ndarray, block: np.ndarray, k: int, ngpu: int) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances, in float32, and rows [n, k] of the k nearest of block [m, d] to each query [n, d], nearest
+    first."""
     import faiss
     if not ngpu:
         return faiss.knn(queries, block, k)
@@ -54,8 +65,10 @@ def knn(queries, block, k, ngpu):
     return faiss.index_cpu_to_all_gpus(index, ngpu=ngpu).search(queries, k)
 
 
-def pairs_within(queries, block, radius, error, limit, ngpu):
-    """Yield rows (i, j) of the pairs that may be among the `limit` nearest and have a squared distance up to `radius`.
+def pairs_within(queries: np.ndarray, block: np.ndarray, radius: float, error: float, limit: int,
+                 ngpu: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield rows (i [n], j [n]) of the pairs of queries [nq, d] and block [m, d] that may be among the `limit` nearest
+    and have a squared distance up to `radius`.
 
     A few neighbours of every query are enough for most; the others go through range search. float32 distances are off
     by at most `error`.
@@ -74,14 +87,16 @@ def pairs_within(queries, block, radius, error, limit, ngpu):
     for start in range(0, len(more), QUERIES_AT_ONCE):
         part = more[start:start + QUERIES_AT_ONCE]
         limits, _, j = index.range_search(queries[part], float(np.nextafter(np.float32(radius + error), np.inf)))
-        yield np.repeat(part, np.diff(limits.astype(np.int64))), j
+        counts: np.ndarray = np.diff(limits.astype(np.int64))
+        yield np.repeat(part, counts), j
 
 
-def best(pairs, limit, positives, n_references):
+def best(pairs: np.ndarray, limit: int, positives: np.ndarray, n_references: int) -> np.ndarray:
     """The `limit` PAIRs of highest score; among those tied at the limit false ones first, then by row.
 
     Args:
-        positives: sorted query row * n_references + reference row of the true pairs.
+        pairs: PAIR [n].
+        positives: sorted query row * n_references + reference row of the true pairs, int64.
     """
     if len(pairs) <= limit:
         return pairs
@@ -92,16 +107,18 @@ def best(pairs, limit, positives, n_references):
     return np.concatenate([sure, tied[order[:limit - len(sure)]]])
 
 
-def progress_bar(references, shown):
+def progress_bar(references: BlockRows, shown: bool) -> tqdm:
+    """Of the references that were searched; none where it is not `shown` or stderr is no terminal."""
     return tqdm(total=len(references), unit=" references", unit_scale=True, disable=None if shown else True)
 
 
-def block_rows(memory):
-    """Rows of a block of references: a whole batch of queries may be tied with all of it."""
+def block_rows(memory: int) -> int:
+    """Rows of a block of references in `memory` bytes: a whole batch of queries may be tied with all of it."""
     return max(1, memory // BYTES_PER_PAIR // QUERIES_AT_ONCE)
 
 
-def search(queries, references, limit, positives, ngpu=0, memory=2**31, progress=False):
+def search(queries: np.ndarray, references: BlockRows, limit: int, positives: np.ndarray, ngpu: int = 0,
+           memory: int = 2**31, progress: bool = False) -> np.ndarray:
     """The `limit` pairs of smallest distance over all queries together, exactly.
 
     References come in blocks. The worst of the best `limit` pairs so far bounds the radius of the next search, so the
@@ -109,7 +126,7 @@ def search(queries, references, limit, positives, ngpu=0, memory=2**31, progress
 
     Args:
         queries: float32 [nq, d].
-        references: a `Rows`: blocks are read as they are needed.
+        references: [nr, d]; blocks are read as they are needed.
         limit, positives: as in `best`.
         ngpu: GPUs to search on; 0: CPU.
         memory: bytes; sets the size of the blocks. It does not change the result.
@@ -130,11 +147,12 @@ def search(queries, references, limit, positives, ngpu=0, memory=2**31, progress
                 radius = -found[0]["score"].min()
         bar.update(len(block))
     bar.close()
-    found = best(np.concatenate(found), limit, positives, len(references))
-    return found[np.lexsort((found["reference"], found["query"]))]
+    pairs = best(np.concatenate(found), limit, positives, len(references))
+    return pairs[np.lexsort((pairs["reference"], pairs["query"]))]
 
 
-def search_topk(queries, references, k, positives, ngpu=0, memory=2**31, progress=False):
+def search_topk(queries: np.ndarray, references: BlockRows, k: int, positives: np.ndarray, ngpu: int = 0,
+                memory: int = 2**31, progress: bool = False) -> np.ndarray:
     """The `k` references of smallest distance of each query, exactly. Arguments and result as in `search`.
 
     float32 search finds somewhat more than k. Queries for which rounding errors could hide a better one, because of
@@ -165,7 +183,7 @@ def search_topk(queries, references, k, positives, ngpu=0, memory=2**31, progres
     return np.concatenate(result)
 
 
-def exact_distances(queries, references, pairs):
+def exact_distances(queries: np.ndarray, references: BlockRows, pairs: np.ndarray) -> np.ndarray:
     """Squared distances [n] of the PAIRs [n], in float64; references are read once, in blocks."""
     result, order = np.empty(len(pairs)), np.argsort(pairs["reference"], kind="stable")
     rows = pairs["reference"][order]
@@ -175,15 +193,15 @@ def exact_distances(queries, references, pairs):
     return result
 
 
-def rows_of(ids, wanted):
+def rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Row in `ids` [n] of each of `wanted` [m], -1 where it is not there."""
     order = np.argsort(ids)
     rows = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
     return np.where(ids[rows] == wanted, rows, -1)
 
 
-def warn_if_collapsed(path, queries, references):
-    """Say so where all queries, or the first references, are one vector: every pair is tied then."""
+def warn_if_collapsed(path: str | Path, queries: np.ndarray, references: BlockRows) -> None:
+    """Say so where all queries [n, d], or the first references, are one vector: every pair is tied then."""
     for name, rows in (("query", queries), ("reference", references.read(0, 1024))):
         if len(rows) > 1 and np.ptp(rows, axis=0).max() < 1e-5:
             warn(f"{path}: collapsed descriptors: all of `{name}` are the same vector")

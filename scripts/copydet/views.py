@@ -11,10 +11,10 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -120,8 +120,7 @@ class Preprocessing:
 
     def whole(self, image: str | Image.Image) -> np.ndarray:
         """Pixels [size, size, 3] of a whole image, a path or a Pillow image."""
-        is_path = not isinstance(image, Image.Image)
-        file = self.open(image) if is_path else np.array(to_rgb(image, self.exif_transpose))
+        file = np.array(to_rgb(image, self.exif_transpose)) if isinstance(image, Image.Image) else self.open(image)
         return LazyCrop(file).whole(RESIZES[self.resize], self.input_size).pixels()
 
     def prepare(self, images: Sequence[str | Image.Image]) -> Images:
@@ -141,29 +140,34 @@ class Views(torch.utils.data.Dataset):
     """
 
     def __init__(self, root: str | Path, paths: Sequence, preprocessing: Preprocessing, pipelines: Sequence[list],
-                 seed: int, negatives: int = 0, negative_images: Sequence[str] = (), strict: bool = False):
+                 seed: int, negatives: int = 0, negative_images: Sequence[str] = (), strict: bool = False) -> None:
         self.root, self.paths, self.preprocessing, self.pipelines = root, paths, preprocessing, pipelines
         self.seed, self.strict = seed, strict
         self.size, self.resize = preprocessing.input_size, RESIZES[preprocessing.resize]
         self.negatives, self.negative_images = negatives, negative_images
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def open(self, i):
+    def open(self, i: int) -> list[ImageFile]:
         """The image of each view of item `i`."""
         return [self.preprocessing.open(os.path.join(self.root, self.paths[i]))] * len(self.pipelines)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
+        """The path of item `i`, for messages."""
         return os.path.join(self.root, self.paths[i])
 
-    def random_image(self, rng):
+    def random_image(self, rng: np.random.Generator) -> np.ndarray:
+        """Pixels uint8 [h, w, 3] of a training image."""
         pixels, _, _ = self.first_readable(int(rng.integers(len(self.paths))), lambda i: self.open(i)[0].pixels)
         return pixels
 
-    def first_readable(self, i, read):
-        """read(i) of the first image from `i` on that can be read, its index, unreadable ones [(path, reason)]."""
-        unreadable = []
+    def first_readable(self, i: int, read: Callable[[int], Any]) -> tuple[Any, int, list[tuple[str, str]]]:
+        """read(i) of the first image from `i` on that can be read, its index, unreadable ones [(path, reason)].
+
+        Raises InputError: 100 in a row, or with `strict` the first one, cannot be read.
+        """
+        unreadable: list[tuple[str, str]] = []
         while len(unreadable) < min(len(self.paths), 100):
             try:
                 return read(i), i, unreadable
@@ -175,9 +179,10 @@ class Views(torch.utils.data.Dataset):
         raise InputError(": ".join(unreadable[0])
                          + (f", nor can the {len(unreadable) - 1} images after it be read" * (not self.strict)))
 
-    def read_negatives(self, rng):
+    def read_negatives(self, rng: np.random.Generator) -> tuple[list[tuple[np.ndarray, int]], list[tuple[str, str]]]:
         """Random negatives [(pixels, label)] and unreadable ones; labels lie beyond those of all training images."""
-        read, unreadable = [], []
+        read: list[tuple[np.ndarray, int]] = []
+        unreadable = []
         for j in rng.permutation(len(self.negative_images)):
             if len(read) == self.negatives:
                 break
@@ -187,7 +192,8 @@ class Views(torch.utils.data.Dataset):
                 unreadable.append((self.negative_images[j], f"{type(error).__name__}: {error}"))
         return read, unreadable
 
-    def plan(self, image, epoch, i, number):
+    def plan(self, image: np.ndarray | ImageFile, epoch: int, i: int,
+             number: int) -> tuple[np.random.Generator, LazyCrop, list[tuple]]:
         """Draw which operations view `number` consists of, and apply those that come before the image is decoded.
 
         Returns the generator, the image or a part of it, and the other operations [(name, parameters)].
@@ -203,12 +209,15 @@ class Views(torch.utils.data.Dataset):
             image.shrink(part.shrink())
         return rng, part, ops
 
-    def view(self, image, epoch, i, number):
+    def view(self, image: np.ndarray | ImageFile, epoch: int, i: int,
+             number: int) -> tuple[np.ndarray, tuple | None, list[str]]:
         """View `number` of image `i`: pixels [size, size, 3], erased part or None, and the operations that failed
         (tiny or odd images)."""
         return self.make(*self.plan(image, epoch, i, number))
 
-    def make(self, rng, part, ops):
+    def make(self, rng: np.random.Generator, part: LazyCrop,
+             ops: list[tuple]) -> tuple[np.ndarray, tuple | None, list[str]]:
+        """The view that `plan` drew, as `view` gives it."""
         img, erased, failed = part.pixels(), None, []
         for name, parameters in ops:
             try:
@@ -221,14 +230,14 @@ class Views(torch.utils.data.Dataset):
                 failed.append(f"{name}: {error}")
         return img if img.shape[:2] == (self.size, self.size) else resize(img, self.size, self.size), erased, failed
 
-    def views(self, epoch, i):
+    def views(self, epoch: int, i: int) -> tuple[list[tuple], list[str]]:
         """All views of item `i`, and the operations that failed. They are planned before one of them is made, so that
         the image is decoded once, no larger than the most demanding view needs it."""
         plans = [self.plan(image, epoch, i, number) for number, image in enumerate(self.open(i))]
         views = [self.make(*plan) for plan in plans]
         return [view[:2] for view in views], sum((failed for *_, failed in views), [])
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Images, list[int], list[tuple[str, str]], list[str]]:
         epoch, i = key
         (views, failed), i, unreadable = self.first_readable(i, functools.partial(self.views, epoch))
         labels = [i] * len(views)
@@ -244,14 +253,14 @@ class Pairs(Views):
     """Pairs of images that show the same, `paths` [(query, reference)]: view 0 is made from the query, view 1 from the
     reference (notes v89)."""
 
-    def open(self, i):
+    def open(self, i: int) -> list[ImageFile]:
         return [self.preprocessing.open(os.path.join(self.root, path)) for path in self.paths[i]]
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         return " or ".join(os.path.join(self.root, path) for path in self.paths[i])
 
 
-def write_views_png(views, file):
+def write_views_png(views: Views, file: Path) -> None:
     """Eight images in rows: as they are, then their views of the first epoch, so that one look shows what is seen."""
     rows = []
     for i in np.linspace(0, len(views) - 1, min(8, len(views))).astype(int):
@@ -266,13 +275,13 @@ def write_views_png(views, file):
 class WholeImages(torch.utils.data.Dataset):
     """Item i -> i, Images of the whole image or None, reason why not."""
 
-    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing):
+    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[int, Images | None, str | None]:
         try:
             return i, self.preprocessing.prepare(self.paths[i:i + 1]), None
         except UNREADABLE as error:

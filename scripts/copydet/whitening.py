@@ -1,12 +1,21 @@
 """A whitening learned from pairs of views, and the head that holds it."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
 
+if TYPE_CHECKING:
+    from copydet.network import Descriptor
 
-def covariance(x, y):
+
+def covariance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[n, c] and [n, d], means 0 -> [c, d]."""
     return x.T @ y / len(x)
 
 
-def learned_whitening(a, b, dim, shrinkage=0.1):
+def learned_whitening(a: torch.Tensor, b: torch.Tensor, dim: int,
+                      shrinkage: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
     """Projection that shrinks what differs between views of an image, and keeps what differs between images.
 
     Args: a, b: pooled features [n, c] of two views of n images. shrinkage: fraction of the within-pair covariance that
@@ -27,13 +36,15 @@ def learned_whitening(a, b, dim, shrinkage=0.1):
 
 
 @torch.no_grad()
-def set_head(net, a, b):
+def set_head(net: Descriptor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Make a linear-bn head the learned whitening of pooled features a, b [n, c]; batch norm keeps its scale."""
     mean, matrix = learned_whitening(a, b, net.dim)
     rows = (torch.cat([a, b]).double() - mean) @ matrix
     scale = rows.std(0).mean()  # a common factor: the descriptor has unit length anyway
-    net.fc.weight.copy_(matrix.T / scale)
-    net.bn.running_mean.copy_(mean @ matrix / scale)
-    net.bn.running_var.copy_((rows / scale).var(0))
-    net.bn.weight.copy_((net.bn.running_var + net.bn.eps).sqrt())
-    net.bn.bias.zero_()
+    fc: Any = net.fc
+    bn: Any = net.bn
+    fc.weight.copy_(matrix.T / scale)
+    bn.running_mean.copy_(mean @ matrix / scale)
+    bn.running_var.copy_((rows / scale).var(0))
+    bn.weight.copy_((bn.running_var + bn.eps).sqrt())
+    bn.bias.zero_()
