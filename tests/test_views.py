@@ -473,3 +473,10 @@ def test_batches_in_memory_that_is_used_again_hold_until_the_next(workers):
         places.add(made.pixels.data_ptr() - loader.collate_fn.memory.data_ptr())
     size = made.pixels.numel()
     assert places == {i * size for i in range(workers * (PREFETCHED + 1))}
+
+
+def test_an_overlay_needs_no_limit_of_pillows(monkeypatch):
+    """Programs that import this package may have switched off Pillow's limit on pixels."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    below, above = Image.new("RGB", (64, 64)), Image.new("RGB", (32, 32), "white")
+    assert augmentations.overlay(below, above, 0.5, opacity=1.0, x_pos=0.0, y_pos=0.0).getpixel((5, 5)) == (255,) * 3
