@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
+WITH_PACKAGE = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "scripts", "tests"))}
 
 
 def run(*command, code=0, cwd=ROOT, env=None, timeout=300):

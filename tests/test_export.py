@@ -13,7 +13,7 @@ from copydet.checkpoints import find_source, load_net
 from copydet.common import InputError
 from copydet.options import parse_args
 from copydet.views import Preprocessing, WholeImages
-from helpers import ROOT, draw_images, run
+from helpers import ROOT, WITH_PACKAGE, draw_images, run
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,7 @@ def test_load_descriptor_describes_paths_and_images(weights, images, expected):
 
 
 def test_import_does_nothing_else(tmp_path):
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from train import load_descriptor"
-    done = run("-c", code, cwd=tmp_path)
+    done = run("-c", "from train import load_descriptor", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert not done.stdout and not done.stderr and not list(tmp_path.iterdir())
 
 
@@ -61,7 +60,6 @@ for name in ("log", "cli", "report", "index", "options", "views"):  # modules of
     sys.modules[name] = types.ModuleType(name)
 state = lambda: (dict(os.environ), torch.get_num_threads(), cv2.getNumThreads(), torch.get_rng_state().tolist())
 before = state()
-sys.path.append("scripts")
 import copydet, pkgutil
 for module in pkgutil.iter_modules(copydet.__path__):
     __import__("copydet." + module.name)
@@ -72,7 +70,7 @@ print("unchanged", len(list(pkgutil.iter_modules(copydet.__path__))))
 
 
 def test_importing_the_package_changes_nothing_global():
-    assert "unchanged" in run("-c", IMPORTED).stdout
+    assert "unchanged" in run("-c", IMPORTED, env=WITH_PACKAGE).stdout
 
 
 def test_onnx_gives_the_same_descriptors(weights, tmp_path, expected):

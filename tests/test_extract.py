@@ -26,7 +26,7 @@ from copydet.common import InputError, WorkError
 from copydet.extraction import Blocks, prepare_extraction, settings_of
 from copydet.network import build_net, fold_batch_norms
 from copydet.options import parse_args
-from helpers import ROOT, data_folder, odd_images, run
+from helpers import ROOT, WITH_PACKAGE, data_folder, odd_images, run
 
 RAW = ["--mode", "extract", "-a", "test_efficientnet", "--no-pretrained", "--seed", 1, "--input-size", 32, "-j", 1,
        "--batch-size", 16]
@@ -327,7 +327,6 @@ def test_raw_features_need_no_checkpoint_and_no_hub(tmp_path, exp):
 
 KILLED = """
 import os, signal, sys, time
-sys.path[:0] = ["."]  # train.py's folder
 import numpy as np
 import train  # once: every try is a fork of this process
 out, flags, moments = sys.argv[1], sys.argv[2:], np.random.default_rng(1)
@@ -355,7 +354,7 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(tmp_path, extr
     extract(data, *flags, suffix="-whole")
     folder = extract.out() / "fb-isc-submission.blocks"
     done = run("-c", KILLED, folder, "--mode", "extract", "-j", 0, "--device", "cpu", "--exp", exp, "--weight", weights,
-               *flags, "--resume", "auto", data)
+               *flags, "--resume", "auto", data, env=WITH_PACKAGE)
     counts = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("killed")]
     assert len(counts) == 10 and 1 <= counts[0] < counts[-1] < 102, counts
     whole, broken = (read(extract.out(suffix) / "fb-isc-submission.h5") for suffix in ("-whole", ""))

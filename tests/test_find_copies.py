@@ -19,7 +19,7 @@ import find_copies as fc
 from copydet.common import InputError
 from copydet.descriptors import write_descriptors
 from copydet.images import list_images
-from helpers import ROOT, draw_images, run
+from helpers import ROOT, WITH_PACKAGE, draw_images, run
 
 SCRIPT = "scripts/find_copies.py"
 HOSTILE = ["<img src=x onerror=\"document.title='owned'\">.jpg", "</script><script>document.title='owned'</script>.jpg",
@@ -147,7 +147,6 @@ def test_photos_in_a_folder_that_cannot_be_read_now_are_not_forgotten(tmp_path, 
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = ["scripts", "tests"]
 import find_copies as fc, test_find_copies as t
 fc.CHUNKS = 3, 100
 class Dies(t.FakeExtraction):
@@ -160,7 +159,8 @@ t.bring_up(fc.Cache(sys.argv[1]), sys.argv[2], extraction=Dies())
 
 def test_a_killed_run_loses_one_chunk(tmp_path):
     folder = draw_images(tmp_path / "photos", 20)
-    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "c.sqlite", folder], cwd=ROOT)
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "c.sqlite", folder], cwd=ROOT,
+                            env=WITH_PACKAGE)
     assert killed.returncode == -9
     cache = fc.Cache(tmp_path / "c.sqlite")
     assert cache.count() == 6  # chunks of 3, then as many as there are already

@@ -15,7 +15,7 @@ import pytest
 import index as ix
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.search import search_topk
-from helpers import ROOT
+from helpers import ROOT, WITH_PACKAGE
 
 faiss.omp_set_num_threads(1)  # threads only wait for each other here
 MAKER = {"checkpoint_sha256": "a" * 64}
@@ -220,7 +220,6 @@ def test_one_faiss_is_installed_and_the_extra_brings_no_other():
 
 KILLED = """
 import os, signal, sys, threading
-sys.path.insert(0, "scripts")
 import index, pymilvus
 sent, upsert = [], pymilvus.MilvusClient.upsert
 def dying(*args, **kwargs):
@@ -243,7 +242,8 @@ def test_milvus_holds_every_id_once_after_kills_and_scores_are_exact(tmp_path, w
     data = clustered(tmp_path, 100_000, centres=2000, queries=100, maker=maker)
     command = ["build", "--milvus", uri, str(data / "refs.h5")]
     for _ in range(5):
-        assert subprocess.run([sys.executable, "-c", KILLED, *command], cwd=ROOT).returncode == -signal.SIGKILL
+        assert subprocess.run([sys.executable, "-c", KILLED, *command], cwd=ROOT,
+                              env=WITH_PACKAGE).returncode == -signal.SIGKILL
     run(*command)
     run("search", "--milvus", uri, data / "queries.h5", "-o", tmp_path / "milvus.csv")
     store = ix.Milvus(uri, ix.made_by(maker))

@@ -14,7 +14,7 @@ from copydet import losses
 from copydet.distributed import Rank
 from copydet.network import build_net
 from copydet.options import parse_args
-from helpers import ROOT
+from helpers import ROOT, WITH_PACKAGE
 
 
 def settings(**changes):
@@ -188,7 +188,6 @@ def test_pairs_of_a_miner_are_the_librarys():
 def test_loss_over_a_memory_of_the_notes_fits_in_4_gib():
     code = """
 import resource, sys
-sys.path[:0] = ["scripts"]
 from copydet import losses
 import torch
 for loss in (losses.NTXentLoss(0.1), losses.ContrastiveLoss(0, 0.7, distance=losses.SNRDistance())):
@@ -196,7 +195,8 @@ for loss in (losses.NTXentLoss(0.1), losses.ContrastiveLoss(0, 0.7, distance=los
     memory.add_to_memory(torch.randn(10000, 256), torch.arange(10000) % 5000, 10000)
     memory(torch.randn(256, 256, requires_grad=True), torch.arange(128).repeat(2)).backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env=WITH_PACKAGE)
     assert int(done.stdout) < 4 * 2**20  # KiB
 
 
