@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import augly.image as imaugs
 import augly.utils
@@ -27,10 +27,15 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from copydet.images import ImageFile, through_jpeg
 
-if TYPE_CHECKING:
-    from copydet.views import Views
-
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
+
+
+class Training(Protocol):
+    """What an augmentation may ask of the data set: side of a view in px, an entry of RESIZES, another image."""
+    size: int
+    resize: Callable
+
+    def random_image(self, rng: np.random.Generator) -> np.ndarray: ...
 
 
 def size_of(img: np.ndarray | ImageFile | LazyCrop) -> tuple[int, ...]:
@@ -301,13 +306,13 @@ def overlay_onto_screenshot(pixels: np.ndarray, rng: np.random.Generator) -> np.
 
 
 @on_pillow
-def overlay_onto_image(img: Image.Image, rng: np.random.Generator, views: Views) -> Image.Image:
+def overlay_onto_image(img: Image.Image, rng: np.random.Generator, views: Training) -> Image.Image:
     """Paste the image onto another training image, 0.1..0.5 of its height (notes v32)."""
     below = Image.fromarray(views.random_image(rng))
     return overlay(below, img, overlay_size=rng.uniform(0.1, 0.5), x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
 
 
-def overlay_and_crop(img: np.ndarray | LazyCrop, rng: np.random.Generator, views: Views, smallest: float, prob: float,
+def overlay_and_crop(img: np.ndarray | LazyCrop, rng: np.random.Generator, views: Training, smallest: float, prob: float,
                      low: float, high: float, opacity: float) -> LazyCrop:
     """With `prob` one of the image and another training image is pasted into the other: `low`..`high` of its height,
     opacity from `opacity` up; then a crop of at least 0.7. Otherwise a crop of at least `smallest` (notes v79)."""
@@ -351,7 +356,7 @@ RESIZES: dict[str, Callable] = {
 
 @dataclass(frozen=True)
 class Augmentation:
-    """(pixels uint8 [h, w, 3], numpy Generator, Views, parameters...) -> new pixels; what it does, in a line."""
+    """(pixels uint8 [h, w, 3], numpy Generator, Training, parameters...) -> new pixels; what it does, in a line."""
     meaning: str
     apply: Callable
 
