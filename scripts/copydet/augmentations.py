@@ -312,8 +312,8 @@ def overlay_onto_image(img: Image.Image, rng: np.random.Generator, views: Traini
     return overlay(below, img, overlay_size=rng.uniform(0.1, 0.5), x_pos=rng.uniform(0, 0.5), y_pos=rng.uniform(0, 0.5))
 
 
-def overlay_and_crop(img: np.ndarray | LazyCrop, rng: np.random.Generator, views: Training, smallest: float, prob: float,
-                     low: float, high: float, opacity: float) -> LazyCrop:
+def overlay_and_crop(img: np.ndarray | LazyCrop, rng: np.random.Generator, views: Training, smallest: float,
+                     prob: float, low: float, high: float, opacity: float) -> LazyCrop:
     """With `prob` one of the image and another training image is pasted into the other: `low`..`high` of its height,
     opacity from `opacity` up; then a crop of at least 0.7. Otherwise a crop of at least `smallest` (notes v79)."""
     if rng.random() >= prob:
