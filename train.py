@@ -243,6 +243,7 @@ class Trainer:
             checkpoint = read_checkpoint(args.weight)
             load_weights(self.net, checkpoint["state_dict"], args.weight)
             self.contaminated = self.contaminated or checkpoint.get("contaminated")
+        self.net.try_out(args)
         self.net.amp_dtype = self.amp_dtype
         self.net = self.net.to(self.device, memory_format=torch.channels_last)
         self.preprocessing = Preprocessing.of(args, self.net)

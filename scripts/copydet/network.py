@@ -98,11 +98,11 @@ class Descriptor(torch.nn.Module):
                 torch.nn.init.xavier_normal_(module.weight)
                 if module.bias is not None:
                     torch.nn.init.zeros_(module.bias)
-        self.try_out(args)
 
-    def try_out(self, args):
+    def try_out(self, args: Args) -> None:
         """Describe a black image of each size, so that what does not work is told before work starts, as InputError."""
-        self.eval()  # and no longer at the end: timm's networks then forget what they computed from these weights
+        training = self.training
+        self.eval()
         for size in {args.input_size, args.eval_input_size or args.input_size}:
             try:
                 with torch.no_grad():
@@ -113,7 +113,7 @@ class Descriptor(torch.nn.Module):
                 raise InputError(
                     f"--arch {args.arch} --pool {args.pool} cannot describe images of {size} px (its own size is "
                     f"{self.backbone.pretrained_cfg['input_size'][-1]}): {first_line(error)}") from None
-        self.train()
+        self.train(training)
 
     def train(self, mode=True):
         super().train(mode)
@@ -226,10 +226,10 @@ def parse_stages(args):
         raise InputError(f"--stages {args.stages}: give numbers of feature maps, such as 2,3") from None
 
 
-def fold_batch_norms(backbone, images):
+def fold_batch_norms(backbone: torch.nn.Module, images: torch.Tensor) -> None:
     """Put each batch norm into the convolution before it, if nothing else uses that convolution's output: the same
     outputs in evaluation, to rounding. Random `images` [B, 3, s, s] show which norms these are, and whether the outputs
-    stay within 1e-4 of the largest; else the network is left as it was, and a line says so.
+    stay within 1e-4 of the largest; if not, the network is left as it was, and a line says so.
     """
     if not any(type(module) in NORMS for module in backbone.modules()):
         return
@@ -246,7 +246,7 @@ def fold_batch_norms(backbone, images):
     if not all((a - b).abs().max() <= 1e-4 * a.abs().max() for a, b in zip(expected, found)):
         for name, module in places:
             backbone.set_submodule(name, module)
-        print("=> batch norms stay apart: put into the convolutions, they change this network's outputs by more than 1e-4")
+        print("=> batch norms stay apart: folded into the convolutions, they change what this network puts out")
 
 
 def convs_with_norms(backbone, images):
@@ -266,8 +266,8 @@ def convs_with_norms(backbone, images):
     while todo:
         node = todo.pop()
         uses[node] += 1
-        if node and uses[node] == 1:
-            todo += [maker for maker, _ in node.next_functions]
+        if uses[node] == 1:
+            todo += [maker for maker, _ in node.next_functions if maker]
     times = collections.Counter(module for module, _ in calls)
     once = [(module, node) for module, node in calls if times[module] == 1 and uses[node] == 1]
     makers = {node: module for module, node in once if type(module) in CONVS}
@@ -279,9 +279,12 @@ def as_list(outputs):
     return [outputs] if torch.is_tensor(outputs) else list(outputs)
 
 
-def stride_before(backbone):
-    """Let 1 x 1 convolutions with stride n see every n-th pixel, in place of moving n pixels on: the same outputs. Of less
-    than 16 channels in channels_last, PyTorch's gradient of the latter writes beyond its memory on CPUs (2.14)."""
+def stride_before(backbone: torch.nn.Module) -> None:
+    """Let 1 x 1 convolutions with stride n see every n-th pixel, in place of moving n pixels on: the same outputs.
+
+    With 2 to 15 channels in channels_last, PyTorch's gradient of the latter reads or writes beyond its memory on CPUs
+    (2.14, oneDNN's jit_1x1).
+    """
     for conv in backbone.modules():
         if (isinstance(conv, torch.nn.Conv2d) and conv.kernel_size == (1, 1) and conv.padding == (0, 0)
                 and conv.in_channels < 16 and conv.stride != (1, 1)):
