@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from copydet.common import InputError
-from copydet.network import build_net, fold_batch_norms, stride_before
+from copydet.network import build_net, fold_batch_norms, memory_format, stride_before
 from copydet.options import parse_args
 from helpers import draw_images, run
 
@@ -134,6 +134,13 @@ def test_strides_before_a_convolution_give_the_same(size):
     expected = conv(images)
     stride_before(conv)
     assert torch.equal(copy.deepcopy(conv)(images), expected) and conv.stride == (1, 1)
+
+
+def test_kernels_of_five_dimensions_stay_as_they_are():
+    flat, deep = torch.nn.Conv2d(3, 5, 3), torch.nn.Conv3d(3, 5, 3)
+    for net in (torch.nn.Sequential(flat), torch.nn.Sequential(deep)):
+        net.to(memory_format=memory_format(net))
+    assert flat.weight.is_contiguous(memory_format=torch.channels_last) and deep.weight.is_contiguous()
 
 
 def test_strided_convolutions_of_few_channels_do_not_end_training(tmp_path, exp):

@@ -279,6 +279,12 @@ def as_list(outputs):
     return [outputs] if torch.is_tensor(outputs) else list(outputs)
 
 
+def memory_format(net: torch.nn.Module) -> torch.memory_format:
+    """Of the network's kernels: channels last, as images come, which is faster; kernels of 5 dimensions cannot be so."""
+    cubes = any(values.ndim == 5 for values in net.parameters())
+    return torch.contiguous_format if cubes else torch.channels_last
+
+
 def stride_before(backbone: torch.nn.Module) -> None:
     """Let 1 x 1 convolutions with stride n see every n-th pixel, in place of moving n pixels on: the same outputs.
 
