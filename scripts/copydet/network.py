@@ -280,7 +280,7 @@ def as_list(outputs):
 
 
 def memory_format(net: torch.nn.Module) -> torch.memory_format:
-    """Of the network's kernels: channels last, as images come, which is faster; kernels of 5 dimensions cannot be so."""
+    """Of the network's kernels: channels last, as images come, which is faster; but not for kernels of 5 dimensions."""
     cubes = any(values.ndim == 5 for values in net.parameters())
     return torch.contiguous_format if cubes else torch.channels_last
 
