@@ -61,7 +61,7 @@ from copydet.images import IMAGE_ENDINGS, list_negatives, list_pairs, list_image
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
                             SNRDistance)
-from copydet.network import build_net, check_arch, quiet_timm, read_backbone_weights
+from copydet.network import build_net, check_arch, memory_format, quiet_timm, read_backbone_weights
 from copydet.views import Pairs, Preprocessing, Views, list_augmentations, parse_ops, write_views_png
 from copydet.whitening import set_head
 
@@ -253,8 +253,9 @@ class Trainer:
             checkpoint = read_checkpoint(args.weight)
             load_weights(self.net, checkpoint["state_dict"], args.weight)
             self.contaminated = self.contaminated or checkpoint.get("contaminated")
+        self.net.try_out(args)
         self.net.amp_dtype = self.amp_dtype
-        self.net = self.net.to(self.device, memory_format=torch.channels_last)
+        self.net = self.net.to(self.device, memory_format=memory_format(self.net))
         self.preprocessing = Preprocessing.of(args, self.net)
         if args.whiten and self.net.dim > self.net.fc.in_features:
             raise InputError(f"--dim {args.dim}: --whiten chooses from {self.net.fc.in_features} pooled features")

@@ -24,7 +24,7 @@ from copydet import load_descriptor, options
 from copydet.checkpoints import load_weights, read_checkpoint
 from copydet.common import InputError, WorkError
 from copydet.extraction import Blocks, prepare_extraction, settings_of
-from copydet.network import build_net, fold_batch_norms
+from copydet.network import build_net
 from copydet.options import parse_args
 from helpers import ROOT, WITH_PACKAGE, data_folder, odd_images, run
 
@@ -59,26 +59,6 @@ def test_descriptors_are_those_of_the_network(tmp_path, extract, weights):
             assert np.allclose(net(x)[0].numpy(), rows["query"][i], atol=1e-5)
     assert attrs["arch"] == "test_efficientnet.r160_in1k" and attrs["gem_eval_p"] == 5 and attrs["input_size"] == 32
     assert len(attrs["checkpoint_sha256"]) == 64 and "torch" in json.loads(attrs["versions"])
-
-
-@pytest.mark.parametrize("arch, kept", [("tf_efficientnet_lite0", 0), ("tf_efficientnetv2_b0", 0), ("resnet18", 0),
-                                        ("mobilenetv3_small_050", 0), ("densenet121", 62), ("test_byobnet", 0),
-                                        ("resnetv2_50d_gn", 0), ("test_efficientnet_ln", 0), ("test_vit", 0)])
-def test_batch_norms_go_into_the_convolutions_before_them(arch, kept):
-    """`kept` come before a convolution or after several feature maps."""
-    torch.manual_seed(0)
-    net = timm.create_model(arch, num_classes=0).eval().requires_grad_(False)
-    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        for values, low, high in ((norm.running_mean, -0.3, 0.3), (norm.running_var, 0.5, 1.5),
-                                  (norm.weight, 0.8, 1.2), (norm.bias, -0.1, 0.1)):
-            values.uniform_(low, high)
-    size = 160 if arch == "test_vit" else 64
-    images = torch.randn(2, 3, size, size)
-    expected = net(images)
-    fold_batch_norms(net, images[:1])
-    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules()) == kept
-    assert (net(images) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_bad_files_are_skipped_and_listed(tmp_path, extract):

@@ -139,5 +139,6 @@ def load_net(args: Args, source: Source) -> Descriptor:
     net = build_net(args, read_backbone_weights(args.backbone_weights, args.arch) if raw else False)
     if source.file:
         load_weights(net, source.state, source.file)
+    net.try_out(args)
     net.mean, net.std = (source.preprocess.get(name, getattr(net, name)) for name in ("mean", "std"))
     return net.eval().requires_grad_(False)

@@ -28,7 +28,7 @@ from copydet.common import ROOT, InputError, WorkError, replacing
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.distributed import Rank, gather_objects, pick_precision
 from copydet.images import FOLDERS, Group, list_group, write_skipped
-from copydet.network import Descriptor, quiet_timm
+from copydet.network import Descriptor, memory_format, quiet_timm
 from copydet.options import LEAST_CALIBRATED, LETTERS, Args, parse_args
 from copydet.views import Preprocessing, Views, WholeImages, parse_ops
 
@@ -168,7 +168,7 @@ def extract(args: Args, job: Job, rank: Rank) -> None:
     quiet_timm()
     net = load_net(args, job.source)
     preprocessing = Preprocessing.of(args, net)
-    net = net.folded(args.input_size).to(rank.device, memory_format=torch.channels_last)
+    net = net.folded(args.input_size).to(rank.device, memory_format=memory_format(net))
     net.amp_dtype = pick_precision(args, rank.device)
     print(f"=> network   {job.source.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
           f"{args.gem_eval_p:g}, from {job.source.file or args.backbone_weights or 'random weights'}")

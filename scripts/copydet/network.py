@@ -4,6 +4,7 @@ Shapes: images [B, 3, s, s] -> feature map [B, C, h, w] -> pooled features [B, C
 """
 from __future__ import annotations
 
+import collections
 import difflib
 import itertools
 import logging
@@ -11,12 +12,15 @@ import warnings
 
 import timm
 import torch
+from timm.layers import BatchNormAct2d, Conv2dSame
 from timm.models import load_state_dict as load_timm_file
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from copydet.common import InputError, first_three
 from copydet.options import Args
+
+CONVS, NORMS = (torch.nn.Conv2d, Conv2dSame), (torch.nn.BatchNorm2d, BatchNormAct2d)  # what is folded, subclasses not
 
 
 def gem(x, p, eps=1e-6):
@@ -76,7 +80,9 @@ class Descriptor(torch.nn.Module):
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         self.mean, self.std = (list(self.backbone.pretrained_cfg[name]) for name in ("mean", "std"))
         if args.pool == "backbone":
-            channels = self.backbone.head_hidden_size
+            channels = getattr(self.backbone, "head_hidden_size", None)
+            if not channels:
+                raise InputError(f"--pool backbone: {args.arch} has no pooling of its own")
         elif args.pool == "gem":
             channels = self.backbone.feature_info.channels()[-1]
         else:
@@ -92,6 +98,22 @@ class Descriptor(torch.nn.Module):
                 torch.nn.init.xavier_normal_(module.weight)
                 if module.bias is not None:
                     torch.nn.init.zeros_(module.bias)
+
+    def try_out(self, args: Args) -> None:
+        """Describe a black image of each size, so that what does not work is told before work starts, as InputError."""
+        training = self.training
+        self.eval()
+        for size in {args.input_size, args.eval_input_size or args.input_size}:
+            try:
+                with torch.no_grad():
+                    shape = tuple(self.embed(torch.zeros(1, 3, size, size)).shape)
+                if shape != (1, self.dim):
+                    raise ValueError(f"output {shape}, not {(1, self.dim)}")
+            except Exception as error:  # networks raise many kinds
+                raise InputError(
+                    f"--arch {args.arch} --pool {args.pool} cannot describe images of {size} px (its own size is "
+                    f"{self.backbone.pretrained_cfg['input_size'][-1]}): {first_line(error)}") from None
+        self.train(training)
 
     def train(self, mode=True):
         super().train(mode)
@@ -156,7 +178,7 @@ class Descriptor(torch.nn.Module):
 
     def folded(self, size):
         """This network for evaluation alone, faster; images have side `size`."""
-        fold_batch_norms(self.backbone, torch.zeros(1, 3, size, size))
+        fold_batch_norms(self.backbone, torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)))
         return self
 
 
@@ -204,35 +226,76 @@ def parse_stages(args):
         raise InputError(f"--stages {args.stages}: give numbers of feature maps, such as 2,3") from None
 
 
-def fold_batch_norms(backbone, images):
-    """Put each batch norm whose input is a convolution's output into that convolution's weights and bias: the same
-    outputs in evaluation, to rounding. `images` [B, 3, s, s] show which these are.
+def fold_batch_norms(backbone: torch.nn.Module, images: torch.Tensor) -> None:
+    """Put each batch norm into the convolution before it, if nothing else uses that convolution's output: the same
+    outputs in evaluation, to rounding. Random `images` [B, 3, s, s] show which norms these are, and whether the outputs
+    stay within 1e-4 of the largest; if not, the network is left as it was, and a line says so.
     """
-    pairs, last = [], (None, None)
-
-    def remember(conv, _, output):
-        nonlocal last
-        last = conv, output
-
-    def pair(norm, inputs):
-        if inputs[0] is last[1]:
-            pairs.append((last[0], norm))
-
-    norms = [module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    if not norms:
+    if not any(type(module) in NORMS for module in backbone.modules()):
         return
-    hooks = [norm.register_forward_pre_hook(pair) for norm in norms]
-    hooks += [module.register_forward_hook(remember) for module in backbone.modules()
-              if isinstance(module, torch.nn.Conv2d)]
-    with torch.inference_mode():
-        backbone(images)
-    for hook in hooks:
-        hook.remove()
-    names = {module: name for name, module in backbone.named_modules()}
+    pairs, expected = convs_with_norms(backbone, images)
+    folded = {}
     for conv, norm in pairs:
         rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]  # timm's norms have them inside
-        backbone.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
-        backbone.set_submodule(names[norm], torch.nn.Sequential(*rest))
+        folded |= {conv: fuse_conv_bn_eval(conv, norm), norm: torch.nn.Sequential(*rest)}
+    places = [place for place in backbone.named_modules(remove_duplicate=False) if place[1] in folded]
+    for name, module in places:
+        backbone.set_submodule(name, folded[module])
+    with torch.no_grad():
+        found = as_list(backbone(images))
+    if not all((a - b).abs().max() <= 1e-4 * a.abs().max() for a, b in zip(expected, found)):
+        for name, module in places:
+            backbone.set_submodule(name, module)
+        print("=> batch norms stay apart: folded into the convolutions, they change what this network puts out")
+
+
+def convs_with_norms(backbone, images):
+    """[(convolution, batch norm)] where the norm alone takes the convolution's output and each is called once; and the
+    outputs for `images`. Autograd's graph knows what takes what, operations in place too."""
+    calls = []  # (module, node of the graph that makes its output, or its input in case of a norm)
+    hooks = [module.register_forward_hook(lambda conv, _, output: calls.append((conv, output.grad_fn)))
+             if type(module) in CONVS else
+             module.register_forward_pre_hook(lambda norm, inputs: calls.append((norm, inputs[0].grad_fn)))
+             for module in backbone.modules() if type(module) in CONVS + NORMS]
+    nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
+    with torch.enable_grad(), nothing_saved:
+        outputs = as_list(backbone(images.clone().requires_grad_() + 0))
+    for hook in hooks:
+        hook.remove()
+    uses, todo = collections.Counter(), [x.grad_fn for x in outputs]
+    while todo:
+        node = todo.pop()
+        uses[node] += 1
+        if uses[node] == 1:
+            todo += [maker for maker, _ in node.next_functions if maker]
+    times = collections.Counter(module for module, _ in calls)
+    once = [(module, node) for module, node in calls if times[module] == 1 and uses[node] == 1]
+    makers = {node: module for module, node in once if type(module) in CONVS}
+    pairs = [(makers[node], module) for module, node in once if type(module) in NORMS and node in makers]
+    return pairs, [x.detach() for x in outputs]
+
+
+def as_list(outputs):
+    return [outputs] if torch.is_tensor(outputs) else list(outputs)
+
+
+def memory_format(net: torch.nn.Module) -> torch.memory_format:
+    """Of the network's kernels: channels last, as images come, which is faster; but not for kernels of 5 dimensions."""
+    cubes = any(values.ndim == 5 for values in net.parameters())
+    return torch.contiguous_format if cubes else torch.channels_last
+
+
+def stride_before(backbone: torch.nn.Module) -> None:
+    """Let 1 x 1 convolutions with stride n see every n-th pixel, in place of moving n pixels on: the same outputs.
+
+    With 2 to 15 channels in channels_last, PyTorch's gradient of the latter reads or writes beyond its memory on CPUs
+    (2.14, oneDNN's jit_1x1).
+    """
+    for conv in backbone.modules():
+        if (isinstance(conv, torch.nn.Conv2d) and conv.kernel_size == (1, 1) and conv.padding == (0, 0)
+                and conv.in_channels < 16 and conv.stride != (1, 1)):
+            conv.register_forward_pre_hook(lambda _, images, s=conv.stride: images[0][..., ::s[0], ::s[1]])
+            conv.stride = (1, 1)
 
 
 def build_backbone(args, pretrained, stages):
@@ -255,13 +318,19 @@ def build_backbone(args, pretrained, stages):
         backbone = timm.create_model(args.arch, pretrained=bool(pretrained), **kwargs)
         if stages:
             drop_later_layers(backbone, stages[-1])
+        stride_before(backbone)
         return backbone
     except (RuntimeError, AttributeError, AssertionError, IndexError) as error:
         raise InputError(f"--arch {args.arch} cannot be built with --pool {args.pool}"
-                         + f" --stages {args.stages}" * bool(stages) + f": {error}") from None
+                         + f" --stages {args.stages}" * bool(stages) + f": {first_line(error)}") from None
     except OSError as error:
         raise InputError(f"the weights of {args.arch} cannot be downloaded ({str(error).splitlines()[0]}); give "
                          "--backbone-weights FILE, --weight FILE or --no-pretrained") from None
+
+
+def first_line(error):
+    """Of an exception's text, or its kind if there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def drop_later_layers(backbone, stage):
