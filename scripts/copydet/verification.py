@@ -13,14 +13,27 @@ Coordinates are in px of the original image, which covers [0, width] x [0, heigh
 """
 from __future__ import annotations
 
+import collections
 import functools
+import hashlib
 import io
+import multiprocessing
+import os
+import signal
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from copydet.images import ImageFile
+from copydet.common import WorkError, in_a_line
+from copydet.images import UNREADABLE, ImageFile
 
 SIDE = 400  # px, longer side of what features are searched in
 COUNT = 600  # features of an image, at most
@@ -39,6 +52,9 @@ CONTRAST = 4.0  # standard deviation of grey levels in a window from which it sh
 ALIKE, UNLIKE = 0.6, 0.4  # correlation of windows that show the same, and of those that differ
 LEAST_COVERAGE = 0.5  # of a copy: of the query or of the reference
 LARGEST_HOLE = 0.15  # of a copy: the largest part where both images show something else, of what they share
+
+PER_JOB = 32  # images or queries that a process does at a time
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 COPY, PART, NONE, ABSTAIN = "copy", "shares a part", "none", "not verifiable"
 
@@ -110,6 +126,9 @@ class Match:
     coverage_reference: float = 0.0
     outline: np.ndarray | None = None
     points: np.ndarray | None = None
+
+
+ABSTAINED = Match(ABSTAIN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +305,7 @@ def corners(size: tuple[int, int], transform: np.ndarray | None = None) -> np.nd
 def verify(query: Features, reference: Features) -> Match:
     """Whether the query shows the reference or a part of it, as it is or mirrored."""
     if min(len(query), len(reference)) < LEAST_FEATURES or min(*query.size, *reference.size) < SMALLEST:
-        return Match(ABSTAIN)
+        return ABSTAINED
     found = [(len(match[1]), mirrored, match) for mirrored in (False, True)
              if (match := find(query.mirrored if mirrored else query, reference))]
     if not found:
@@ -300,3 +319,151 @@ def verify(query: Features, reference: Features) -> Match:
         points[:, 0] += query.size[0]
     return Match(COPY if is_copy else PART, inliers, transform, mirrored, overlap.agreement, *coverage,
                  corners(reference.size, transform), points)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many pairs: features on disk, several processes
+
+
+class FeatureCache:
+    """Features of image files in a folder: a file of SQLite, by path, with size and time that the image's file had. One
+    process at a time may write, any number may read."""
+
+    def __init__(self, folder: str | Path):
+        settings = repr((SIDE, COUNT, THUMBNAIL, cv2.__version__))
+        self.file = Path(folder) / f"features-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.sqlite"
+        self.db = sqlite3.connect(self.file)
+        self.db.execute("CREATE TABLE IF NOT EXISTS images (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, "
+                        "features BLOB, reason TEXT)")
+
+    def missing(self, paths: Iterable[str]) -> list[str]:
+        """Those of the paths that are not described, or have changed since."""
+        known = "SELECT size, mtime FROM images WHERE path = ?"
+        return [path for path in paths if self.db.execute(known, (os.fsencode(path),)).fetchone() != stamp(path)]
+
+    def write(self, described: Iterable[Described]) -> None:
+        """Store what is described in one transaction."""
+        with self.db:
+            self.db.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?)", [
+                (os.fsencode(image.path), *image.stamp, image.features and image.features.to_bytes(), image.reason)
+                for image in described])
+
+    def read(self, path: str) -> Features | None:
+        """Features of a path; None of an image that cannot be read."""
+        data = self.db.execute("SELECT features FROM images WHERE path = ?", (os.fsencode(path),)).fetchone()[0]
+        return data and Features.from_bytes(data)
+
+    def unreadable(self, paths: Iterable[str]) -> list[tuple[str, str]]:
+        """[(path, reason)] of those of the paths that could not be read."""
+        found = ((path, self.db.execute("SELECT reason FROM images WHERE path = ?", (os.fsencode(path),)).fetchone())
+                 for path in paths)
+        return [(path, row[0]) for path, row in found if row and row[0]]
+
+
+class Described(NamedTuple):
+    """An image file: its path, (size, time in ns) of the file, its features, or the reason why there are none."""
+    path: str
+    stamp: tuple[int, int]
+    features: Features | None
+    reason: str | None = None
+
+
+def stamp(path: str) -> tuple[int, int]:
+    info = os.stat(path)
+    return info.st_size, info.st_mtime_ns
+
+
+def describe_files(paths: Sequence[str]) -> list[Described]:
+    """Describe image files, those that cannot be read with the reason."""
+    described = []
+    for path in paths:
+        try:
+            described.append(Described(path, stamp(path), describe_file(path)))
+        except UNREADABLE as error:
+            described.append(Described(path, stamp(path), None, in_a_line(error)))
+    return described
+
+
+class Verifier:
+    """Verifies queries against their candidates in `workers` processes; a context manager.
+
+    Features of references are kept in the FeatureCache of `folder`: they are described first, then read as they are
+    asked for, so memory does not grow with them. Every process computes with one thread: the results are the same for
+    any number of them.
+    """
+
+    def __init__(self, workers: int, folder: str | Path):
+        self.workers, self.cache = workers, FeatureCache(folder)
+
+    def __enter__(self) -> Verifier:
+        self.before = {name: os.environ.get(name) for name in THREADS}
+        os.environ.update(dict.fromkeys(THREADS, "1"))  # processes start with this environment, as they are needed
+        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), start_worker,
+                                        (self.cache.file.parent,))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        for name, value in self.before.items():
+            os.environ.pop(name)
+            os.environ.update({name: value} if value is not None else {})
+
+    def describe(self, paths: Sequence[str]) -> Iterator[int]:
+        """Describe what of the references is not in the cache; yields how many of them are done, again and again."""
+        missing = self.cache.missing(paths)
+        yield len(paths) - len(missing)
+        for described in self.run(describe_files, batches(missing, PER_JOB)):
+            self.cache.write(described)
+            yield len(described)
+
+    def verify(self, jobs: Iterable[Sequence[tuple[str, Sequence[str]]]]) -> Iterator[list[Verified]]:
+        """Each job, [(path of a query, paths of its references)] -> a Verified for each of its queries, in order."""
+        return self.run(verify_files, jobs)
+
+    def run(self, function, jobs):
+        """Results of function(job), in the order of the jobs, of which a few are under way at a time."""
+        waiting = collections.deque()
+        try:
+            for job in jobs:
+                waiting.append(self.pool.submit(function, job))
+                if len(waiting) > 2 * self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise WorkError("a process ended unexpectedly (memory?); what was verified before is kept") from None
+
+
+class Verified(NamedTuple):
+    """A query's matches with its candidates, in their order; the reason where the query could not be read."""
+    matches: list[Match]
+    reason: str | None
+
+
+def verify_files(job: Sequence[tuple[str, Sequence[str]]]) -> list[Verified]:
+    """What a process of Verifier does with a job."""
+    done = []
+    for (_, references), query in zip(job, describe_files([path for path, _ in job])):
+        matches = [ABSTAINED if query.features is None or (reference := worker_cache.read(path)) is None
+                   else verify(query.features, reference) for path in references]
+        done.append(Verified(matches, query.reason))
+    return done
+
+
+def start_worker(folder):
+    """Prepare a process of Verifier: one thread, quiet at Ctrl-C, gone when the parent is."""
+    global worker_cache
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    worker_cache = FeatureCache(folder)
+
+
+def leave_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Parts of `size` items."""
+    return (items[start:start + size] for start in range(0, len(items), size))
