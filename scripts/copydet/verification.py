@@ -35,14 +35,14 @@ import numpy as np
 from copydet.common import WorkError, in_a_line
 from copydet.images import UNREADABLE, ImageFile
 
-SIDE = 400  # px, longer side of what features are searched in
-COUNT = 600  # features of an image, at most
-RATIO = 0.8  # of the distances to the nearest and to the second nearest feature, below which the nearest is a match
-TOLERANCE = 4 / SIDE  # of the query's longer side that an inlier may be off
-PROPOSALS = 8  # that are refined
+SIDES = 256, 400  # px: smaller images are enlarged to the one, larger ones reduced to the other (their longer side)
+COUNT, EDGE = 600, 0.02  # features of an image, at most; contrast that SIFT asks for
+RATIO = 0.85  # of the distances to the nearest and to the second nearest feature, below which the nearest is a match
+TOLERANCE = 0.015  # of the query's longer side that an inlier may be off
+PROPOSALS, REFINED = 150, 8  # matches that propose a transform, and the best of them
 SCALE, ANGLE = np.log(2), np.pi / 4  # by which a feature's own size and angle may deviate from the transform's
 LARGEST_SCALE, LARGEST_STRETCH = 16, 4  # of a plausible transform: enlargement, and of one axis against the other
-GRAIN = 2 / SIDE  # of the longer side: inliers nearer to each other count once
+GRAIN = 0.005  # of the longer side: inliers nearer to each other count once
 LEAST_INLIERS = 5  # of a match
 LEAST_FEATURES, SMALLEST = 8, 32  # of an image that can be verified: features, px of the shorter side
 
@@ -50,7 +50,8 @@ THUMBNAIL = 96  # px, longer side of what is compared pixel by pixel
 WINDOW = 9  # px, side of the windows that are correlated
 CONTRAST = 4.0  # standard deviation of grey levels in a window from which it shows something
 ALIKE, UNLIKE = 0.6, 0.4  # correlation of windows that show the same, and of those that differ
-LEAST_COVERAGE = 0.5  # of a copy: of the query or of the reference
+FEW = 15  # inliers
+LEAST_COVERAGE, WITH_FEW = 0.55, 0.75  # of a copy: of the query or of the reference; with FEW inliers
 LARGEST_HOLE = 0.15  # of a copy: the largest part where both images show something else, of what they share
 
 PER_JOB = 32  # images or queries that a process does at a time
@@ -138,7 +139,7 @@ ABSTAINED = Match(ABSTAIN)
 def describe_file(path: str) -> Features:
     """Features of an image file, decoded no larger than needed. Raises the errors of copydet.images.UNREADABLE."""
     image = ImageFile(path)
-    image.shrink(max(image.size) / SIDE)
+    image.shrink(max(image.size) / SIDES[1])
     return describe(image.pixels, image.size)
 
 
@@ -146,9 +147,9 @@ def describe(pixels: np.ndarray, size: tuple[int, int] | None = None) -> Feature
     """Features of pixels, uint8 [h, w, 3] RGB or [h, w] grey, of an image of `size` (width, height); theirs if None."""
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY) if pixels.ndim == 3 else pixels
     size = size or grey.shape[::-1]
-    large = resize(grey, SIDE)
+    large = resize(grey, min(max(*size, SIDES[0]), SIDES[1]))
     thumbnail = resize(large, THUMBNAIL)
-    found, descriptors = cv2.SIFT_create(COUNT, enable_precise_upscale=True).detectAndCompute(large, None)
+    found, descriptors = cv2.SIFT_create(COUNT, contrastThreshold=EDGE, enable_precise_upscale=True).detectAndCompute(large, None)
     if not found:
         return Features(size, np.empty((0, 4), np.float32), np.empty((0, 128), np.uint8), thumbnail)
     factor = np.array(size) / large.shape[::-1]
@@ -190,12 +191,12 @@ def fit(source: np.ndarray, target: np.ndarray, tolerance: float) -> tuple[np.nd
     source, target = source.astype(float), target.astype(float)
     here, there = source[:, 0] + 1j * source[:, 1], target[:, 0] + 1j * target[:, 1]
     turn = target[:, 2] / source[:, 2] * np.exp(1j * np.deg2rad(target[:, 3] - source[:, 3]))
-    deviation = np.log(turn[:, None] / turn)
+    by = slice(None, None, 1 + len(turn) // PROPOSALS)
+    deviation = np.log(turn[by, None] / turn)
     alike = (np.abs(deviation.real) < SCALE) & (np.abs(deviation.imag) < ANGLE)
-    error = np.abs(turn[:, None] * (here - here[:, None]) - (there - there[:, None]))
-    agree = alike & (error < 3 * tolerance)
-    votes, best = agree.sum(1), None
-    for i in np.argsort(-votes, kind="stable")[:PROPOSALS]:
+    error = np.abs(turn[by, None] * (here - here[by, None]) - (there - there[by, None]))
+    agree, best = alike & (error < 3 * tolerance), None
+    for i in np.argsort(-agree.sum(1), kind="stable")[:REFINED]:
         found = refine(source[:, :2], target[:, :2], alike[i], agree[i], tolerance)
         if found and (best is None or found[1].sum() > best[1].sum()):
             best = found
@@ -313,7 +314,7 @@ def verify(query: Features, reference: Features) -> Match:
     inliers, mirrored, (transform, points) = max(found, key=lambda entry: entry[0])
     overlap = compare(query.mirrored if mirrored else query, reference, transform)
     coverage = overlap.query * overlap.agreement, overlap.reference * overlap.agreement
-    is_copy = max(coverage) >= LEAST_COVERAGE and overlap.hole <= LARGEST_HOLE
+    is_copy = (max(coverage) >= (LEAST_COVERAGE if inliers >= FEW else WITH_FEW) and overlap.hole <= LARGEST_HOLE)
     if mirrored:
         transform, points = transform * [[-1], [1]] + [[0, 0, query.size[0]], [0, 0, 0]], points * [-1, 1, 1, 1]
         points[:, 0] += query.size[0]
@@ -330,7 +331,7 @@ class FeatureCache:
     process at a time may write, any number may read."""
 
     def __init__(self, folder: str | Path):
-        settings = repr((SIDE, COUNT, THUMBNAIL, cv2.__version__))
+        settings = repr((SIDES, COUNT, EDGE, THUMBNAIL, cv2.__version__))
         self.file = Path(folder) / f"features-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.sqlite"
         self.db = sqlite3.connect(self.file)
         self.db.execute("CREATE TABLE IF NOT EXISTS images (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, "
