@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Verify answers: do the images nearest to each query by descriptor show the same? Local features and geometry decide.
+
+    python scripts/verify.py exp/v31/extract/fb-isc-submission.h5 input -o pairs.csv
+    python scripts/verify.py sub.h5 input -o pairs.csv --candidates 20 -j 8 --cache features
+    python scripts/eval_metrics.py pairs.csv input/public_ground_truth.csv
+
+The images are those of DIR/query_images and DIR/reference_images, by id. pairs.csv holds a row for each candidate:
+
+    query_id, reference_id
+    score                    above 0 where local features match: their number, times the fraction that agrees of what
+                             overlaps, and less than 1 for the descriptors' nearness; else from -1 to 0, by the
+                             descriptors alone. Comparable between queries
+    inliers                  pairs of local features that agree with one affine transform
+    coverage_query, coverage_reference   the part of each image that overlaps and is alike there
+    verdict                  copy; shares a part (a logo, text, frame or texture); none; not verifiable (blank, tiny,
+                             unreadable)
+    outline                  the reference's corners in the query: x y of top left, top right, bottom right, bottom left
+
+Only images that are asked for are opened. References' features are kept in --cache, and computed again if an image's
+file changes. A run that was killed goes on where it was, in OUTPUT.blocks; the result is the same, whatever -j is.
+Images that cannot be read are listed in skipped.csv beside the output.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from copydet.common import InputError, first_three, replacing, run_main
+from copydet.descriptors import Descriptors
+from copydet.images import IMAGE_ENDINGS, list_images, write_skipped
+from copydet.options import positive
+from copydet.search import search_topk
+from copydet.verification import PER_JOB, Match, Verifier, batches, stamp
+
+COLUMNS = ("query_id", "reference_id", "score", "inliers", "coverage_query", "coverage_reference", "verdict", "outline")
+MEMORY = 2**27  # bytes for the search
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The references nearest to each query, nearest first: query ids [n], reference ids [n, k], scores [n, k]."""
+    queries: np.ndarray
+    references: np.ndarray
+    scores: np.ndarray
+
+
+def find_candidates(path: str, k: int) -> Candidates:
+    """The `k` references nearest to each query of a descriptor file, exactly."""
+    with Descriptors(path) as file:
+        file.check_checkpoint()
+        queries, references = file["query"], file["reference"]
+        k = min(k, len(references))
+        found = search_topk(queries.read(), references, k, np.empty(0, np.int64), memory=MEMORY)
+        found = found[np.lexsort((found["reference"], -found["score"], found["query"]))].reshape(-1, k)
+        return Candidates(queries.ids, references.ids[found["reference"]], found["score"])
+
+
+def find_images(folder: Path, ids: Iterable[str]) -> dict[str, str]:
+    """Path of the image of each id. Subfolders are walked only for those that are not on top.
+
+    Raises InputError: no such folder, ids without an image.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}")
+    names = ((name, next((path for ending in IMAGE_ENDINGS if os.path.exists(path := f"{folder}/{name}{ending}")), None))
+             for name in ids)
+    found = dict(names)
+    absent = {name for name, path in found.items() if path is None}
+    if absent:
+        below = {Path(path).stem: path for path in list_images(folder)[0]}
+        found |= {name: str(folder / below[name]) for name in absent if name in below}
+        absent = sorted(name for name, path in found.items() if path is None)
+    if absent:
+        raise InputError(f"{folder}: no image of {first_three(absent)}")
+    return found
+
+
+def open_folder(folder: Path, settings: dict) -> None:
+    """The folder of finished blocks: as it is if it was begun with these settings, else empty."""
+    file = folder / "settings.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == settings:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def score(match: Match, nearness: float) -> float:
+    """Score of a match whose descriptors have the score `nearness`, minus the squared distance."""
+    verified = 1 + match.inliers * match.agreement if match.inliers else 0
+    return verified + nearness / (1 - nearness)
+
+
+def rows_of(query: str, references: Sequence[str], nearness: Sequence[float], matches: Sequence[Match]) -> list[tuple]:
+    """Rows of the CSV of one query's candidates, best first."""
+    rows = []
+    for reference, near, match in zip(references, nearness, matches):
+        outline = "" if match.outline is None else " ".join(f"{x:.1f}" for x in match.outline.ravel())
+        rows.append((query, reference, round(score(match, near), 6), match.inliers, round(match.coverage_query, 3),
+                     round(match.coverage_reference, 3), match.verdict, outline))
+    return sorted(rows, key=lambda row: (-row[2], row[1]))
+
+
+def verify_blocks(candidates, paths, verifier, folder):
+    """Verify block by block what is not finished; each becomes a file, JSON: rows of the CSV, and unreadable queries."""
+    query_paths, reference_paths = paths
+    blocks = [range(i, min(i + PER_JOB, len(candidates.queries))) for i in range(0, len(candidates.queries), PER_JOB)]
+    todo = [block for block in blocks if not block_file(folder, block).is_file()]
+    jobs = ([(query_paths[candidates.queries[i]], [reference_paths[name] for name in candidates.references[i]])
+             for i in block] for block in todo)
+    bar = tqdm(total=len(candidates.queries), desc="verifying", unit=" queries", disable=None)
+    bar.update(len(candidates.queries) - sum(map(len, todo)))
+    for block, done in zip(todo, verifier.verify(jobs)):
+        rows = [row for i, verified in zip(block, done) for row in rows_of(
+            candidates.queries[i], candidates.references[i], candidates.scores[i], verified.matches)]
+        skipped = [(query_paths[candidates.queries[i]], verified.reason) for i, verified in zip(block, done)
+                   if verified.reason]
+        with replacing(block_file(folder, block)) as temporary:
+            temporary.write_text(json.dumps([rows, skipped]), encoding="utf-8")
+        bar.update(len(block))
+    bar.close()
+    return [block_file(folder, block) for block in blocks]
+
+
+def block_file(folder, block):
+    return folder / f"{block.start}-{block.stop}.json"
+
+
+def describe_references(paths, verifier):
+    bar = tqdm(total=len(paths), desc="describing", unit=" references", disable=None)
+    for done in verifier.describe(paths):
+        bar.update(done)
+    bar.close()
+
+
+def write_results(output, files, skipped):
+    """pairs.csv and skipped.csv from the finished blocks."""
+    with replacing(output) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for file in files:
+            rows, unreadable = json.loads(file.read_text(encoding="utf-8"))
+            writer.writerows(rows)
+            skipped += map(tuple, unreadable)
+    write_skipped(output.with_name("skipped.csv"), skipped)
+
+
+def check_args(args):
+    """Everything about the flags that can be wrong, before any work."""
+    if not Path(args.submission).is_file():
+        raise InputError(f"no such file: {args.submission}")
+    output = Path(args.output)
+    if not output.resolve().parent.is_dir():
+        raise InputError(f"-o {output}: no such folder: {output.parent}")
+    if output.is_dir():
+        raise InputError(f"-o {output}: is a folder")
+    if args.cache and not (cache := Path(args.cache)).is_dir():
+        if cache.exists() or not cache.resolve().parent.is_dir():
+            raise InputError(f"--cache {cache}: " + ("is no folder" if cache.exists() else "its folder does not exist"))
+        cache.mkdir()
+
+
+def verify_submission(args):
+    """Run the command line."""
+    check_args(args)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # what the search takes of memory goes with its process
+        candidates = pool.submit(find_candidates, args.submission, args.candidates).result()
+    paths = [find_images(Path(args.dir, f"{group}_images"), ids) for group, ids in (
+        ("query", candidates.queries.tolist()), ("reference", np.unique(candidates.references).tolist()))]
+    output = Path(args.output)
+    folder = output.with_name(f"{output.name}.blocks")
+    open_folder(folder, {"submission": os.path.realpath(args.submission), "stamp": list(stamp(args.submission)),
+                         "dir": os.path.realpath(args.dir), "candidates": args.candidates})
+    with Verifier(args.workers, args.cache or folder) as verifier:
+        describe_references(list(paths[1].values()), verifier)
+        files = verify_blocks(candidates, paths, verifier, folder)
+        write_results(output, files, verifier.cache.unreadable(paths[1].values()))
+    shutil.rmtree(folder)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("submission", metavar="SUB.h5", help="descriptors of queries and references")
+    parser.add_argument("dir", metavar="DIR", help="folder with query_images and reference_images")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="CSV to write")
+    parser.add_argument("--candidates", type=positive, default=10, metavar="K", help="references of each query that are "
+                        "verified, the nearest (default: %(default)s)")
+    parser.add_argument("--cache", metavar="DIR", help="keep the references' features in this folder for the next run")
+    parser.add_argument("-j", "--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes (default: "
+                        "number of CPUs)")
+    return parser
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    return run_main(lambda: verify_submission(args), "stopped; the same command goes on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
