@@ -29,7 +29,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -43,7 +43,7 @@ from copydet.descriptors import Descriptors
 from copydet.images import IMAGE_ENDINGS, list_images, write_skipped
 from copydet.options import positive
 from copydet.search import search_topk
-from copydet.verification import PER_JOB, Match, Verifier, batches, stamp
+from copydet.verification import PER_JOB, Match, Verifier, stamp
 
 COLUMNS = ("query_id", "reference_id", "score", "inliers", "coverage_query", "coverage_reference", "verdict", "outline")
 MEMORY = 2**27  # bytes for the search
@@ -75,17 +75,14 @@ def find_images(folder: Path, ids: Iterable[str]) -> dict[str, str]:
     """
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
-    names = ((name, next((path for ending in IMAGE_ENDINGS if os.path.exists(path := f"{folder}/{name}{ending}")), None))
-             for name in ids)
-    found = dict(names)
-    absent = {name for name, path in found.items() if path is None}
-    if absent:
+    on_top = lambda name: filter(os.path.exists, (f"{folder}/{name}{ending}" for ending in IMAGE_ENDINGS))
+    found = {name: next(on_top(name), None) for name in ids}
+    if None in found.values():
         below = {Path(path).stem: path for path in list_images(folder)[0]}
-        found |= {name: str(folder / below[name]) for name in absent if name in below}
-        absent = sorted(name for name, path in found.items() if path is None)
-    if absent:
+        found |= {name: folder / below[name] for name, path in found.items() if path is None and name in below}
+    if absent := [name for name, path in found.items() if path is None]:
         raise InputError(f"{folder}: no image of {first_three(absent)}")
-    return found
+    return {name: os.path.realpath(path) for name, path in found.items()}
 
 
 def open_folder(folder: Path, settings: dict) -> None:
@@ -116,7 +113,7 @@ def rows_of(query: str, references: Sequence[str], nearness: Sequence[float], ma
 
 
 def verify_blocks(candidates, paths, verifier, folder):
-    """Verify block by block what is not finished; each becomes a file, JSON: rows of the CSV, and unreadable queries."""
+    """Verify what is not finished, in blocks: -> their files, JSON, each rows of the CSV and unreadable queries."""
     query_paths, reference_paths = paths
     blocks = [range(i, min(i + PER_JOB, len(candidates.queries))) for i in range(0, len(candidates.queries), PER_JOB)]
     todo = [block for block in blocks if not block_file(folder, block).is_file()]
@@ -197,11 +194,11 @@ def build_parser():
     parser.add_argument("submission", metavar="SUB.h5", help="descriptors of queries and references")
     parser.add_argument("dir", metavar="DIR", help="folder with query_images and reference_images")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="CSV to write")
-    parser.add_argument("--candidates", type=positive, default=10, metavar="K", help="references of each query that are "
-                        "verified, the nearest (default: %(default)s)")
+    parser.add_argument("--candidates", type=positive, default=10, metavar="K", help="nearest references of each query "
+                        "that are verified (default: %(default)s)")
     parser.add_argument("--cache", metavar="DIR", help="keep the references' features in this folder for the next run")
-    parser.add_argument("-j", "--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes (default: "
-                        "number of CPUs)")
+    parser.add_argument("-j", "--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes "
+                        "(default: number of CPUs)")
     return parser
 
 

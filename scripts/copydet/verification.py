@@ -6,8 +6,8 @@
 SIFT features (Lowe, 2004) with RootSIFT descriptors (Arandjelovic and Zisserman, 2012). Features have a place, a size
 and an angle, so that each match of two proposes a similarity by itself (Philbin et al., 2007); the best proposals are
 refined to affine transforms. Nothing is drawn at random, and descriptors are multiplied as whole numbers below 2^24,
-exact in float32 in any order: the same images give the same result everywhere. What the transform lays upon each other
-is compared then: two photos with one logo, caption, watermark or screen around them have many inliers, and differ.
+exact in float32 in any order: the same features always give the same match. What the transform lays upon each other is
+compared then: two photos with one logo, caption, watermark or screen around them have many inliers, and differ.
 
 Coordinates are in px of the original image, which covers [0, width] x [0, height]; the y axis points down.
 """
@@ -22,7 +22,7 @@ import os
 import signal
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -149,7 +149,8 @@ def describe(pixels: np.ndarray, size: tuple[int, int] | None = None) -> Feature
     size = size or grey.shape[::-1]
     large = resize(grey, min(max(*size, SIDES[0]), SIDES[1]))
     thumbnail = resize(large, THUMBNAIL)
-    found, descriptors = cv2.SIFT_create(COUNT, contrastThreshold=EDGE, enable_precise_upscale=True).detectAndCompute(large, None)
+    sift = cv2.SIFT_create(COUNT, contrastThreshold=EDGE, enable_precise_upscale=True)
+    found, descriptors = sift.detectAndCompute(large, None)
     if not found:
         return Features(size, np.empty((0, 4), np.float32), np.empty((0, 128), np.uint8), thumbnail)
     factor = np.array(size) / large.shape[::-1]
@@ -203,7 +204,8 @@ def fit(source: np.ndarray, target: np.ndarray, tolerance: float) -> tuple[np.nd
     return best
 
 
-def refine(source, target, alike, inliers, tolerance):
+def refine(source: np.ndarray, target: np.ndarray, alike: np.ndarray, inliers: np.ndarray,
+           tolerance: float) -> tuple[np.ndarray, np.ndarray] | None:
     """Least squares on the inliers [m] of points [m, 2], then new inliers, with a tolerance that falls."""
     source = np.column_stack([source, np.ones(len(source))])
     for allowed in (3 * tolerance, 2 * tolerance, tolerance):
@@ -227,7 +229,7 @@ def distinct(points: np.ndarray, grain: float) -> np.ndarray:
 
 
 def find(query: Features, reference: Features) -> tuple[np.ndarray, np.ndarray] | None:
-    """Transform [2, 3] from the reference to the query and distinct inliers [n, 4] as in Match; None without a match."""
+    """Transform [2, 3] from the reference to the query, and distinct inliers [n, 4] as Match has them; None without."""
     i, j = match_features(query, reference)
     if len(i) < LEAST_INLIERS:
         return None
@@ -272,8 +274,8 @@ def compare(query: Features, reference: Features, transform: np.ndarray) -> Over
     shown = inside & (np.maximum(deviation_here, deviation_there) > CONTRAST)
     both = inside & (np.minimum(deviation_here, deviation_there) > CONTRAST)
     total = max(1, shown.sum())
-    shared = cv2.intersectConvexConvex(*(corners(size, by).astype(np.float32)
-                                         for size, by in ((reference.size, transform), (query.size, None))))[0]
+    shared, _ = cv2.intersectConvexConvex(corners(reference.size, transform).astype(np.float32),
+                                          corners(query.size).astype(np.float32))
     return Overlap((shown & (correlation > ALIKE)).sum() / total, largest_part(both & (correlation < UNLIKE)) / total,
                    shared / np.prod(query.size), shared / np.linalg.det(transform[:, :2]) / np.prod(reference.size))
 
@@ -421,7 +423,7 @@ class Verifier:
         """Each job, [(path of a query, paths of its references)] -> a Verified for each of its queries, in order."""
         return self.run(verify_files, jobs)
 
-    def run(self, function, jobs):
+    def run(self, function: Callable, jobs: Iterable) -> Iterator:
         """Results of function(job), in the order of the jobs, of which a few are under way at a time."""
         waiting = collections.deque()
         try:
@@ -441,6 +443,9 @@ class Verified(NamedTuple):
     reason: str | None
 
 
+worker_cache: FeatureCache  # of a process of Verifier
+
+
 def verify_files(job: Sequence[tuple[str, Sequence[str]]]) -> list[Verified]:
     """What a process of Verifier does with a job."""
     done = []
@@ -451,7 +456,7 @@ def verify_files(job: Sequence[tuple[str, Sequence[str]]]) -> list[Verified]:
     return done
 
 
-def start_worker(folder):
+def start_worker(folder: Path) -> None:
     """Prepare a process of Verifier: one thread, quiet at Ctrl-C, gone when the parent is."""
     global worker_cache
     cv2.setNumThreads(1)
@@ -460,8 +465,8 @@ def start_worker(folder):
     worker_cache = FeatureCache(folder)
 
 
-def leave_with_parent():
-    multiprocessing.parent_process().join()
+def leave_with_parent() -> None:
+    multiprocessing.parent_process().join()  # until it ends
     os._exit(1)
 
 
