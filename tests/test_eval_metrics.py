@@ -374,7 +374,7 @@ def images(tmp_path):
 
 def test_report_and_picture(images, tmp_path, capsys):
     file, gt = images
-    assert "is a file" in scores(capsys, file, gt, "--report", gt, code=2)[1]
+    assert "is not a folder" in scores(capsys, file, gt, "--report", gt, code=2)[1]
     scores(capsys, file, gt, "--report", tmp_path / "report", "--images", tmp_path, "--picture", tmp_path / "p.png")
     page = (tmp_path / "report/index.html").read_text()
     files = sorted(file.name for file in (tmp_path / "report").iterdir())
