@@ -148,7 +148,7 @@ CHECKPOINT = re.compile(r"checkpoint_\d+\.pth\.tar|latest\.pth\.tar")
 
 def training_folder(args: Args) -> OutputFolder:
     """exp/NAME/train, for the process that leads; not made yet. Raises InputError where it holds other files."""
-    def older(folder):
+    def older(folder: Path) -> list[str]:
         names = [name for name in os.listdir(folder) if CHECKPOINT.fullmatch(name)
                  or name in ("args.json", "log.csv", "views.png", "skipped.csv")]
         return names if "args.json" in names or any(map(CHECKPOINT.fullmatch, names)) else []

@@ -221,7 +221,8 @@ def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[st
     cache.forget(root, [path for path in known if path not in stamps.keys() | unseen and not path.startswith(below)])
     new = [path for path in stamps if path not in same]
     least, most = CHUNKS
-    done, passing = len(same), []
+    done = len(same)
+    passing: list[tuple[str, str]] = []
     while new:
         size = min(most, max(least, cache.count()))
         chunk, new = new[:size], new[size:]
@@ -342,12 +343,12 @@ class Collection:
     attrs: dict
     skipped: list = field(default_factory=list)
 
-    def only(self, kept: list[int]) -> "Collection":
+    def only(self, kept: list[int]) -> Collection:
         """Those of the images."""
         ids, names, files, inodes = ([values[i] for i in kept]
                                      for values in (self.ids, self.names, self.files, self.inodes))
-        return replace(self, ids=ids, names=names, files=files, inodes=inodes,
-                       rows=ArrayRows(self.rows.read()[kept], ids))
+        rows = ArrayRows(self.rows.read()[kept], np.array(ids))
+        return replace(self, ids=ids, names=names, files=files, inodes=inodes, rows=rows)
 
 
 def read_folder(source: str, cache: Cache, extraction: Extraction, args: argparse.Namespace) -> Collection:
@@ -358,7 +359,7 @@ def read_folder(source: str, cache: Cache, extraction: Extraction, args: argpars
         raise InputError(f"no images in {shown(source)} ({', '.join(IMAGE_ENDINGS)})"
                          + (f"; {shown(odd[0][0])}: {odd[0][1]}" if odd else ""))
     odd += update(cache, root, stamps, odd, extraction)
-    paths, rows, skipped = cache.read(root, stamps.keys())
+    paths, rows, skipped = cache.read(root, set(stamps))
     skipped = [(shown(path), reason) for path, reason in odd + skipped]
     if not paths:
         write_skipped(Path(args.output) / "skipped.csv", skipped)
@@ -366,8 +367,8 @@ def read_folder(source: str, cache: Cache, extraction: Extraction, args: argpars
                          f"{Path(args.output) / 'skipped.csv'}")
     names = [shown(os.path.relpath(path, root) if path != root else os.path.basename(path)) for path in paths]
     ids = [shown(os.path.join(source, os.path.relpath(path, root)) if path != root else source) for path in paths]
-    return Collection(source, ids, names, paths, [stamps[path].inode for path in paths], ArrayRows(rows, ids),
-                      cache.attrs(root), skipped)
+    return Collection(source, ids, names, paths, [stamps[path].inode for path in paths],
+                      ArrayRows(rows, np.array(ids)), cache.attrs(root), skipped)
 
 
 def read_file(file, preference, images):
@@ -417,7 +418,7 @@ PAIRS = np.dtype([("query", int), ("reference", int), ("score", float)])
 def same_files(queries: Collection, archive: Collection) -> list[tuple[int, int]]:
     """[(query, reference)] that are one file under two names. Within one collection: each further name of a file, and
     the one that is no link, or comes first."""
-    names = {}
+    names: dict = {}
     for j, inode in enumerate(archive.inodes):
         if inode is not None:
             names.setdefault(inode, []).append(j)
@@ -537,7 +538,8 @@ def write_thumbnail(path: str, file: Path | None) -> str | None:
 def image_table(queries: Collection, archive: Collection, pairs: np.ndarray, report: OutputFolder) -> tuple[list, list]:
     """What the page shows of the images in pairs: [[name, URI or None, thumbnail or None]], and pairs as rows of it:
     [[query, reference, score]]."""
-    rows, entries = {}, []
+    rows: dict[tuple[int, int], int] = {}
+    entries: list[tuple[str, str | None]] = []
     for collection, column in ((queries, "query"), (archive, "reference")):
         for i in pairs[column].tolist():
             if (id(collection), i) not in rows:

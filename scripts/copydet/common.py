@@ -123,7 +123,8 @@ class OutputFolder:
     def __init__(self, path: str | Path, flag: str, older: Callable[[Path], Iterable[str]] = lambda folder: (),
                  besides: Iterable[str] = (), parents: bool = False, shared: bool = False, wait: bool = False):
         self.path, self.flag, self.older, self.shared, self.wait = Path(path), flag, older, shared, wait
-        self.stack, self.made = contextlib.ExitStack(), []
+        self.stack = contextlib.ExitStack()
+        self.made: list[Path] = []
         if os.path.lexists(path) and not self.path.is_dir():
             raise InputError(f"{flag} {path}: is there already, and is not a folder")
         if not (parents or self.path.resolve().parent.is_dir()):
@@ -154,7 +155,7 @@ class OutputFolder:
             raise
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.stack.close()
         if self.made and not self.shared and os.listdir(self.path) == [MANIFEST]:
             (self.path / MANIFEST).unlink()

@@ -40,7 +40,7 @@ def split_settings(text: str) -> tuple[str, dict[str, str]]:
 class Parser(argparse.ArgumentParser):
     """argparse that reads recipes, @FILE, takes -6e-1 for a number, and tells a wrong flag in one line."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")
 

@@ -1,6 +1,7 @@
 """What eval_metrics.py draws: an HTML report with curves, misses and errors, and a picture of some queries."""
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,7 @@ td:first-child, th:first-child { text-align: left; overflow-wrap: break-word }
 
 def report_folder(path: str | Path) -> OutputFolder:
     """The folder of --report, not made yet. Raises InputError where it holds other files."""
-    def older(folder):
+    def older(folder: Path) -> Sequence[str]:
         return FILES if is_page(folder / "index.html", "Copy detection: ") else ()
 
     folder = OutputFolder(path, "--report", older, wait=True)
