@@ -22,9 +22,11 @@ Extract descriptors of queries, references and training images with the newest c
 
 A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line win. Results go to exp/NAME.
 """
+import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import signal
 import shutil
@@ -36,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
-from copydet.common import InputError, WorkError, replacing, run_main
+from copydet.common import InputError, OutputFolder, WorkError, locked, manifest_of, replacing, run_main
 from copydet.options import Args, parse_args
 
 if __name__ == "__main__":
@@ -53,10 +55,10 @@ from tqdm import tqdm
 from copydet.batches import EpochBatches, Images, check_shared_memory, collate_views, make_loader, shape_of_batch
 from copydet.calibration import measure
 from copydet.checkpoints import find_source, load_net, load_weights, newest_checkpoint, read_checkpoint
-from copydet.distributed import Rank, gather_objects, launch, pick_precision
-from copydet.export import ENDINGS, FORMATS, INPUT
+from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
+from copydet.export import ENDINGS, FORMATS, INPUT, check_target
 from copydet.extraction import (Blocks, describe_images, describe_views, extract, load_descriptor, open_folder,
-                                prepare_extraction, settings_of, versions)
+                                output_folder, prepare_extraction, settings_of, versions)
 from copydet.images import IMAGE_ENDINGS, list_negatives, list_pairs, list_images, write_skipped
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
@@ -137,9 +139,21 @@ def prepare_training(args: Args) -> tuple[Args, Data]:
     resume_file = find_resume_file(args)
     if resume_file and args.seed is None:
         args = args.replace(seed=read_checkpoint(resume_file)["args"].get("seed"))
-    args.out.mkdir(parents=True, exist_ok=True)
     return args, Data(rest, len(images), held_back, [(str(args.dir / path), reason) for path, reason in odd],
                       list_negatives(args, rest if args.pairs else []) if args.negatives else [], resume_file)
+
+
+CHECKPOINT = re.compile(r"checkpoint_\d+\.pth\.tar|latest\.pth\.tar")
+
+
+def training_folder(args: Args) -> OutputFolder:
+    """exp/NAME/train, for the process that leads; not made yet. Raises InputError where it holds other files."""
+    def older(folder: Path) -> list[str]:
+        names = [name for name in os.listdir(folder) if CHECKPOINT.fullmatch(name)
+                 or name in ("args.json", "log.csv", "views.png", "skipped.csv")]
+        return names if "args.json" in names or any(map(CHECKPOINT.fullmatch, names)) else []
+
+    return OutputFolder(args.out, "--exp", older, parents=True)
 
 
 def find_resume_file(args: Args) -> Path | str:
@@ -152,6 +166,8 @@ def find_resume_file(args: Args) -> Path | str:
     if newest and not args.resume and not args.overwrite:
         raise InputError(f"{args.out} holds checkpoints of another run: --resume auto goes on with it, --overwrite "
                          "replaces it, --exp NAME keeps both")
+    if newest and args.overwrite and not args.resume:
+        training_folder(args).check(*filter(CHECKPOINT.fullmatch, os.listdir(args.out)))
     return args.resume
 
 
@@ -367,9 +383,10 @@ class Trainer:
         """Print and write what this run is; with --overwrite the checkpoints of the run before it go."""
         args = self.args
         self.print_summary()
+        folder = training_folder(args)
         if args.overwrite and not self.data.resume_file:
-            for file in args.out.glob("*.pth.tar"):
-                file.unlink()
+            folder.remove(*filter(CHECKPOINT.fullmatch, manifest_of(folder.path)))
+        folder.add("args.json", "log.csv", "views.png", "skipped.csv")
         write_views_png(self.views, args.out / "views.png")
         with replacing(args.out / "args.json") as temporary:
             temporary.write_text(json.dumps(args.plain(), indent=2) + "\n")
@@ -490,8 +507,10 @@ class Trainer:
                  "whitened": bool(self.args.whiten) and self.epoch == self.args.epochs, "versions": versions()}
         with replacing(self.args.out / name) as temporary:
             torch.save(state, temporary)
+        folder = training_folder(self.args)
+        folder.add(name)
         if name != "latest.pth.tar":
-            (self.args.out / "latest.pth.tar").unlink(missing_ok=True)
+            folder.remove("latest.pth.tar")
 
     def resume(self, file: str | Path) -> None:
         """Take up the run of `file`. What changed since is told; an incomplete epoch starts anew if its steps moved.
@@ -581,11 +600,12 @@ def train(args: Args, data: Data, rank: Rank) -> None:
 def export(args: Args) -> None:
     """Write the network as --format. Raises InputError: no checkpoint, a package that is missing."""
     args, source = find_source(args)
+    path = Path(args.output or args.out / f"descriptor{ENDINGS[args.format]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_target(args.format, path, source.file)
     net = load_net(args, source)
     config = settings_of(args, source) | {"mean": net.mean, "std": net.std, "dim": net.dim, "input": INPUT,
                                           "output": "descriptors: float32 [n, dim], unit length"}
-    path = Path(args.output or args.out / f"descriptor{ENDINGS[args.format]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     FORMATS[args.format](net, config, path)
     print(f"=> wrote {path}")
 
@@ -596,9 +616,13 @@ def main(args: Args) -> None:
     if args.list_augmentations:
         print(list_augmentations())
     elif args.mode == "train":
-        launch(train, *prepare_training(args))
+        with training_folder(args) if leads(args) else contextlib.nullcontext():
+            launch(train, *prepare_training(args))
     elif args.mode == "extract":
-        launch(extract, *prepare_extraction(args))
+        folder = output_folder(args) if leads(args) else contextlib.nullcontext()
+        args, job = prepare_extraction(args)
+        with folder, locked(job.lock, job.h5) if leads(args) else contextlib.nullcontext():
+            launch(extract, args, job)
     else:
         export(args)
 

@@ -38,7 +38,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from copydet.common import ROOT, InputError, replacing, run_main
+from copydet.common import ROOT, InputError, check_output, replacing, run_main
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.images import ImageFile, list_images, open_image
 from copydet.options import parse_args as parse_train_args
@@ -444,6 +444,8 @@ def write_rows(bench, rows):
 
 
 def bench_all(bench):
+    if bench.output:
+        check_output("-o", bench.output)
     old = read_rows(bench.compare) if bench.compare else []
     rows = measure(bench)
     show(rows, old)

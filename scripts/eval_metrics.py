@@ -27,11 +27,12 @@ import numpy as np
 import pandas as pd
 
 from copydet.calibration import Calibration
-from copydet.common import InputError, first_three, replacing, run_main, warn
+from copydet.common import InputError, OutputFolder, check_output, first_three, replacing, run_main, warn
 from copydet.descriptors import Descriptors
 from copydet.metrics import (micro_ap, precision_recall, read_ground_truth, read_predictions, read_table, recall_at_p90,
                              sort_candidates)
 from copydet.options import fraction, positive, size_in_bytes
+from copydet.report import Thumbnails, report_folder, write_picture, write_report
 from copydet.search import PAIR, count_gpus, exact_distances, rows_of, search, search_topk, warn_if_collapsed
 
 
@@ -275,12 +276,10 @@ def check_args(args):
         raise InputError("--picture needs --images DIR")
     if args.images and not (Path(args.images) / "query_images").is_dir():
         raise InputError(f"--images {args.images}: no folder query_images in it")
-    for flag in ("candidates", "picture", "report"):
-        file = getattr(args, flag)
-        if file and not Path(file).resolve().parent.is_dir():
-            raise InputError(f"--{flag} {file}: no such folder: {Path(file).parent}")
-    if args.report and Path(args.report).is_file():
-        raise InputError(f"--report {args.report}: is a file, not a folder")
+    inputs = [file for file in (args.submission, args.ground_truth, args.compare) if file]
+    for flag in ("candidates", "picture"):
+        if getattr(args, flag):
+            check_output(f"--{flag}", getattr(args, flag), inputs)
     if args.compare and not is_csv(args.compare, args):
         open_descriptors(args.compare, args.allow_contaminated).file.close()
     args.ngpu = count_gpus(args.ngpu)
@@ -301,6 +300,7 @@ def warn_of_missing(evaluations):
 
 def evaluate(args):
     check_args(args)
+    report = report_folder(args.report) if args.report else None
     ground_truth = read_ground_truth(args.ground_truth)
     promise = promised_threshold(args) if args.threshold_precision else None
     evaluations = [Evaluation(path, ground_truth, args) for path in (args.submission, args.compare) if path]
@@ -316,19 +316,19 @@ def evaluate(args):
             ours.pairs[["query_id", "reference_id", "score"]].to_csv(temporary, index=False)
     print(json.dumps(result, indent=2), flush=True)
     if args.report or args.picture:
-        draw(args, ours, result)
+        draw(args, ours, result, report)
 
 
-def draw(args, evaluation, result):
+def draw(args: argparse.Namespace, evaluation: Evaluation, result: dict, report: OutputFolder | None) -> None:
     """--report and --picture."""
-    from copydet import report
-    images = report.Thumbnails(args.images)
-    if args.report:
+    images = Thumbnails(args.images)
+    if report:
         edits = Path(args.ground_truth).with_name("edits.csv")
-        report.write_report(args.report, evaluation, result, images,
-                            metrics_per_edit(evaluation, edits) if edits.is_file() else [])
+        with report:
+            write_report(report, evaluation, result, images,
+                         metrics_per_edit(evaluation, edits) if edits.is_file() else [])
     if args.picture:
-        report.write_picture(args.picture, evaluation, result["threshold_p90"], images)
+        write_picture(args.picture, evaluation, result["threshold_p90"], images)
 
 
 def main(argv: list[str] | None = None) -> int:

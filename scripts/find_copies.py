@@ -7,30 +7,37 @@
     python scripts/find_copies.py queries.h5 archive.h5 -o report            descriptor files
 
 Images are described by train.py, with flags of its own after `--`: -- --input-size 448 --device cpu. What is described
-stays in the cache: the next run describes only images that are new or changed (size or time; --hash: content) and
-forgets those that are gone. A run that was killed goes on from its last chunk.
+stays in the cache: the next run describes only images that are new or changed (size or time; --hash: content), tries
+again those that it had no leave or memory to read, and forgets those that are gone. A run that was killed goes on from
+its last chunk.
 
 The report is a folder that opens from disk: index.html with thumbnails, pairs.csv (query_id, reference_id: paths, or
 ids of descriptor files; score: minus the squared L2 distance; precision, where the checkpoint carries a calibration;
-group, within one collection), and skipped.csv, the images that could not be read. Search is exact.
+group, within one collection; same_file), and skipped.csv, the images that could not be read. Search is exact. Two names
+of one file, hard or symbolic links, are no copies: they stand last, without a score, same_file says what they are, and
+within one collection only one of the names is searched.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -41,10 +48,10 @@ from tqdm import tqdm
 import copydet
 from copydet.calibration import Calibration
 from copydet.checkpoints import newest_checkpoint
-from copydet.common import ROOT, InputError, WorkError, replacing, run_main
+from copydet.common import ROOT, InputError, OutputFolder, WorkError, is_page, manifest_of, replacing, run_main
 from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
 from copydet.images import IMAGE_ENDINGS, UNREADABLE, list_images, open_image, write_skipped
-from copydet.options import Parser, fraction
+from copydet.options import Parser, fraction, score
 from copydet.search import count_gpus, search_topk
 
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
@@ -66,8 +73,14 @@ def shown(path: str) -> str:
 class Stamp:
     """What tells that a file has changed."""
     size: int
-    mtime: int  # nanoseconds
+    mtime: int  # nanoseconds, in 64 bits as SQLite has them: of a time after 2262 the lowest ones
     sha256: str | None = None  # with --hash
+    inode: tuple | str | None = field(default=None, compare=False)  # equal for all names of a file
+
+    @classmethod
+    def of(cls, path: str, info: os.stat_result, with_hash: bool) -> Stamp:
+        mtime = (info.st_mtime_ns + 2**63) % 2**64 - 2**63
+        return cls(info.st_size, mtime, sha256_of(path) if with_hash else None, inode_of(path, info))
 
     def same(self, other: Stamp) -> bool:
         if self.sha256 and other.sha256:
@@ -96,7 +109,8 @@ class Cache:
 
     def stamps(self, root: str) -> dict[str, Stamp]:
         """path -> Stamp of what is known below the root."""
-        rows = self.db.execute("SELECT path, size, mtime, sha256 FROM photos WHERE root = ?", (os.fsencode(root),))
+        rows = self.db.execute("SELECT path, size, mtime, sha256 FROM photos WHERE root = ? AND (reason IS NULL OR "
+                               "reason NOT LIKE '%[Errno %')", (os.fsencode(root),))  # older versions kept these too
         return {os.fsdecode(path): Stamp(*stamp) for path, *stamp in rows}
 
     def count(self) -> int:
@@ -150,26 +164,36 @@ class Cache:
         return paths, np.array(rows), skipped
 
 
-def stamp_files(root: str, output: str, with_hash: bool) -> tuple[dict[str, Stamp], list[tuple[str, str]]]:
-    """Images of a folder, or one image: path -> Stamp, and [(path, reason)] of what cannot be one.
+def inode_of(path: str, info: os.stat_result) -> tuple | str:
+    """What all names of a file have in common, links among them; some file systems number none."""
+    return (info.st_dev, info.st_ino) if info.st_ino else os.path.realpath(path)
 
-    What lies below the folder `output` is left out: reports hold thumbnails.
-    """
-    single = os.path.isfile(root)
+
+def is_ours(path: str, written: Callable[[str], set]) -> bool:
+    """Whether a report's manifest lists this file; `written`: folder -> what its manifest lists."""
+    folder, name = os.path.split(path)
+    above, below = os.path.split(folder)
+    return name in written(folder) or f"{below}/{name}" in written(above)
+
+
+def stamp_files(root: str, with_hash: bool) -> tuple[dict[str, Stamp], list[tuple[str, str]]]:
+    """Images of a folder, or one image: path -> Stamp, and [(path, reason)] of what cannot be one. Thumbnails and
+    pictures of reports are left out."""
+    single, written = os.path.isfile(root), functools.cache(manifest_of)
     paths, odd = ([root], []) if single else list_images(root)
     stamps, odd = {}, [(os.path.join(root, path), reason) for path, reason in odd]
     for path in tqdm(paths, desc=shown(root), unit="file", disable=None, leave=False, delay=1):
         path = os.path.join(root, path)
-        if path.startswith(os.path.join(output, "")):
+        if is_ours(path, written):
             continue
         try:
             info = os.stat(path)
             if not stat.S_ISREG(info.st_mode):
                 odd.append((path, "is not a file"))
                 continue
-            stamps[path] = Stamp(info.st_size, info.st_mtime_ns, with_hash and sha256_of(path) or None)
+            stamps[path] = Stamp.of(path, info, with_hash)
         except OSError as error:
-            odd.append((path, error.strerror))
+            odd.append((path, error.strerror or str(error)))
     return stamps, odd
 
 
@@ -183,26 +207,46 @@ def sha256_of(path: str) -> str:
 
 
 def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[str, str]],
-           extraction: Extraction) -> None:
-    """Describe what is new or changed below `root`, chunk by chunk, and forget what is gone.
+           extraction: Extraction) -> list[tuple[str, str]]:
+    """Describe what is new or changed below `root`, chunk by chunk, and forget what is gone. Returns [(path, reason)]
+    of what failed for a reason that may pass: it is not remembered.
 
-    What lies in a folder that cannot be read at the moment is not forgotten.
+    What cannot be looked at at the moment, and what lies in a folder of that kind, is not forgotten.
     """
     known = cache.stamps(root)
     same = {path for path, stamp in stamps.items() if path in known and stamp.same(known[path])}
     cache.touch(root, {path: stamps[path] for path in same if stamps[path] != known[path] and stamps[path].sha256})
-    unreadable = tuple(os.path.join(path, "") for path, _ in odd)
-    cache.forget(root, [path for path in known if path not in stamps and not path.startswith(unreadable)])
+    unseen = {path for path, _ in odd}
+    below = tuple(os.path.join(path, "") for path in unseen)
+    cache.forget(root, [path for path in known if path not in stamps.keys() | unseen and not path.startswith(below)])
     new = [path for path in stamps if path not in same]
     least, most = CHUNKS
     done = len(same)
+    passing: list[tuple[str, str]] = []
     while new:
         size = min(most, max(least, cache.count()))
         chunk, new = new[:size], new[size:]
         print(f"describing {len(chunk):,} of {len(chunk) + len(new):,} new images in {shown(root)}", file=sys.stderr)
         described, attrs = extraction.describe(chunk, calibrate=len(chunk) > done)  # at each doubling
         done += len(chunk)
-        cache.store(root, [(path, stamps[path], *described[i]) for i, path in enumerate(chunk)], attrs)
+        failed = {path: reason for path, (row, reason) in zip(chunk, described) if row is None and may_pass(path)}
+        cache.forget(root, list(failed))
+        cache.store(root, [(path, stamps[path], *found) for path, found in zip(chunk, described) if path not in failed],
+                    attrs)
+        passing += failed.items()
+    return passing
+
+
+def may_pass(path: str) -> bool:
+    """Whether a file that was not described may be an image all the same: there was no leave or no memory to read it,
+    its disk failed, or it was not there."""
+    try:
+        open_image(path)
+    except (OSError, MemoryError) as error:
+        return isinstance(error, MemoryError) or error.errno is not None
+    except UNREADABLE:
+        return False
+    return True
 
 
 class Extraction:
@@ -210,15 +254,16 @@ class Extraction:
 
     def __init__(self, weights, flags, folder):
         self.weights, self.flags, self.folder = weights, flags, folder
-        self.sha256 = sha256_of(weights[1])
+        self.key = self.hash_settings(sha256_of(weights[1]))
+        self.prefix = f".chunk-{self.key}-"  # hidden, lest they are taken for images; no other cache has these
 
-    def key(self):
+    def hash_settings(self, sha256: str) -> str:
         """Hash of all that descriptors depend on; flags that only say where and how fast to compute are left out."""
         neutral = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
         neutral.add_argument("--multiprocessing-distributed", "--strict", action="store_true")
         neutral.add_argument("-j", "--workers", "-b", "--batch-size", "--device", "--gpu", "--nproc", "--dist-url")
         flags = neutral.parse_known_args(self.flags)[1]
-        return hashlib.sha256(json.dumps([self.weights[0], self.sha256, flags]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self.weights[0], sha256, flags]).encode()).hexdigest()[:16]
 
     def describe(self, files, calibrate):
         """Images -> [(row float32 [d], None) or (None, reason)] of each, and the descriptor file's attributes, with a
@@ -226,7 +271,7 @@ class Extraction:
 
         train.py takes ids from file names: here they are numbers, the names of links, so that any name will do.
         """
-        staging = Path(tempfile.mkdtemp(prefix="chunk-", dir=self.folder))
+        staging = Path(tempfile.mkdtemp(prefix=self.prefix, dir=self.folder))
         try:
             images, out = staging / "reference_images", staging / "extract"
             images.mkdir()
@@ -287,25 +332,34 @@ class ArrayRows(BlockRows):
 @dataclass
 class Collection:
     """n images: ids [n] as pairs.csv has them, names [n] as people read them, files [n] or None where there is no image
-    to show, rows [n, dim], attributes of their descriptor file, [(path, reason)] of skipped images."""
+    to show, what all names of a file have in common [n], or None, rows [n, dim], attributes of their descriptor file,
+    [(path, reason)] of skipped images."""
     source: str
     ids: list
     names: list
     files: list
+    inodes: list
     rows: BlockRows
     attrs: dict
     skipped: list = field(default_factory=list)
 
+    def only(self, kept: list[int]) -> Collection:
+        """Those of the images."""
+        ids, names, files, inodes = ([values[i] for i in kept]
+                                     for values in (self.ids, self.names, self.files, self.inodes))
+        rows = ArrayRows(self.rows.read()[kept], np.array(ids))
+        return replace(self, ids=ids, names=names, files=files, inodes=inodes, rows=rows)
 
-def read_folder(source, cache, extraction, args):
+
+def read_folder(source: str, cache: Cache, extraction: Extraction, args: argparse.Namespace) -> Collection:
     """Collection of a folder, or of one image, through the cache. Raises InputError: no image, none readable."""
     root = os.path.realpath(source)
-    stamps, odd = stamp_files(root, os.path.realpath(args.output), args.hash)
+    stamps, odd = stamp_files(root, args.hash)
     if not stamps:
         raise InputError(f"no images in {shown(source)} ({', '.join(IMAGE_ENDINGS)})"
                          + (f"; {shown(odd[0][0])}: {odd[0][1]}" if odd else ""))
-    update(cache, root, stamps, odd, extraction)
-    paths, rows, skipped = cache.read(root, stamps.keys())
+    odd += update(cache, root, stamps, odd, extraction)
+    paths, rows, skipped = cache.read(root, set(stamps))
     skipped = [(shown(path), reason) for path, reason in odd + skipped]
     if not paths:
         write_skipped(Path(args.output) / "skipped.csv", skipped)
@@ -313,7 +367,8 @@ def read_folder(source, cache, extraction, args):
                          f"{Path(args.output) / 'skipped.csv'}")
     names = [shown(os.path.relpath(path, root) if path != root else os.path.basename(path)) for path in paths]
     ids = [shown(os.path.join(source, os.path.relpath(path, root)) if path != root else source) for path in paths]
-    return Collection(source, ids, names, paths, ArrayRows(rows, ids), cache.attrs(root), skipped)
+    return Collection(source, ids, names, paths, [stamps[path].inode for path in paths],
+                      ArrayRows(rows, np.array(ids)), cache.attrs(root), skipped)
 
 
 def read_file(file, preference, images):
@@ -326,7 +381,9 @@ def read_file(file, preference, images):
         folder = Path(images).resolve() / f"{name}_images"
         by_id = {Path(path).stem: str(folder / path) for path in list_images(folder)[0]}
     ids = rows.ids.tolist()
-    return Collection(file.path, ids, ids, [by_id.get(name) for name in ids], rows, file.attrs)
+    files = [by_id.get(name) for name in ids]
+    inodes = [file and os.path.exists(file) and inode_of(file, os.stat(file)) or None for file in files]
+    return Collection(file.path, ids, ids, files, inodes, rows, file.attrs)
 
 
 def check_comparable(queries, archive):
@@ -358,18 +415,45 @@ def read_calibration(args, queries, archive):
 PAIRS = np.dtype([("query", int), ("reference", int), ("score", float)])
 
 
-def find_pairs(queries, archive, k, ngpu):
-    """The k nearest of each query, exactly: PAIRS, best first. An image is no copy of itself; within one collection a
-    pair is listed once."""
+def same_files(queries: Collection, archive: Collection) -> list[tuple[int, int]]:
+    """[(query, reference)] that are one file under two names. Within one collection: each further name of a file, and
+    the one that is no link, or comes first."""
+    names: dict = {}
+    for j, inode in enumerate(archive.inodes):
+        if inode is not None:
+            names.setdefault(inode, []).append(j)
+    if archive is not queries:
+        return [(i, j) for i, inode in enumerate(queries.inodes) for j in names.get(inode, ())
+                if os.path.abspath(queries.ids[i]) != os.path.abspath(archive.ids[j])]
+    pairs = []
+    for several in names.values():
+        first = min(several, key=lambda i: os.path.islink(archive.files[i])) if len(several) > 1 else None
+        pairs += [(i, first) for i in several if first not in (i, None)]
+    return sorted(pairs)
+
+
+def told(queries: Collection, archive: Collection, same: list[tuple[int, int]]) -> list[tuple[str, str, str]]:
+    """Those pairs as [(query id, reference id, what the second name is)]."""
+    def kind(a, b):
+        return "symbolic link" if os.path.realpath(a) == os.path.realpath(b) else "hard link"
+
+    return [(queries.ids[i], archive.ids[j], kind(queries.files[i], archive.files[j])) for i, j in same]
+
+
+def find_pairs(queries: Collection, archive: Collection, k: int, ngpu: int) -> np.ndarray:
+    """The k nearest of each query, exactly: PAIRS, best first. An image is no copy of itself, under no name; within one
+    collection a pair is listed once."""
     within = archive is queries
-    overlap = within or set(filter(None, queries.files)) & set(archive.files)
-    k_search = min(k + bool(overlap), len(archive.rows))
+    shared = set(filter(None, queries.inodes)).intersection(archive.inodes)
+    overlap = max(Counter(inode for inode in archive.inodes if inode in shared).values(), default=0)
+    k_search = min(k + max(within, overlap), len(archive.rows))
     found = search_topk(queries.rows.read(), archive.rows, k_search, np.empty(0, np.int64), ngpu, progress=True)
     found = found.astype(PAIRS)[np.lexsort((found["reference"], -found["score"], found["query"]))]
     if within:
         found = found[found["query"] != found["reference"]]
     elif overlap:
-        found = found[[queries.files[i] != archive.files[j] for i, j, _ in found.tolist()]]
+        found = found[[queries.inodes[i] is None or queries.inodes[i] != archive.inodes[j]
+                       for i, j, _ in found.tolist()]]
     found["score"] += 0.0  # no -0.0
     first = np.searchsorted(found["query"], found["query"])
     found = found[np.arange(len(found)) - first < k]
@@ -395,7 +479,9 @@ def group_numbers(pairs):
 # Report
 
 
-def write_pairs(file, queries, archive, pairs, calibration, grouped):
+def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.ndarray, same: list[tuple],
+                calibration: Calibration | None, grouped: bool) -> None:
+    """pairs.csv: the pairs, then those of `same`, which `told` made, with nothing to act on."""
     columns = {"query_id": [queries.ids[i] for i in pairs["query"]],
                "reference_id": [archive.ids[j] for j in pairs["reference"]],
                "score": map(repr, pairs["score"].tolist())}
@@ -403,8 +489,11 @@ def write_pairs(file, queries, archive, pairs, calibration, grouped):
         columns["precision"] = [f"{p:.4f}" for p in calibration.at(pairs["score"])]
     if grouped:
         columns["group"] = group_numbers(pairs).tolist()
+    columns["same_file"] = [""] * len(pairs)
+    nothing = [""] * (len(columns) - 3)
     with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        csv.writer(out).writerows([columns, *zip(*columns.values())])
+        csv.writer(out).writerows([columns, *zip(*columns.values()),
+                                   *([query, reference, *nothing, what] for query, reference, what in same)])
 
 
 def thumbnail(path: str) -> bytes | None:
@@ -421,8 +510,8 @@ def thumbnail(path: str) -> bytes | None:
     return buffer.getvalue()
 
 
-def write_thumbnail(path: str | None, folder: Path) -> str | None:
-    """Name of an image's thumbnail in `folder`, made unless it is there; None where there is no image."""
+def thumbnail_name(path: str | None) -> str | None:
+    """Of the thumbnail of an image as it is now; None where there is no image."""
     if not path:
         return None
     try:
@@ -430,7 +519,13 @@ def write_thumbnail(path: str | None, folder: Path) -> str | None:
     except OSError:
         return None
     key = os.fsencode(path) + f"/{info.st_size}/{info.st_mtime_ns}".encode()
-    file = folder / (hashlib.blake2b(key, digest_size=12).hexdigest() + ".jpg")
+    return hashlib.blake2b(key, digest_size=12).hexdigest() + ".jpg"
+
+
+def write_thumbnail(path: str, file: Path | None) -> str | None:
+    """Make an image's thumbnail, unless it is there -> its name; None where there is no image."""
+    if file is None:
+        return None
     if not file.exists():
         content = thumbnail(path)
         if content is None:
@@ -440,45 +535,52 @@ def write_thumbnail(path: str | None, folder: Path) -> str | None:
     return file.name
 
 
-def image_table(queries, archive, pairs, folder):
+def image_table(queries: Collection, archive: Collection, pairs: np.ndarray, report: OutputFolder) -> tuple[list, list]:
     """What the page shows of the images in pairs: [[name, URI or None, thumbnail or None]], and pairs as rows of it:
     [[query, reference, score]]."""
-    rows, entries = {}, []
+    rows: dict[tuple[int, int], int] = {}
+    entries: list[tuple[str, str | None]] = []
     for collection, column in ((queries, "query"), (archive, "reference")):
         for i in pairs[column].tolist():
             if (id(collection), i) not in rows:
                 rows[id(collection), i] = len(entries)
                 entries.append((collection.names[i], collection.files[i]))
+    folder, files = report.path / "thumbs", [file for _, file in entries]
     folder.mkdir(exist_ok=True)
+    names = list(map(thumbnail_name, files))
+    report.add(*(f"thumbs/{name}" for name in names if name))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        thumbs = list(tqdm(pool.map(write_thumbnail, [file for _, file in entries], [folder] * len(entries)),
+        thumbs = list(tqdm(pool.map(write_thumbnail, files, [name and folder / name for name in names]),
                            total=len(entries), desc="thumbnails", unit="image", disable=None, delay=1))
     images = [[name, file and "file://" + quote(os.fsencode(file)), thumb]
               for (name, file), thumb in zip(entries, thumbs)]
     return images, [[rows[id(queries), i], rows[id(archive), j], score] for i, j, score in pairs.tolist()]
 
 
-def write_report(folder, queries, archive, pairs, threshold, calibration, most):
+def write_report(report: OutputFolder, queries: Collection, archive: Collection, pairs: np.ndarray, same: list[tuple],
+                 threshold: float | None, calibration: Calibration | None, most: int) -> None:
     """thumbs/, pairs.csv, skipped.csv and, last, index.html, each under its final name only when it is whole."""
     within, skipped = archive is queries, queries.skipped + (archive.skipped if archive is not queries else [])
-    kept = pairs if threshold is None else pairs[pairs["score"] >= threshold]
-    images, on_page = image_table(queries, archive, pairs[:most], folder / "thumbs")
+    kept, folder = pairs if threshold is None else pairs[pairs["score"] >= threshold], report.path
+    images, on_page = image_table(queries, archive, pairs[:most], report)
     data = {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
-            "count": [len(queries.ids), len(archive.ids)], "skipped": len(skipped), "threshold": threshold,
+            "count": [len(queries.ids), len(archive.ids)], "skipped": len(skipped), "same_files": len(same),
+            "threshold": threshold,
             "left_out": len(pairs) - len(on_page), "images": images, "pairs": on_page,
             "calibration": calibration and {"scores": calibration.scores.tolist(),
                                             "precision": calibration.precision.tolist(),
                                             "copies_ratio": calibration.copies_ratio}}
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can close the script element
     page = (Path(copydet.__file__).with_name("page.html")).read_text(encoding="utf-8").replace("{{data}}", text)
-    write_pairs(folder / "pairs.csv", queries, archive, kept, calibration, within and threshold is not None)
+    write_pairs(folder / "pairs.csv", queries, archive, kept, same, calibration, within and threshold is not None)
     write_skipped(folder / "skipped.csv", skipped)
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    for name in set(os.listdir(folder / "thumbs")) - {thumb for *_, thumb in images}:
-        (folder / "thumbs" / name).unlink()
+    shown_now = {f"thumbs/{thumb}" for *_, thumb in images}
+    report.remove(*(name for name in manifest_of(folder) if name.startswith("thumbs/") and name not in shown_now))
     what = f"{len(queries.ids):,} images" if within else f"{len(queries.ids):,} queries and {len(archive.ids):,} images"
     print(f"{len(kept):,} pairs of {what}: {folder / 'index.html'}"
+          + (f"; {len(same):,} more names of the same files" if same else "")
           + (f"; {len(skipped):,} skipped, see {folder / 'skipped.csv'}" if skipped else ""))
 
 
@@ -514,10 +616,6 @@ def check_args(args):
             raise InputError(f"no such file or folder: {shown(source)}")
         if os.path.isfile(source) and not source.lower().endswith(H5_ENDINGS + IMAGE_ENDINGS):
             raise InputError(f"{shown(source)} is neither an image nor a descriptor file ({', '.join(H5_ENDINGS)})")
-    if not Path(args.output).resolve().parent.is_dir():
-        raise InputError(f"-o {args.output}: no such folder: {Path(args.output).parent}")
-    if Path(args.output).exists() and not Path(args.output).is_dir():
-        raise InputError(f"-o {args.output} is not a folder")
     if args.threshold is not None and args.precision is not None:
         raise InputError("--threshold and --precision: give one")
     if args.topk < 1 or not 0 < args.pairs <= MOST_PAIRS:
@@ -530,50 +628,80 @@ def check_args(args):
         args.archive = None
 
 
-def open_cache(args: argparse.Namespace) -> tuple[Cache, Extraction]:
-    """(Cache, Extraction) for the folders on the command line. What a killed run left in the folder is removed."""
+def older_report(folder: Path) -> list[str]:
+    """What a version that listed nothing wrote in a folder: OutputFolder's `older`."""
+    page, rest = folder / "index.html", set(os.listdir(folder)) - {"skipped.csv", "thumbs", "pairs.csv"}
+    if not (is_page(page, "Copies<") and (folder / "pairs.csv").is_file()
+            or rest == {"cache"} and older_cache(folder / "cache")):
+        return []
+    thumbs = os.listdir(folder / "thumbs") if (folder / "thumbs").is_dir() else []
+    return ["index.html", "pairs.csv", "skipped.csv",
+            *(f"thumbs/{name}" for name in thumbs if re.fullmatch(r"[0-9a-f]{24}\.jpg", name))]
+
+
+def older_cache(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.sqlite", name)]
+
+
+def open_cache(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Cache, Extraction]:
+    """What describes the folders on the command line, and where that is kept. What a killed run with the same flags
+    left there is removed."""
     weights, folder = pick_weights(args), Path(args.cache or Path(args.output) / "cache").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(OutputFolder(folder, "--cache", older_cache, parents=True, shared=True))
     extraction = Extraction(weights, args.flags, folder)
-    file = folder / f"{extraction.key()}.sqlite"
+    file = folder / f"{extraction.key}.sqlite"
     try:
         cache = Cache(file)
-    except sqlite3.OperationalError as error:
+    except sqlite3.DatabaseError as error:
         if "locked" in str(error):
             raise InputError(f"{file} is in use by another run") from None
-        raise
-    for left in folder.glob("chunk-*"):
+        raise InputError(f"{file}: {error}; it can be deleted, then images are described again") from None
+    stack.callback(cache.db.close)
+    for left in folder.glob(f"{extraction.prefix}*"):
         shutil.rmtree(left, ignore_errors=True)
     return cache, extraction
 
 
-def read_collections(args, stack):
-    """Collections of QUERIES and ARCHIVE: the same one twice where a collection is searched within itself."""
-    sources = [stack.enter_context(Descriptors(source)) if is_file_of_descriptors(source) else source
-               for source in (args.queries, args.archive) if source]
+def open_sources(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[str | Descriptors]:
+    """QUERIES and ARCHIVE: folders, images, and descriptor files, which are opened."""
+    return [stack.enter_context(Descriptors(source)) if is_file_of_descriptors(source) else source
+            for source in (args.queries, args.archive) if source]
+
+
+def read_collections(sources: list, args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple:
+    """Collections of QUERIES and ARCHIVE: the same one twice where a collection is searched within itself; and what
+    is one file under two names."""
     if any(isinstance(source, str) for source in sources):
-        Path(args.output).mkdir(exist_ok=True)
-        through = open_cache(args)
+        through = open_cache(args, stack)
     elif len(sources) == 1 and {"query", "reference"} <= set(sources[0].groups):
-        sources *= 2
+        sources = sources * 2
     preferences = ("query", "reference", "train"), ("reference", "query", "train")
     collections = [read_folder(source, *through, args) if isinstance(source, str) else
                    read_file(source, names, args.images) for source, names in zip(sources, preferences)]
-    return collections[0], collections[-1]
+    queries, archive = collections[0], collections[-1]
+    same = same_files(queries, archive)
+    names = told(queries, archive, same)
+    if same and queries is archive:
+        again = {i for i, _ in same}
+        queries = archive = archive.only([i for i in range(len(archive.ids)) if i not in again])
+    return queries, archive, names
 
 
 def find_copies(args: argparse.Namespace) -> None:
     """Run the command line."""
     check_args(args)
+    report = OutputFolder(args.output, "-o", older_report, besides=filter(None, (args.queries, args.archive)))
+    report.check("index.html", "pairs.csv", "skipped.csv")
     with contextlib.ExitStack() as stack:
-        queries, archive = read_collections(args, stack)
+        sources = open_sources(args, stack)
+        stack.enter_context(report).add("index.html", "pairs.csv", "skipped.csv")
+        queries, archive, same = read_collections(sources, args, stack)
         check_comparable(queries, archive)
         calibration, threshold = read_calibration(args, queries, archive), args.threshold
         if args.precision is not None:
             threshold = calibration.threshold(args.precision, "--precision")
-        Path(args.output).mkdir(exist_ok=True)
         pairs = find_pairs(queries, archive, args.topk, args.ngpu)
-        write_report(Path(args.output), queries, archive, pairs, threshold, calibration, args.pairs)
+        write_report(report, queries, archive, pairs, same, threshold, calibration, args.pairs)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -594,8 +722,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--hash", action="store_true", help="tell changed images by their content, not by size and time")
     g = parser.add_argument_group("pairs")
     g.add_argument("--topk", type=int, default=10, metavar="K", help="answers per query (default: %(default)s)")
-    g.add_argument("--threshold", type=float, metavar="SCORE", help="pairs.csv holds pairs from this score on, the "
-                   "page starts with it (default: all)")
+    g.add_argument("--threshold", type=score, metavar="SCORE", help="pairs.csv holds pairs from this score on, 0 "
+                   "at most, the page starts with it (default: all)")
     g.add_argument("--precision", type=fraction, metavar="P", help="the threshold that reaches this precision, by the "
                    "checkpoint's calibration for an archive of this size")
     g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy, for "
@@ -617,7 +745,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             find_copies(args)
         except sqlite3.Error as error:
-            raise WorkError(f"{args.cache or args.output}: cache: {error}") from None
+            raise WorkError(f"{args.cache or Path(args.output) / 'cache'}: {error}; what was described before is "
+                            "kept") from None
 
     return run_main(work, "stopped; what was described is kept")
 

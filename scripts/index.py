@@ -37,7 +37,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from copydet.common import InputError, first_three, replacing, run_main
+from copydet.common import InputError, OutputFolder, check_output, first_three, replacing, run_main
 from copydet.descriptors import BLOCK, COMPARABLE, Descriptors, Rows
 from copydet.metrics import micro_ap, read_ground_truth, sort_candidates
 from copydet.options import positive
@@ -92,12 +92,9 @@ class Index:
             if index.about["factory"] != factory:
                 raise InputError(f"--index {folder} is {index.about['factory']}, not {factory}; give another folder")
             return index
-        if not folder.resolve().parent.is_dir():
-            raise InputError(f"--index {folder}: no such folder: {folder.parent}")
         file, _ = open_shard(paths[0])
         with file:
             about = {"factory": factory, "made_by": made_by(file.attrs), "width": file["reference"].shape[1]}
-        folder.mkdir(exist_ok=True)
         if factory != "Flat":
             sample = draw_sample(paths, sample_size)
             about["columns"] = int(np.flatnonzero(sample.any(axis=0)).max(initial=0)) + 1
@@ -433,12 +430,21 @@ def build(args):
         return build_milvus(args)
     for path in args.shards:
         open_shard(path)[0].__exit__()
-    index = Index.build(args.index, args.factory, args.shards, args.sample) if args.command == "build" else \
-        Index(args.index)
-    for path in args.shards:
-        index.add(path)
+    if args.command == "add":
+        Index(args.index)  # it has to be there
+    with OutputFolder(args.index, "--index", older_index):
+        index = Index.build(args.index, args.factory, args.shards, args.sample) if args.command == "build" else \
+            Index(args.index)
+        for path in args.shards:
+            index.add(path)
     print(f"{args.index}: {index.about['factory']}, {sum(shard['rows'] for shard in index.shards):,} rows in "
           f"{len(index.shards)} shards")
+
+
+def older_index(folder: Path) -> list[str]:
+    """What a version that listed nothing wrote in a folder: OutputFolder's `older`."""
+    names = os.listdir(folder)
+    return names if "index.json" in names or names == ["trained.faiss"] else []
 
 
 def build_milvus(args):
@@ -628,9 +634,10 @@ COMMANDS = {"build": build, "add": build, "search": search, "merge": merge_parts
 
 def check_args(args):
     """What can be wrong before any work; --ngpu becomes the number of GPUs there are."""
-    output = getattr(args, "output", None)
-    if output and not Path(output).resolve().parent.is_dir():
-        raise InputError(f"-o {output}: no such folder: {Path(output).parent}")
+    inputs = [getattr(args, "queries", None), getattr(args, "truth", None), *getattr(args, "parts", ())]
+    if output := getattr(args, "output", None):
+        for file in [output] + [Path(output).with_suffix(".csv")] * (args.command == "curve"):
+            check_output("-o", file, filter(None, inputs))
     if hasattr(args, "ngpu"):
         args.ngpu = count_gpus(args.ngpu)
 

@@ -51,7 +51,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from copydet.checkpoints import newest_checkpoint
-from copydet.common import ROOT, InputError, replacing, run_main
+from copydet.common import ROOT, InputError, OutputFolder, replacing, run_main
 from copydet.descriptors import write_descriptors
 from copydet.images import FOLDERS, UNREADABLE, list_images, open_image, write_skipped
 from copydet.options import recipe_words
@@ -233,6 +233,12 @@ def read_log(folder: Path) -> list[tuple[int, float]]:
     return [(int(n), n * views / pace) for n, (_, pace) in zip(steps, rows)]
 
 
+def older_ladder(folder: Path) -> list[str]:
+    """What a version that listed nothing wrote in a folder: OutputFolder's `older`."""
+    names = set(os.listdir(folder))
+    return sorted(names) if "ladder.json" in names or {".lock", "benchmark.txt"} <= names else []
+
+
 class Ladder:
     """The folder of a ladder, and what is done in it.
 
@@ -249,8 +255,9 @@ class Ladder:
         self.settings = {"photos": shlex.join(source_folders(args)), "benchmark": shlex.join(args.benchmark),
                          "budget": args.steps and f"{args.steps} steps" or f"{args.budget_minutes:g} minutes",
                          "overrides": shlex.join(itertools.chain(*args.overrides)), "recipes": {}}
+        folder = OutputFolder(self.out, "-o", older_ladder, parents=True, shared=True)
         self.check_settings()
-        self.out.mkdir(parents=True, exist_ok=True)
+        folder.__enter__()
         self.lock = open(self.out / ".lock", "w")  # held by the commands too, which can outlive a killed ladder
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -393,8 +400,8 @@ class Ladder:
         self.command(folder / "output.txt", TRAIN, *words, "--exp", folder, "--resume", "auto", "--epochs", epochs,
                      "--epoch-steps", each)
         last = last_checkpoint(folder)
-        for file in set(last.parent.glob("checkpoint_*.pth.tar")) - {last}:
-            file.unlink()
+        OutputFolder(last.parent, "--exp").remove(*({file.name for file in last.parent.glob("checkpoint_*.pth.tar")}
+                                                    - {last.name}))
         log = read_log(last.parent)
         return self.extract(folder, *overrides, "--weight", last), {
             "steps": str(sum(steps for steps, _ in log)), "minutes": f"{sum(seconds for _, seconds in log) / 60:.2f}"}

@@ -45,7 +45,7 @@ from augly.image.utils import get_template_and_bbox
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
 from tqdm import tqdm
 
-from copydet.common import InputError, WorkError, run_main
+from copydet.common import MANIFEST, InputError, WorkError, locked, run_main
 from copydet.images import IMAGE_ENDINGS, UNREADABLE, list_images, open_image, write_skipped
 
 SMALLEST, LARGEST = 64, 1024  # pixels: shorter side of a usable image, longer side of a query
@@ -462,13 +462,14 @@ def write_csv(file, header, rows):
 
 
 def build(args, out, run):
-    """Make the whole benchmark in the folder `out`. Raises InputError before anything is written."""
+    """Make the whole benchmark in the new folder `out`. Raises InputError before anything is written."""
     folders = [args.images] + ([args.training_images] if args.training_images else [])
     usable, skipped = collect(folders, args, run)
     training, references, distractors, queries = deal(args, usable)
     plan = plan_queries(args, training, references, distractors, queries)
+    make_partial(out)
     for name in ("query_images", "reference_images", "training_images"):
-        (out / name).mkdir(parents=True)
+        (out / name).mkdir()
     named = [(f"R{i:06d}", source) for i, source in enumerate(references)]
     named += [(f"T{i:06d}", source) for i, source in enumerate(training)]
     places = {"R": out / "reference_images", "T": out / "training_images"}
@@ -554,11 +555,23 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def check_out(args):
-    """Path of OUT. Raises InputError where it is in use or inside a source folder."""
-    out = Path(args.out)
+def make_partial(folder: Path) -> None:
+    """Make the folder that becomes OUT; what a killed run left of it goes."""
+    ours = folder.is_dir() and ((folder / MANIFEST).is_file() or not os.listdir(folder))
+    if os.path.lexists(folder) and not ours:
+        raise InputError(f"{folder}: is in the way, and not of this program; rename it")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).touch()
+
+
+def check_out(args: argparse.Namespace) -> Path:
+    """OUT, links followed. Raises InputError where it is in use or inside a source folder."""
+    out = Path(os.path.realpath(args.out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists already; give a new folder or remove it")
+        raise InputError(f"{args.out}: exists already; give a new folder or remove it")
+    if out.is_dir() and out.is_mount():
+        raise InputError(f"{args.out}: a disk is mounted there; give a new folder in it")
     for folder in filter(None, (args.images, args.training_images)):
         if Path(folder).resolve() in [out.resolve(), *out.resolve().parents]:
             raise InputError(f"{out}: lies inside the images of {folder}; give a folder outside")
@@ -579,13 +592,16 @@ def make_benchmark(args):
     """Run the command line: OUT appears when it is whole."""
     out = check_out(args)
     partial_out = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)  # of a run that was killed
-    try:
-        with progress_map(args.workers) as run:
-            build(args, partial_out, run)
-    except BrokenProcessPool as error:
-        raise WorkError(str(error)) from None
-    partial_out.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f".{out.name}.lock"), args.out):
+        check_out(args)  # another run may have made it in the meantime
+        try:
+            with progress_map(args.workers) as run:
+                build(args, partial_out, run)
+        except BrokenProcessPool as error:
+            raise WorkError(str(error)) from None
+        (partial_out / MANIFEST).unlink()
+        partial_out.rename(out)
 
 
 def main(argv: list[str] | None = None) -> int:

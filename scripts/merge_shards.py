@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from copydet.common import InputError, run_main
+from copydet.common import InputError, check_output, run_main
 from copydet.descriptors import Descriptors, Rows, write_descriptors
 
 OWN = ("shard", "checkpoint")  # attributes that may differ: the part, and the checkpoint's path on that machine
@@ -70,6 +70,7 @@ def settings(file: Descriptors) -> dict:
 
 def merge(shards: list[Path], output: Path) -> None:
     """Write the descriptor file `output` of the files `shards`."""
+    check_output("-o", output, shards)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(Descriptors(path)) for path in shards]
         attrs, groups = check_shards(files), {}

@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import sys
 from functools import partial
@@ -40,7 +41,7 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from copydet.common import InputError, first_three, replacing, run_main
+from copydet.common import InputError, check_output, first_three, locked, replacing, run_main
 from copydet.descriptors import BlockRows, Descriptors, Rows, write_descriptors
 from copydet.options import split_settings
 from copydet.search import count_gpus, search_topk
@@ -299,12 +300,13 @@ def step_text(name: str, parameters: dict) -> str:
 
 
 def work_folder(output: Path, inputs: list[str], steps: list[str]) -> Path:
-    """Folder beside the output for what steps have finished: another one for other inputs, or other steps."""
+    """Folder beside the output for what steps have finished: another one for other inputs, or other steps. Call it
+    where no other run writes the output: those of earlier runs go."""
     stamps = [(str(Path(file).resolve()), Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in inputs]
     key = hashlib.sha256(json.dumps([stamps, steps, BLOCK]).encode()).hexdigest()[:16]
     folder = output.with_name(f".{output.name}.{key}.partial")
-    for other in output.parent.glob(f".{output.name}.*.partial"):
-        if other != folder:
+    for other in output.parent.iterdir():
+        if other != folder and re.fullmatch(rf"\.{re.escape(output.name)}\.[0-9a-f]{{16}}\.partial", other.name):
             shutil.rmtree(other)
     folder.mkdir(exist_ok=True)
     return folder
@@ -394,16 +396,28 @@ def check_steps(steps, files):
         file.check_checkpoint()
 
 
+def write_output(output: Path, groups: dict, steps: list[tuple], attrs: dict, inputs: list[str], ngpu: int) -> None:
+    """Do the steps, and write descriptors or pairs."""
+    folder = work_folder(output, inputs, [step_text(*step) for step in steps])
+    try:
+        groups = run_steps(groups, steps, folder, ngpu)
+    except InputError:
+        shutil.rmtree(folder)
+        raise
+    if output.suffix == ".csv":
+        write_pairs(output, groups, sum(norm_constant(p) for name, p in steps if name == "norm"), ngpu)
+    else:
+        write_descriptors(output, {name: (rows, rows.ids) for name, rows in groups.items()}, attrs)
+    shutil.rmtree(folder)
+
+
 def postprocess(args: argparse.Namespace) -> None:
     """Run the command line."""
     steps = [parse_step(text) for text in args.steps]
     output = Path(args.output)
     if output.suffix not in (".h5", ".hdf5", ".hdf", ".csv"):
         raise InputError(f"-o {output}: neither .h5 nor .csv")
-    if not output.resolve().parent.is_dir():
-        raise InputError(f"-o {output}: no such folder: {output.parent}")
-    if any(output.resolve() == Path(file).resolve() for file in args.inputs):
-        raise InputError(f"-o {output} is an input")
+    check_output("-o", output, args.inputs)
     ngpu = count_gpus(args.ngpu)
     files = []
     try:
@@ -417,17 +431,8 @@ def postprocess(args: argparse.Namespace) -> None:
         groups = join(files) if len(files) > 1 else files[0].groups
         if output.suffix == ".csv" and not {"query", "reference"} <= set(groups):
             raise InputError(f"{args.inputs[0]}: pairs need `query` and `reference`")
-        folder = work_folder(output, args.inputs, [step_text(*step) for step in steps])
-        try:
-            groups = run_steps(groups, steps, folder, ngpu)
-        except InputError:
-            shutil.rmtree(folder)
-            raise
-        if output.suffix == ".csv":
-            write_pairs(output, groups, sum(norm_constant(p) for name, p in steps if name == "norm"), ngpu)
-        else:
-            write_descriptors(output, {name: (rows, rows.ids) for name, rows in groups.items()}, attrs)
-        shutil.rmtree(folder)
+        with locked(output.with_name(f".{output.name}.lock"), f"-o {output}"):
+            write_output(output, groups, steps, attrs, args.inputs, ngpu)
     finally:
         for file in files:
             file.__exit__()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from copydet.common import InputError, first_three, replacing, run_main
+from copydet.common import InputError, check_output, first_three, replacing, run_main
 from copydet.descriptors import Descriptors
 from copydet.metrics import read_ground_truth
 from copydet.options import positive
@@ -57,8 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def write_subset(args: argparse.Namespace) -> None:
     """Run the command line."""
-    if not Path(args.output).resolve().parent.is_dir():
-        raise InputError(f"-o {args.output}: no such folder: {Path(args.output).parent}")
+    check_output("-o", args.output, (args.ground_truth, args.references))
     positives = read_ground_truth(args.ground_truth)[1].reference_id.to_numpy(str)
     subset = select(positives, reference_ids(args.references), args.size, args.seed, args.replacement)
     with replacing(args.output) as temporary:

@@ -11,6 +11,7 @@ from PIL import Image
 
 import eval_metrics
 from copydet import search
+from copydet.common import MANIFEST
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.metrics import read_ground_truth
 from eval_metrics import main
@@ -374,11 +375,11 @@ def images(tmp_path):
 
 def test_report_and_picture(images, tmp_path, capsys):
     file, gt = images
-    assert "is a file" in scores(capsys, file, gt, "--report", gt, code=2)[1]
+    assert "is not a folder" in scores(capsys, file, gt, "--report", gt, code=2)[1]
     scores(capsys, file, gt, "--report", tmp_path / "report", "--images", tmp_path, "--picture", tmp_path / "p.png")
     page = (tmp_path / "report/index.html").read_text()
     files = sorted(file.name for file in (tmp_path / "report").iterdir())
-    assert files == ["index.html", "precision_recall.png", "recall.png", "scores.png"]
+    assert files == [MANIFEST, "index.html", "precision_recall.png", "recall.png", "scores.png"]
     for text in ("average precision", "crop", "blur", "Worst misses", "Most confident errors", "Q7"):
         assert text in page
     assert "http" not in page and page.count("data:image/png") == 3 and page.count("data:image/jpeg") > 20

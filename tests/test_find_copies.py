@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_hostile_folders_become_a_report_and_the_second_run_describes_nothing(tm
     start = time.monotonic()
     again = run(*command, 0)  # flags that only say how fast to compute describe nothing anew
     assert time.monotonic() - start < 5 and "describing" not in again.stderr
-    assert (report / "index.html").read_bytes() == before and not list((report / "cache").glob("chunk-*"))
+    assert (report / "index.html").read_bytes() == before and not list((report / "cache").glob(".chunk-*"))
 
 
 def test_a_folder_without_a_readable_photo_is_an_error(tmp_path, weights):
@@ -108,7 +109,7 @@ class FakeExtraction:
 
 def bring_up(cache, folder, with_hash=False, extraction=None):
     extraction = extraction or FakeExtraction()
-    stamps, odd = fc.stamp_files(str(folder), "/none", with_hash)
+    stamps, odd = fc.stamp_files(str(folder), with_hash)
     fc.update(cache, str(folder), stamps, odd, extraction)
     return sum(extraction.asked, []), [Path(path).name for path in cache.read(str(folder), stamps.keys())[0]]
 
@@ -187,10 +188,10 @@ def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, w
 
 def test_a_cache_in_use_is_an_error(tmp_path, weights):
     args = fc.parse_args([str(draw_images(tmp_path / "a", 1)), "-o", str(tmp_path), "--weight", str(weights)])
-    held = fc.open_cache(args)
-    with pytest.raises(InputError, match="in use by another run"):
-        fc.open_cache(args)
-    held[0].db.close()
+    with ExitStack() as stack:
+        fc.open_cache(args, stack)
+        with pytest.raises(InputError, match="in use by another run"):
+            fc.open_cache(args, stack)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_page(tmp_path):
     run(SCRIPT, file, "-o", tmp_path / "r", "--pairs", 10, "--topk", 1)
     before = (tmp_path / "r" / "index.html").read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))  # the error differs in its words only
-    done = subprocess.run([sys.executable, SCRIPT, file, "-o", tmp_path / "r", "--threshold", "1"], cwd=ROOT,
+    done = subprocess.run([sys.executable, SCRIPT, file, "-o", tmp_path / "r", "--threshold", "0"], cwd=ROOT,
                           capture_output=True, text=True, preexec_fn=limit)  # the page is what does not fit
     assert done.returncode == 1 and "Traceback" not in done.stderr and "File too large" in done.stderr
     assert (tmp_path / "r" / "index.html").read_bytes() == before and not list((tmp_path / "r").glob(".*.tmp"))
@@ -433,8 +434,8 @@ def test_a_photo_of_any_kind_has_a_thumbnail(tmp_path):
     Image.new("RGBA", (600, 30), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("CMYK", (2000, 1000)).save(tmp_path / "cmyk.jpg")
     for name, size in (("16.png", (60, 40)), ("clear.png", (256, 13)), ("cmyk.jpg", (256, 128))):
-        thumb = tmp_path / fc.write_thumbnail(str(tmp_path / name), tmp_path)
+        thumb = tmp_path / fc.write_thumbnail(str(tmp_path / name), tmp_path / f"thumb of {name}")
         with Image.open(thumb) as img:
             assert img.size == size and img.getpixel((0, 0)) == (255, 255, 255)
     (tmp_path / "bad.jpg").write_text("no")
-    assert fc.write_thumbnail(str(tmp_path / "bad.jpg"), tmp_path) is None
+    assert fc.write_thumbnail(str(tmp_path / "bad.jpg"), tmp_path / "thumb") is None

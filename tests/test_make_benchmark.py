@@ -11,6 +11,7 @@ from helpers import run
 from PIL import Image
 
 import make_benchmark
+from copydet.common import MANIFEST
 
 
 def draw_image(file, seed, size=(96, 80), **options):
@@ -230,6 +231,8 @@ def test_tiles_are_disjoint_and_whole(tmp_path):
 def test_leftovers_of_a_killed_run_are_replaced(images, tmp_path):
     (tmp_path / "out.partial/query_images").mkdir(parents=True)
     (tmp_path / "out.partial/query_images/old.jpg").touch()
+    assert "is in the way" in make(images, tmp_path / "out", code=2).stderr
+    (tmp_path / "out.partial" / MANIFEST).touch()
     (tmp_path / "out").mkdir()
     make(images, tmp_path / "out", "--references", 2, "--distractors", 1, "--training", 2)
     assert names(tmp_path / "out/query_images") == ["Q00000.jpg", "Q00001.jpg"]

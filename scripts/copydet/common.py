@@ -1,10 +1,14 @@
-"""What every module and command shares: errors in one line, files that appear when they are whole. Nothing heavy."""
+"""What every module and command shares: errors in one line, files that appear when they are whole, folders that hold
+nobody's files but ours, locks. Nothing heavy."""
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]  # of the project
+MANIFEST = ".written.txt"  # in a folder of ours: what we wrote there, a path per line
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that have none
+LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini", "lost+found")  # a folder that holds these alone is empty
 
 
 class InputError(Exception):
@@ -29,14 +36,156 @@ def first_three(names: Sequence | np.ndarray) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, renamed to `path` at the end, removed if anything fails on the way."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Yield a temporary name beside `path`, renamed to `path` at the end, removed if anything fails on the way. Where
+    `path` is a link, it is the file behind it. Raises InputError where it is a device, or another thing but a file."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is there already, and is not a file")
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(flag: str, file: str | Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise InputError, naming `flag`, where the output `file` cannot be written or would replace one of the inputs."""
+    path = Path(os.path.realpath(file))
+    if not path.parent.is_dir():
+        raise InputError(f"{flag} {file}: no such folder: {Path(file).parent}")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{flag} {file}: is there already, and is not a file")
+    if any(path.exists() and os.path.exists(other) and path.samefile(other) for other in inputs):
+        raise InputError(f"{flag} {file} is an input")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks, and folders of ours
+
+
+@contextlib.contextmanager
+def locked(file: Path, what: str | Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock `file`, so that one run at a time writes `what`; the file goes at the end. It is this process's
+    own: it is free once that has ended, however, and no process that it started holds it any longer.
+
+    Raises InputError where another run holds it, unless to `wait` for it.
+    """
+    while True:
+        handle = open(file, "a")
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                handle.close()
+                raise InputError(f"{what}: another run is writing it") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle.fileno()), os.stat(file)):
+                break
+        handle.close()  # the run that held it has just removed it
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        handle.close()
+
+
+def manifest_of(folder: str | Path) -> set[str]:
+    """What a manifest lists: paths relative to its folder, none outside; empty where there is no manifest."""
+    try:
+        names = Path(folder, MANIFEST).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return set()
+    return {name for name in names if name and not (name.startswith("/") or ".." in name.split("/"))}
+
+
+def is_page(file: Path, title: str) -> bool:
+    """Whether `file` is an HTML page whose title begins so."""
+    try:
+        with open(file, "rb") as page:
+            return f"<title>{title}".encode() in page.read(1024)
+    except OSError:
+        return False
+
+
+class OutputFolder:
+    """A folder that a command fills. Its manifest lists what we wrote there; nothing else is replaced or deleted.
+
+    It is new, empty or has a manifest; or `older` knows it: folder -> names of what a version without manifests wrote,
+    none where the folder is somebody else's. What lies there may also be, or lead to, one of `besides`.
+
+    To make the object changes nothing. A `with` makes the folder, and holds its lock unless it is `shared`: a second
+    run is refused, or has to `wait`. A folder that stays empty goes.
+
+    Raises InputError, naming `flag`, where it is no folder, or holds other files, or (in `with`) is in use.
+    """
+
+    def __init__(self, path: str | Path, flag: str, older: Callable[[Path], Iterable[str]] = lambda folder: (),
+                 besides: Iterable[str] = (), parents: bool = False, shared: bool = False, wait: bool = False):
+        self.path, self.flag, self.older, self.shared, self.wait = Path(path), flag, older, shared, wait
+        self.stack = contextlib.ExitStack()
+        self.made: list[Path] = []
+        if os.path.lexists(path) and not self.path.is_dir():
+            raise InputError(f"{flag} {path}: is there already, and is not a folder")
+        if not (parents or self.path.resolve().parent.is_dir()):
+            raise InputError(f"{flag} {path}: no such folder: {self.path.parent}")
+        others = self.others(besides)  # before the manifest, which another run may be about to write
+        if others and not (self.path / MANIFEST).is_file() and not list(older(self.path)):
+            raise InputError(f"{flag} {path}: holds what is not of this program ({first_three(others)}); give a new or "
+                             "an empty folder")
+
+    def others(self, besides: Iterable[str]) -> list[str]:
+        """Names in the folder but for those of `besides`, of systems, and of a run that has just begun."""
+        if not self.path.is_dir():
+            return []
+        sources = [os.path.join(os.path.realpath(source), "") for source in besides]
+        return sorted(name for name in os.listdir(self.path)
+                      if name not in LEFT_BY_SYSTEMS and not name.startswith((".lock", f".{MANIFEST}."))
+                      and not any(source.startswith(os.path.join(self.path.resolve(), name, "")) for source in sources))
+
+    def __enter__(self) -> OutputFolder:
+        self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            if not self.shared:
+                self.stack.enter_context(locked(self.path / ".lock", f"{self.flag} {self.path}", self.wait))
+            self.add(*([] if (self.path / MANIFEST).is_file() else self.older(self.path)))
+        except BaseException:
+            self.stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+        if self.made and not self.shared and os.listdir(self.path) == [MANIFEST]:
+            (self.path / MANIFEST).unlink()
+            with contextlib.suppress(OSError):  # somebody else's file came in the meantime
+                for folder in self.made:
+                    folder.rmdir()
+
+    def write_manifest(self, names: Iterable[str]) -> None:
+        with replacing(self.path / MANIFEST) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in sorted(names)), encoding="utf-8")
+
+    def add(self, *names: str) -> None:
+        """List names of what we are about to write."""
+        listed = manifest_of(self.path)
+        if not listed.issuperset(names) or not (self.path / MANIFEST).is_file():
+            self.write_manifest(listed.union(names))
+
+    def check(self, *names: str) -> None:
+        """Raise InputError where one of the names is there and not ours."""
+        listed = manifest_of(self.path) or set(self.older(self.path) if self.path.is_dir() else ())
+        if others := [name for name in names if name not in listed and os.path.lexists(self.path / name)]:
+            raise InputError(f"{self.flag} {self.path}: {first_three(others)} is not of this program; rename it, or "
+                             "give a new folder")
+
+    def remove(self, *names: str) -> None:
+        """Delete those of the names that are ours."""
+        listed = manifest_of(self.path)
+        for name in listed.intersection(names):
+            (self.path / name).unlink(missing_ok=True)
+        self.write_manifest(listed.difference(names))
 
 
 def warn(text: str) -> None:

@@ -56,6 +56,11 @@ def launch(work: Callable, args: Args, *rest: Any) -> None:
         signal.signal(signal.SIGINT, previous)
 
 
+def leads(args: Args) -> bool:
+    """Whether rank 0 of a run that `launch` is about to start is this process, or one that it starts."""
+    return os.environ["RANK"] == "0" if "TORCHELASTIC_RUN_ID" in os.environ else args.rank <= 0
+
+
 def spawned(local_rank: int, work: Callable, args: Args, rest: tuple, nproc: int) -> None:
     nodes, node = max(1, args.world_size), max(0, args.rank)
     place = node * nproc + local_rank, nodes * nproc, local_rank, nproc

@@ -9,9 +9,23 @@ from typing import Any
 
 import torch
 
-from copydet.common import InputError, replacing
+from copydet.common import InputError, check_output, replacing
 
 INPUT = "images: float32 [n, 3, s, s], RGB, images resized to s = input_size as `resize` says, 0..1, (x - mean) / std"
+
+
+def check_target(form: str, path: Path, source: str | Path | None) -> None:
+    """Raise InputError where the file `path` cannot be written, is the checkpoint itself, or would put its config.json
+    in the place of another program's."""
+    check_output("-o", path, [source] if source else [])
+    config = path.with_name("config.json")
+    if form == "safetensors" and config.exists():
+        try:
+            ours = json.loads(config.read_text(encoding="utf-8"))["output"].startswith("descriptors: ")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            ours = False
+        if not ours:
+            raise InputError(f"-o {path}: {config} is there already, of another program; give another folder")
 
 
 def write_onnx(net: torch.nn.Module, config: dict, path: Path) -> None:

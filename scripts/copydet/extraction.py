@@ -24,7 +24,7 @@ from tqdm import tqdm
 from copydet.batches import collate_images, collate_views, make_loader
 from copydet.calibration import measure
 from copydet.checkpoints import FROM_CHECKPOINT, Source, find_source, load_net, take_source
-from copydet.common import ROOT, InputError, WorkError, replacing
+from copydet.common import ROOT, InputError, OutputFolder, WorkError, first_three, replacing
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.distributed import Rank, gather_objects, pick_precision
 from copydet.images import FOLDERS, Group, list_group, write_skipped
@@ -80,12 +80,16 @@ class Blocks:
 
 
 def open_folder(folder, settings, resume):
-    """Make the folder of blocks, or take up the one that is there if `resume`. Call it in one process.
+    """Make the folder of blocks, or take up the one that is there if `resume`. Call it in one process, of a run that
+    no other can share the folder with.
 
-    Raises InputError if its blocks were made with other settings.
+    Raises InputError if its blocks were made with other settings, or if it holds something else.
     """
     file = folder / "settings.json"
     if not (resume and file.is_file()):
+        if folder.is_dir() and not file.is_file() and os.listdir(folder):
+            raise InputError(f"{folder} is in the way, and not of this program ({first_three(os.listdir(folder))}); "
+                             "rename it")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with replacing(file) as temporary:
@@ -150,6 +154,15 @@ class Job:
     groups: dict[str, Group]
     h5: Path
 
+    @property
+    def skipped(self) -> Path:
+        """skipped.csv, or a shard's or a subset's own: several may run at a time."""
+        return self.h5.with_name(self.h5.stem.replace("fb-isc-submission", "skipped") + ".csv")
+
+    @property
+    def lock(self) -> Path:
+        return self.h5.with_name(f".{self.h5.name}.lock")
+
 
 def prepare_extraction(args: Args) -> tuple[Args, Job]:
     """Find checkpoint, images and ids before anything is computed."""
@@ -159,8 +172,18 @@ def prepare_extraction(args: Args) -> tuple[Args, Job]:
         parse_ops(args.view1, args.op_prob, "--view1")
     name = f"fb-isc-submission{'-subset' * args.eval_subset}"
     h5 = args.out / (name + (f".shard-{args.shard.replace('/', '-of-')}" if args.shard else "") + ".h5")
-    args.out.mkdir(parents=True, exist_ok=True)
+    if h5.is_file():
+        with Descriptors(h5):  # groups of it may stay
+            pass
     return args, Job(source, groups, h5)
+
+
+def output_folder(args: Args) -> OutputFolder:
+    """exp/NAME/extract, for the process that leads; not made yet. Raises InputError where it holds other files."""
+    def older(folder: Path) -> list[str]:
+        return [name for name in os.listdir(folder) if name.startswith("fb-isc-submission") or name == "skipped.csv"]
+
+    return OutputFolder(args.out, "--exp", older, parents=True, shared=True)
 
 
 def extract(args: Args, job: Job, rank: Rank) -> None:
@@ -202,9 +225,9 @@ def collect_groups(args: Args, job: Job, blocks: dict[str, Blocks]) -> tuple[dic
         skipped += [(group.paths[i], reason) for i, reason in bad] + group.odd
         groups[name] = rows, [group.ids[i] for i in indices]
         if not len(rows):
-            write_skipped(args.out / "skipped.csv", skipped)
+            write_skipped(job.skipped, skipped)
             raise InputError(f"none of the {len(group.paths)} images in {args.dir / FOLDERS[name]} can be read, see "
-                             f"{args.out / 'skipped.csv'}")
+                             f"{job.skipped}")
     return groups, skipped
 
 
@@ -253,9 +276,9 @@ def write_results(args: Args, job: Job, groups: dict, skipped: list, calibration
         os.replace(h5, backup)
         os.replace(new, h5)
         print(f"=> kept the earlier file of other settings as {backup}; delete it when you do not need it")
-    write_skipped(args.out / "skipped.csv", skipped)
+    write_skipped(job.skipped, skipped)
     print(f"=> wrote {h5}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()) +
-          (f"; {len(skipped)} skipped, see {args.out / 'skipped.csv'}" if skipped else ""))
+          (f"; {len(skipped)} skipped, see {job.skipped}" if skipped else ""))
     truth = args.dir / "public_ground_truth.csv"
     if {"query", "reference"} <= set(groups) and truth.is_file() and not (args.dryrun or args.shard):
         sys.stdout.flush()

@@ -7,6 +7,7 @@ network.py, RESIZES in augmentations.py, FORMATS in export.py.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -37,7 +38,11 @@ def split_settings(text: str) -> tuple[str, dict[str, str]]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reads recipes, @FILE, and tells a wrong flag in one line."""
+    """argparse that reads recipes, @FILE, takes -6e-1 for a number, and tells a wrong flag in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         return shlex.split(line.removeprefix("\ufeff"), comments=True)
@@ -52,6 +57,22 @@ def fraction(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def real(text: str) -> float:
+    """Type of a flag: a number, neither infinite nor none."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a number")
+    return value
+
+
+def score(text: str) -> float:
+    """Type of a flag: a score, minus a squared distance."""
+    value = real(text)
+    if value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is above 0, which no score is: they are minus squared distances")
     return value
 
 
@@ -101,8 +122,8 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
          "norm and pooling, as for Swin in the notes"),
         ("--stages N,N", str, "3", "pool grid: feature maps, 0 the finest; layers after the last one are left out"),
         ("--grid N", int, 5, "pool grid: N x N cells"),
-        ("--gem-p P", float, 3.0, "GeM exponent in training"),
-        ("--gem-eval-p P", float, 4.0, "GeM exponent in extraction"),
+        ("--gem-p P", real, 3.0, "GeM exponent in training"),
+        ("--gem-eval-p P", real, 4.0, "GeM exponent in extraction"),
         ("--head", ["linear-bn", "deep", "linear", "simsiam", "none"], "linear-bn",
          "from pooled features to descriptor; none: the pooled features"),
         ("--dim N", int, 256, "descriptor dimensions"),
@@ -137,17 +158,17 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
          "those in [brackets] in random order"),
         ("--view1 OPS", str, HARD, "augmentations of the other views"),
         ("--list-augmentations", bool, False, "print the augmentations with their keys and defaults"),
-        ("--op-prob P", float, 0.2, "probability of the augmentations given without one"),
+        ("--op-prob P", real, 0.2, "probability of the augmentations given without one"),
     ],
     "loss and memory": [
         ("--loss", ["contrastive", "triplet", "snr", "ntxent", "ntxent-margin", "arcface", "simsiam"], "contrastive",
          "loss between views of the same and of other images"),
-        ("--pos-margin M", float, 0.0, "contrastive, snr: distance up to which positives are close enough"),
-        ("--neg-margin M", float, 0.7, "contrastive, snr: distance from which negatives are far enough"),
-        ("-m --margin M", float, 0.05, "triplet: margin; arcface: angle in radians; ntxent-margin: taken off the "
+        ("--pos-margin M", real, 0.0, "contrastive, snr: distance up to which positives are close enough"),
+        ("--neg-margin M", real, 0.7, "contrastive, snr: distance from which negatives are far enough"),
+        ("-m --margin M", real, 0.05, "triplet: margin; arcface: angle in radians; ntxent-margin: taken off the "
          "positives' cosine"),
-        ("-s --scale S", float, 30.0, "arcface: factor of the cosines"),
-        ("--temperature T", float, 0.1, "ntxent: temperature"),
+        ("-s --scale S", real, 30.0, "arcface: factor of the cosines"),
+        ("--temperature T", real, 0.1, "ntxent: temperature"),
         ("--miner", ["none", "triplet", "bipartite"], "none", "picks the pairs or triplets that the loss sees; "
          "bipartite: pairs of view 0 with other views"),
         ("--type-of-triplets", ["all", "hard", "semihard", "easy"], "all", "triplet miner: which ones"),
@@ -162,12 +183,12 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
         ("--epochs N", int, 100, "also the length of the schedule"),
         ("--start-epoch N", int, 0, "first epoch, when not resumed"),
         ("--optimizer", ["sgd", "adamw"], "sgd", "optimizer"),
-        ("--lr --learning-rate LR", float, 0.05, "used as given, not scaled by the batch size"),
+        ("--lr --learning-rate LR", real, 0.05, "used as given, not scaled by the batch size"),
         ("--lr-schedule", ["cosine", "cosine-iter", "linear", "constant"], "cosine",
          "cosine and linear change per epoch, cosine-iter per step"),
         ("--freeze N", int, 0, "the backbone's parameters up to feature map N - 1 are not trained"),
-        ("--momentum M", float, 0.9, "SGD"),
-        ("--wd --weight-decay W", float, 1e-4, "on matrices and kernels; not on 1-D parameters, biases and gains"),
+        ("--momentum M", real, 0.9, "SGD"),
+        ("--wd --weight-decay W", real, 1e-4, "on matrices and kernels; not on 1-D parameters, biases and gains"),
         ("--decay-all", bool, False, "weight decay on all parameters (notes v1, v2)"),
         ("--fix-pred-lr", bool, False, "head simsiam: the predictor keeps its first learning rate"),
         ("--batch-norm", ["sync", "local", "shuffled", "frozen"], "sync", "statistics over all GPUs or each its own "

@@ -1,10 +1,14 @@
 """What eval_metrics.py draws: an HTML report with curves, misses and errors, and a picture of some queries."""
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from copydet.common import replacing
+from copydet.common import OutputFolder, is_page, replacing
+
+FIGURES = ("precision_recall", "scores", "recall")
+FILES = ("index.html", *(f"{name}.png" for name in FIGURES))
 
 
 class Thumbnails:
@@ -73,9 +77,9 @@ def figures(evaluation, result):
         axes.plot(np.arange(1, len(recall) + 1), recall)
         axes.set(xlabel="candidates, best first", ylabel="recall", xscale="log", ylim=(0, 1.02))
 
-    return {"precision_recall": ("Precision against recall", figure(curve)),
-            "scores": ("Scores of true and false top answers", figure(scores)),
-            "recall": ("Recall against the number of candidates", figure(found))}
+    captions = ("Precision against recall", "Scores of true and false top answers",
+                "Recall against the number of candidates")
+    return {name: (caption, figure(drawn)) for name, caption, drawn in zip(FIGURES, captions, (curve, scores, found))}
 
 
 def worst_misses(evaluation, n=20):
@@ -161,15 +165,25 @@ td:first-child, th:first-child { text-align: left; overflow-wrap: break-word }
 """
 
 
-def write_report(folder, evaluation, result, images, edits):
-    """Write index.html, which needs no other file, and its figures as PNGs, to `folder`.
+def report_folder(path: str | Path) -> OutputFolder:
+    """The folder of --report, not made yet. Raises InputError where it holds other files."""
+    def older(folder: Path) -> Sequence[str]:
+        return FILES if is_page(folder / "index.html", "Copy detection: ") else ()
+
+    folder = OutputFolder(path, "--report", older, wait=True)
+    folder.check(*FILES)
+    return folder
+
+
+def write_report(report: OutputFolder, evaluation, result, images, edits) -> None:
+    """Write index.html, which needs no other file, and its figures as PNGs, to the folder of the report.
 
     `result`: the numbers, as eval_metrics.py prints them; `edits`: rows of metrics_per_edit.
     """
     import jinja2
-    folder = Path(folder)
-    folder.mkdir(exist_ok=True)
+    folder = report.path
     drawn = figures(evaluation, result)
+    report.add(*FILES)
     for name, (_, png) in drawn.items():
         with replacing(folder / f"{name}.png") as temporary:
             temporary.write_bytes(png)
