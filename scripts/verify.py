@@ -76,13 +76,13 @@ def find_images(folder: Path, ids: Iterable[str]) -> dict[str, str]:
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
     on_top = lambda name: filter(os.path.exists, (f"{folder}/{name}{ending}" for ending in IMAGE_ENDINGS))
-    found = {name: next(on_top(name), None) for name in ids}
+    found: dict[str, str | Path | None] = {name: next(on_top(name), None) for name in ids}
     if None in found.values():
         below = {Path(path).stem: path for path in list_images(folder)[0]}
         found |= {name: folder / below[name] for name, path in found.items() if path is None and name in below}
     if absent := [name for name, path in found.items() if path is None]:
         raise InputError(f"{folder}: no image of {first_three(absent)}")
-    return {name: os.path.realpath(path) for name, path in found.items()}
+    return {name: os.path.realpath(path) for name, path in found.items() if path}
 
 
 def open_folder(folder: Path, settings: dict) -> None:

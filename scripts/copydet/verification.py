@@ -149,7 +149,7 @@ def describe(pixels: np.ndarray, size: tuple[int, int] | None = None) -> Feature
     size = size or grey.shape[::-1]
     large = resize(grey, min(max(*size, SIDES[0]), SIDES[1]))
     thumbnail = resize(large, THUMBNAIL)
-    sift = cv2.SIFT_create(COUNT, contrastThreshold=EDGE, enable_precise_upscale=True)
+    sift = cv2.SIFT.create(COUNT, contrastThreshold=EDGE, enable_precise_upscale=True)
     found, descriptors = sift.detectAndCompute(large, None)
     if not found:
         return Features(size, np.empty((0, 4), np.float32), np.empty((0, 128), np.uint8), thumbnail)
@@ -405,7 +405,7 @@ class Verifier:
                                         (self.cache.file.parent,))
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.pool.shutdown(cancel_futures=True)
         for name, value in self.before.items():
             os.environ.pop(name)
@@ -425,7 +425,7 @@ class Verifier:
 
     def run(self, function: Callable, jobs: Iterable) -> Iterator:
         """Results of function(job), in the order of the jobs, of which a few are under way at a time."""
-        waiting = collections.deque()
+        waiting: collections.deque = collections.deque()
         try:
             for job in jobs:
                 waiting.append(self.pool.submit(function, job))
@@ -466,7 +466,8 @@ def start_worker(folder: Path) -> None:
 
 
 def leave_with_parent() -> None:
-    multiprocessing.parent_process().join()  # until it ends
+    if parent := multiprocessing.parent_process():
+        parent.join()  # until it ends
     os._exit(1)
 
 
