@@ -9,6 +9,9 @@ import difflib
 import itertools
 import logging
 import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -23,12 +26,12 @@ from copydet.options import Args
 CONVS, NORMS = (torch.nn.Conv2d, Conv2dSame), (torch.nn.BatchNorm2d, BatchNormAct2d)  # what is folded, subclasses not
 
 
-def gem(x, p, eps=1e-6):
+def gem(x: torch.Tensor, p: float, eps: float = 1e-6) -> torch.Tensor:
     """Generalised mean pooling [B, C, H, W] -> [B, C]: (mean of max(x, eps)^p)^(1/p) (arXiv 1711.02512)."""
     return x.clamp(min=eps).pow(p).mean((-2, -1)).pow(1 / p)
 
 
-def folded_grid(x, n):
+def folded_grid(x: torch.Tensor, n: int) -> torch.Tensor:
     """[B, C, h, w] -> [B, C m^2], m = ceil(n / 2): means over the cells of an n x n grid, each averaged with the cells
     that a horizontal, a vertical or both flips put in its place."""
     rows, columns = (F.adaptive_avg_pool1d(torch.eye(size, device=x.device), n).T for size in map(int, x.shape[-2:]))
@@ -36,21 +39,22 @@ def folded_grid(x, n):
     return (fold(rows) @ x @ fold(columns).T).flatten(1)
 
 
-def linear_bn(channels, dim, affine=True):
+def linear_bn(channels: int, dim: int, affine: bool = True) -> list[torch.nn.Module]:
     return [torch.nn.Linear(channels, dim, bias=False), torch.nn.BatchNorm1d(dim, affine=affine)]
 
 
-def projector(channels, dim):
+def projector(channels: int, dim: int) -> torch.nn.Module:
     """Three linear layers with batch norm, the last without ReLU and affine part (arXiv 2011.10566; notes H-SS)."""
     return torch.nn.Sequential(*linear_bn(channels, dim), torch.nn.ReLU(), *linear_bn(dim, dim), torch.nn.ReLU(),
                                *linear_bn(dim, dim, affine=False))
 
 
-def predictor(dim, hidden):
+def predictor(dim: int, hidden: int) -> torch.nn.Module:
     return torch.nn.Sequential(*linear_bn(dim, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, dim))
 
 
-HEADS = {  # name -> modules between pooled features [batch, channels] and the L2 normalisation, in order
+# name -> modules between pooled features [batch, channels] and the L2 normalisation, in order
+HEADS: dict[str, Callable[[int, Args], dict[str, torch.nn.Module]]] = {
     "linear-bn": lambda c, a: dict(zip(("fc", "bn"), linear_bn(c, a.dim))),  # notes H-A
     "deep": lambda c, a: {"fc": torch.nn.Sequential(*linear_bn(c, a.dim), torch.nn.ReLU(), *linear_bn(a.dim, a.dim))},
     "linear": lambda c, a: {"fc": torch.nn.Linear(c, a.dim)},  # notes H-nobn
@@ -70,9 +74,15 @@ class Descriptor(torch.nn.Module):
     Only the backbone runs under autocast (`amp_dtype`); pooling, head and normalisation stay in fp32.
     """
 
-    def __init__(self, args: Args, pretrained: bool | dict):
+    backbone: Any
+    fc: Any
+    bn: Any
+    standard: Any
+
+    def __init__(self, args: Args, pretrained: bool | dict) -> None:
         super().__init__()
-        self.pool, self.gem_p, self.gem_eval_p, self.amp_dtype = args.pool, args.gem_p, args.gem_eval_p, None
+        self.pool, self.gem_p, self.gem_eval_p = args.pool, args.gem_p, args.gem_eval_p
+        self.amp_dtype: torch.dtype | None = None
         self.grid, self.eval_crops = args.grid, parse_crops(args.eval_crops)
         self.stages = parse_stages(args)
         self.frozen_norms = args.batch_norm == "frozen"
@@ -115,7 +125,7 @@ class Descriptor(torch.nn.Module):
                     f"{self.backbone.pretrained_cfg['input_size'][-1]}): {first_line(error)}") from None
         self.train(training)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Descriptor:
         super().train(mode)
         if self.frozen_norms:  # running statistics of the pretraining, and no update of them
             for module in itertools.chain(self.backbone.modules(), self.standard if self.pool == "grid" else ()):
@@ -123,7 +133,7 @@ class Descriptor(torch.nn.Module):
                     module.eval()
         return self
 
-    def maps(self, images):
+    def maps(self, images: torch.Tensor) -> Any:
         """Images [B, 3, s, s] -> what is pooled, fp32: feature maps [B, C, h, w] of the stages or the last one; or the
         backbone's own features [B, C]."""
         with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
@@ -133,7 +143,7 @@ class Descriptor(torch.nn.Module):
         maps = [x.float() for x in (features if self.stages else features[-1:])]
         return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_last else maps
 
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images [B, 3, s, s] -> [features [B, c] of each feature map], fp32."""
         if self.pool == "backbone":
             return [self.maps(images)]
@@ -141,17 +151,17 @@ class Descriptor(torch.nn.Module):
             return [gem(self.maps(images)[-1], self.gem_p if self.training else self.gem_eval_p)]
         return [folded_grid(x, self.grid) for x in self.maps(images)]
 
-    def eval_features(self, images):
+    def eval_features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The same, means over the images' crops (--eval-crops)."""
         crops = centre_crops(images, self.eval_crops)
         return [sum(parts) / len(crops) for parts in zip(*map(self.features, crops))]
 
-    def standardised(self, parts):
+    def standardised(self, parts: Iterable[torch.Tensor]) -> torch.Tensor:
         """Features of each feature map -> pooled features [B, channels]: each map's part has unit length."""
         return torch.cat([F.normalize(norm(part)) for norm, part in zip(self.standard, parts)], 1)
 
     @torch.no_grad()
-    def fit_standard(self, *views):
+    def fit_standard(self, *views: torch.Tensor) -> Sequence[torch.Tensor]:
         """Let each feature have mean 0 and variance 1 over images: views, each [n, channels] of `features` side by side
         -> the same standardised, each map's part of unit length."""
         parts = torch.cat(views).split([norm.num_features for norm in self.standard], 1)
@@ -161,22 +171,22 @@ class Descriptor(torch.nn.Module):
         return self.standardised([part.to(norm.running_mean) for norm, part in zip(self.standard, parts)]
                                  ).cpu().chunk(len(views))
 
-    def pooled(self, images):
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, s, s] -> pooled features [B, channels], fp32."""
         parts = self.features(images) if self.training else self.eval_features(images)
         return self.standardised(parts) if self.pool == "grid" else parts[0]
 
-    def embed(self, images):
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, s, s] -> descriptors [B, dim] before they get unit length."""
         features = self.pooled(images)
         for name in self.head:
             features = getattr(self, name)(features)
         return features
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return F.normalize(self.embed(images))
 
-    def folded(self, size):
+    def folded(self, size: int) -> Descriptor:
         """This network for evaluation alone, faster; images have side `size`."""
         fold_batch_norms(self.backbone, torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)))
         return self
@@ -185,17 +195,20 @@ class Descriptor(torch.nn.Module):
 class SimSiam(Descriptor):
     """In training -> projection and prediction, each [B, dim]; else what `extract_from` names (notes v1, v2)."""
 
-    def __init__(self, args: Args, pretrained: bool | dict):
+    projector: Any
+    predictor: Any
+
+    def __init__(self, args: Args, pretrained: bool | dict) -> None:
         super().__init__(args, pretrained)
         self.extract_from = args.extract_from
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> Any:
         z = self.projector(self.pooled(images))
         p = self.predictor(z)
         return (z, p) if self.training else F.normalize({"proj": z, "pred": p, "proj+pred": z + p}[self.extract_from])
 
 
-def parse_crops(text):
+def parse_crops(text: str) -> tuple[float, ...]:
     """--eval-crops "1,0.5" -> (1.0, 0.5): sides of the crops, of the image's side. InputError: not from 0.1 to 1."""
     try:
         crops = tuple(float(side) for side in text.split(","))
@@ -206,7 +219,7 @@ def parse_crops(text):
     raise InputError(f"--eval-crops {text}: give sides from 0.1 to 1 of the image's side, such as 1,0.5")
 
 
-def centre_crops(images, sides):
+def centre_crops(images: torch.Tensor, sides: Sequence[float]) -> list[torch.Tensor]:
     """Images [B, 3, s, s] -> [centre crops [B, 3, t, t]], all resized to t, the side of the smallest."""
     size = int(images.shape[-1])  # a tensor while TorchScript traces
     borders = [round(size * (1 - side) / 2) for side in sides]
@@ -216,7 +229,7 @@ def centre_crops(images, sides):
                                                                   antialias=True) for crop in crops]
 
 
-def parse_stages(args):
+def parse_stages(args: Args) -> tuple[int, ...] | None:
     """--stages "2,3" -> (2, 3), or None: the last feature map."""
     if args.pool != "grid":
         return None
@@ -234,7 +247,7 @@ def fold_batch_norms(backbone: torch.nn.Module, images: torch.Tensor) -> None:
     if not any(type(module) in NORMS for module in backbone.modules()):
         return
     pairs, expected = convs_with_norms(backbone, images)
-    folded = {}
+    folded: dict[torch.nn.Module, torch.nn.Module] = {}
     for conv, norm in pairs:
         rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]  # timm's norms have them inside
         folded |= {conv: fuse_conv_bn_eval(conv, norm), norm: torch.nn.Sequential(*rest)}
@@ -249,10 +262,11 @@ def fold_batch_norms(backbone: torch.nn.Module, images: torch.Tensor) -> None:
         print("=> batch norms stay apart: folded into the convolutions, they change what this network puts out")
 
 
-def convs_with_norms(backbone, images):
+def convs_with_norms(backbone: torch.nn.Module, images: torch.Tensor
+                     ) -> tuple[list[tuple[Any, Any]], list[torch.Tensor]]:
     """[(convolution, batch norm)] where the norm alone takes the convolution's output and each is called once; and the
     outputs for `images`. Autograd's graph knows what takes what, operations in place too."""
-    calls = []  # (module, node of the graph that makes its output, or its input in case of a norm)
+    calls: list[tuple[Any, Any]] = []  # (module, node of the graph that makes its output; in case of a norm: its input)
     hooks = [module.register_forward_hook(lambda conv, _, output: calls.append((conv, output.grad_fn)))
              if type(module) in CONVS else
              module.register_forward_pre_hook(lambda norm, inputs: calls.append((norm, inputs[0].grad_fn)))
@@ -262,7 +276,8 @@ def convs_with_norms(backbone, images):
         outputs = as_list(backbone(images.clone().requires_grad_() + 0))
     for hook in hooks:
         hook.remove()
-    uses, todo = collections.Counter(), [x.grad_fn for x in outputs]
+    uses: collections.Counter = collections.Counter()
+    todo: list[Any] = [x.grad_fn for x in outputs]
     while todo:
         node = todo.pop()
         uses[node] += 1
@@ -275,7 +290,7 @@ def convs_with_norms(backbone, images):
     return pairs, [x.detach() for x in outputs]
 
 
-def as_list(outputs):
+def as_list(outputs: Any) -> list[torch.Tensor]:
     return [outputs] if torch.is_tensor(outputs) else list(outputs)
 
 
@@ -298,16 +313,15 @@ def stride_before(backbone: torch.nn.Module) -> None:
             conv.stride = (1, 1)
 
 
-def build_backbone(args, pretrained, stages):
+def build_backbone(args: Args, pretrained: bool | dict, stages: tuple[int, ...] | None) -> Any:
     """timm network for `args.arch`: feature maps (of `stages` only, if given), pooled features with pool backbone.
 
     `pretrained`: True asks the hub, False gives random weights, a state dict of the whole network is loaded.
     """
-    kwargs = dict(num_classes=0) if args.pool == "backbone" else dict(features_only=True)
+    kwargs: dict[str, Any] = dict(num_classes=0) if args.pool == "backbone" else dict(features_only=True)
     if stages:
         kwargs["out_indices"] = stages  # later layers are left out
-    with torch.device("meta"):
-        config = timm.create_model(args.arch).pretrained_cfg
+    config = shape_only(args.arch).pretrained_cfg
     if config.get("fixed_input_size"):
         kwargs["img_size"] = args.input_size
         if min(parse_crops(args.eval_crops)) < 1:
@@ -328,12 +342,12 @@ def build_backbone(args, pretrained, stages):
                          "--backbone-weights FILE, --weight FILE or --no-pretrained") from None
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     """Of an exception's text, or its kind if there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def drop_later_layers(backbone, stage):
+def drop_later_layers(backbone: Any, stage: int) -> None:
     """Remove what comes after a feature map, where timm keeps and computes it (EfficientNets)."""
     parent, _, index = backbone.feature_info.info[stage]["module"].rpartition(".")
     layers = getattr(backbone, parent, None)
@@ -348,25 +362,29 @@ def quiet_timm() -> None:
     logging.getLogger("timm").setLevel(logging.ERROR)
 
 
-def check_arch(name):
+def shape_only(arch: str) -> Any:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return timm.create_model(arch)
+
+
+def check_arch(name: str) -> str:
     """Resolved timm name 'arch.tag' of a possibly old name."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
         raise InputError(f"--arch: timm has no model '{name}'" + (f"; close: {', '.join(close)}" if close else ""))
-    with torch.device("meta"):
-        config = timm.create_model(name).pretrained_cfg
+    config = shape_only(name).pretrained_cfg
     return config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
 
 
-def read_backbone_weights(file, arch):
+def read_backbone_weights(file: str | Path, arch: str) -> dict:
     """State dict of a local file under timm's names; weights of another implementation with the same tensors in the
     same order are renamed by position. Whatever does not fit is an error."""
     try:
-        given = load_timm_file(file)
+        given = load_timm_file(str(file))
     except Exception as error:  # timm and pickle raise many kinds
         raise InputError(f"--backbone-weights {file}: {str(error).splitlines()[0]}") from None
-    with torch.device("meta"):
-        net = timm.create_model(arch)
+    net = shape_only(arch)
     wanted = net.state_dict()
     classifier = net.pretrained_cfg.get("classifier") or ()
     classifier = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
