@@ -59,7 +59,7 @@ from copydet.distributed import Rank, gather_objects, launch, leads, pick_precis
 from copydet.export import ENDINGS, FORMATS, INPUT, check_target
 from copydet.extraction import (Blocks, describe_images, describe_views, extract, load_descriptor, open_folder,
                                 output_folder, prepare_extraction, settings_of, versions)
-from copydet.images import IMAGE_ENDINGS, list_negatives, list_pairs, list_images, write_skipped
+from copydet.images import IMAGE_ENDINGS, list_images, list_negatives, list_pairs, not_read, write_skipped
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
                             SNRDistance)
@@ -131,9 +131,9 @@ def prepare_training(args: Args) -> tuple[Args, Data]:
         parse_ops(getattr(args, flag), args.op_prob, f"--{flag}")
     if not args.dir.is_dir():
         raise InputError(f"no such folder: {args.dir}")
-    images, odd = list_pairs(args) if args.pairs else list_images(args.dir)
+    images, odd = list_pairs(args) if args.pairs else list_images(args.dir, args.exclude)
     if not images:
-        raise InputError(f"no images in {args.dir} ({', '.join(IMAGE_ENDINGS)})")
+        raise InputError(f"no images in {args.dir} ({', '.join(IMAGE_ENDINGS)}){not_read(odd)}")
     held_back, rest = hold_back(images, args.calibrate) if args.calibrate else ([], images)
     rest = rest[:max(args.sample_size, args.grow_to * bool(args.grow_epochs))]
     resume_file = find_resume_file(args)
@@ -397,8 +397,9 @@ class Trainer:
               f"=> network   {tag}" + f" (asked for: {args.arch})" * (tag != args.arch) +
               f", {sum(p.numel() for p in self.net.parameters()) / 1e6:.1f} M parameters, descriptor {self.net.dim}-d, "
               f"input {args.input_size} px\n"
-              f"=> images    {self.data.found:,} found in {args.dir}, {n:,} used (--sample-size {args.sample_size:,}); "
-              f"{self.batches.steps():,} steps per epoch of {self.batches.batch * world} images x {args.ncrops} views\n"
+              f"=> images    {self.data.found:,} found in {args.dir}{not_read(self.data.odd)}, {n:,} used "
+              f"(--sample-size {args.sample_size:,}); {self.batches.steps():,} steps per epoch of "
+              f"{self.batches.batch * world} images x {args.ncrops} views\n"
               f"=> loss      {args.loss}, memory of {args.memory_size:,} descriptors, about "
               f"{memory_estimate(args, self.data, self.net.dim, self.rank):.2f} GiB for both\n"
               f"=> device    {world} process{'es' * (world > 1)} on {self.device.type}, backbone in "

@@ -12,10 +12,11 @@ again those that it had no leave or memory to read, and forgets those that are g
 its last chunk.
 
 The report is a folder that opens from disk: index.html with thumbnails, pairs.csv (query_id, reference_id: paths, or
-ids of descriptor files; score: minus the squared L2 distance; precision, where the checkpoint carries a calibration;
-group, within one collection; same_file), and skipped.csv, the images that could not be read. Search is exact. Two names
-of one file, hard or symbolic links, are no copies: they stand last, without a score, same_file says what they are, and
-within one collection only one of the names is searched.
+ids of descriptor files; score: minus the squared L2 distance; blank; precision, where the checkpoint carries a
+calibration; group, within one collection; same_file), and skipped.csv, the images that could not be read. Search is
+exact. Images of one flat colour are as like to each other as copies are: `blank` says yes where a pair has one, and
+where there is a threshold such pairs are left out. Two names of one file, hard or symbolic links, are no copies: they
+stand last, without a score, same_file says what they are, and within one collection only one of the names is searched.
 """
 from __future__ import annotations
 
@@ -35,22 +36,22 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import copydet
 from copydet.calibration import Calibration
 from copydet.checkpoints import newest_checkpoint
-from copydet.common import ROOT, InputError, OutputFolder, WorkError, is_page, manifest_of, replacing, run_main
+from copydet.common import ROOT, InputError, OutputFolder, WorkError, is_page, manifest_of, replacing, run_main, shown
 from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
-from copydet.images import IMAGE_ENDINGS, UNREADABLE, list_images, open_image, write_skipped
+from copydet.images import (BLANK, FOLDERS, IMAGE, IMAGE_ENDINGS, NOT_NOW, UnreadableImage, beside, id_of, list_images,
+                            not_read, open_thumbnail, read_skipped, what_is, write_skipped)
 from copydet.options import Parser, fraction, score
 from copydet.search import count_gpus, search_topk
 
@@ -58,11 +59,6 @@ H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 CHUNKS = 2048, 65536  # least and most images per run of train.py; in between as many as are described already
 THUMBNAIL = 256  # px
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
-
-
-def shown(path: str) -> str:
-    """Path as text that is valid UTF-8; other bytes become \\xff."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +87,8 @@ class Stamp:
 class Cache:
     """SQLite file of the descriptors of one checkpoint with one set of flags, for any number of roots.
 
-    One row per image: root and path (absolute, bytes), stamp, descriptor (float32) or the reason why there is none.
+    One row per image: root and path (absolute, bytes), stamp, descriptor (float32) or the reason why there is none;
+    with the descriptor of a blank image the reason is BLANK.
     Only one process at a time can have it open.
     """
 
@@ -150,9 +147,10 @@ class Cache:
             self.db.executemany("DELETE FROM photos WHERE root = ? AND path = ?",
                                 [(os.fsencode(root), os.fsencode(path)) for path in paths])
 
-    def read(self, root: str, wanted: set[str]) -> tuple[list[str], np.ndarray, list[tuple[str, str]]]:
-        """Of the `wanted` paths (a set): paths [n] sorted, rows float32 [n, d], [(path, reason)] of the others."""
-        paths, rows, skipped = [], [], []
+    def read(self, root: str, wanted: set[str]) -> tuple[list[str], np.ndarray, np.ndarray, list[tuple[str, str]]]:
+        """Of the `wanted` paths (a set): paths [n] sorted, rows float32 [n, d], whether blank bool [n]; and of the
+        others [(path, reason)]."""
+        paths, rows, blank, skipped = [], [], [], []
         for path, row, reason in self.db.execute(
                 "SELECT path, row, reason FROM photos WHERE root = ? ORDER BY path", (os.fsencode(root),)):
             path = os.fsdecode(path)
@@ -161,7 +159,8 @@ class Cache:
             elif path in wanted:
                 paths.append(path)
                 rows.append(np.frombuffer(row, np.float32))
-        return paths, np.array(rows), skipped
+                blank.append(reason == BLANK)
+        return paths, np.array(rows), np.array(blank, bool), skipped
 
 
 def inode_of(path: str, info: os.stat_result) -> tuple | str:
@@ -176,11 +175,12 @@ def is_ours(path: str, written: Callable[[str], set]) -> bool:
     return name in written(folder) or f"{below}/{name}" in written(above)
 
 
-def stamp_files(root: str, with_hash: bool) -> tuple[dict[str, Stamp], list[tuple[str, str]]]:
+def stamp_files(root: str, with_hash: bool,
+                exclude: Sequence[str] = ()) -> tuple[dict[str, Stamp], list[tuple[str, str]]]:
     """Images of a folder, or one image: path -> Stamp, and [(path, reason)] of what cannot be one. Thumbnails and
     pictures of reports are left out."""
     single, written = os.path.isfile(root), functools.cache(manifest_of)
-    paths, odd = ([root], []) if single else list_images(root)
+    paths, odd = ([root], []) if single else list_images(root, exclude)
     stamps, odd = {}, [(os.path.join(root, path), reason) for path, reason in odd]
     for path in tqdm(paths, desc=shown(root), unit="file", disable=None, leave=False, delay=1):
         path = os.path.join(root, path)
@@ -229,24 +229,13 @@ def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[st
         print(f"describing {len(chunk):,} of {len(chunk) + len(new):,} new images in {shown(root)}", file=sys.stderr)
         described, attrs = extraction.describe(chunk, calibrate=len(chunk) > done)  # at each doubling
         done += len(chunk)
-        failed = {path: reason for path, (row, reason) in zip(chunk, described) if row is None and may_pass(path)}
+        failed = {path: reason for path, (row, reason) in zip(chunk, described)
+                  if row is None and reason.startswith(NOT_NOW)}
         cache.forget(root, list(failed))
         cache.store(root, [(path, stamps[path], *found) for path, found in zip(chunk, described) if path not in failed],
                     attrs)
         passing += failed.items()
     return passing
-
-
-def may_pass(path: str) -> bool:
-    """Whether a file that was not described may be an image all the same: there was no leave or no memory to read it,
-    its disk failed, or it was not there."""
-    try:
-        open_image(path)
-    except (OSError, MemoryError) as error:
-        return isinstance(error, MemoryError) or error.errno is not None
-    except UNREADABLE:
-        return False
-    return True
 
 
 class Extraction:
@@ -266,8 +255,8 @@ class Extraction:
         return hashlib.sha256(json.dumps([self.weights[0], sha256, flags]).encode()).hexdigest()[:16]
 
     def describe(self, files, calibrate):
-        """Images -> [(row float32 [d], None) or (None, reason)] of each, and the descriptor file's attributes, with a
-        calibration measured on these images if `calibrate`.
+        """Images -> [(row float32 [d], None or BLANK) or (None, reason)] of each, and the descriptor file's attributes,
+        with a calibration measured on these images if `calibrate`.
 
         train.py takes ids from file names: here they are numbers, the names of links, so that any name will do.
         """
@@ -295,8 +284,9 @@ class Extraction:
         """Put the rows of a descriptor file into `described`; returns the attributes to keep."""
         with Descriptors(file) as descriptors:
             rows = descriptors["reference"]
+            blank = {int(id_of(path)) for path, _ in read_skipped(beside(file, "blank"))}
             for i, row in zip(rows.ids.astype(int), rows.read()):
-                described[i] = row, None
+                described[i] = row, BLANK if i in blank else None
             return {name: descriptors.attrs[name] if name == "calibration" else str(descriptors.attrs[name])
                     for name in ("calibration", *COMPARABLE) if name in descriptors.attrs}
 
@@ -305,14 +295,6 @@ class Extraction:
             raise WorkError(f"{self.folder}: no space left on device; what was described before is kept")
         error = InputError if code == 2 else WorkError
         raise error("train.py could not describe the images, see above; what was described before is kept")
-
-
-def read_skipped(file):
-    """[(path, reason)] of a skipped.csv, if it is there."""
-    if not file.is_file():
-        return []
-    with open(file, newline="", encoding="utf-8") as lines:
-        return list(csv.reader(lines))[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,14 +314,15 @@ class ArrayRows(BlockRows):
 @dataclass
 class Collection:
     """n images: ids [n] as pairs.csv has them, names [n] as people read them, files [n] or None where there is no image
-    to show, what all names of a file have in common [n], or None, rows [n, dim], attributes of their descriptor file,
-    [(path, reason)] of skipped images."""
+    to show, what all names of a file have in common [n], or None, rows [n, dim], whether they are blank bool [n],
+    attributes of their descriptor file, [(path, reason)] of skipped images."""
     source: str
     ids: list
     names: list
     files: list
     inodes: list
     rows: BlockRows
+    blank: np.ndarray
     attrs: dict
     skipped: list = field(default_factory=list)
 
@@ -348,18 +331,18 @@ class Collection:
         ids, names, files, inodes = ([values[i] for i in kept]
                                      for values in (self.ids, self.names, self.files, self.inodes))
         rows = ArrayRows(self.rows.read()[kept], np.array(ids))
-        return replace(self, ids=ids, names=names, files=files, inodes=inodes, rows=rows)
+        return replace(self, ids=ids, names=names, files=files, inodes=inodes, rows=rows, blank=self.blank[kept])
 
 
 def read_folder(source: str, cache: Cache, extraction: Extraction, args: argparse.Namespace) -> Collection:
     """Collection of a folder, or of one image, through the cache. Raises InputError: no image, none readable."""
     root = os.path.realpath(source)
-    stamps, odd = stamp_files(root, args.hash)
+    stamps, odd = stamp_files(root, args.hash, args.exclude)
     if not stamps:
-        raise InputError(f"no images in {shown(source)} ({', '.join(IMAGE_ENDINGS)})"
+        raise InputError(f"no images in {shown(source)} ({', '.join(IMAGE_ENDINGS)}){not_read(odd)}"
                          + (f"; {shown(odd[0][0])}: {odd[0][1]}" if odd else ""))
     odd += update(cache, root, stamps, odd, extraction)
-    paths, rows, skipped = cache.read(root, set(stamps))
+    paths, rows, blank, skipped = cache.read(root, set(stamps))
     skipped = [(shown(path), reason) for path, reason in odd + skipped]
     if not paths:
         write_skipped(Path(args.output) / "skipped.csv", skipped)
@@ -368,22 +351,24 @@ def read_folder(source: str, cache: Cache, extraction: Extraction, args: argpars
     names = [shown(os.path.relpath(path, root) if path != root else os.path.basename(path)) for path in paths]
     ids = [shown(os.path.join(source, os.path.relpath(path, root)) if path != root else source) for path in paths]
     return Collection(source, ids, names, paths, [stamps[path].inode for path in paths],
-                      ArrayRows(rows, np.array(ids)), cache.attrs(root), skipped)
+                      ArrayRows(rows, np.array(ids)), blank, cache.attrs(root), skipped)
 
 
 def read_file(file, preference, images):
     """Collection of the first group in `preference` that an open descriptor file holds; its images by id below the
-    folder `images`."""
+    folder `images`, the blank ones from blank.csv beside it."""
     file.check_checkpoint()
     name = next(name for name in preference if name in file.groups)
     rows, by_id = file[name], {}
     if images:
         folder = Path(images).resolve() / f"{name}_images"
-        by_id = {Path(path).stem: str(folder / path) for path in list_images(folder)[0]}
+        by_id = {id_of(path): str(folder / path) for path in list_images(folder)[0]}
     ids = rows.ids.tolist()
     files = [by_id.get(name) for name in ids]
     inodes = [file and os.path.exists(file) and inode_of(file, os.stat(file)) or None for file in files]
-    return Collection(file.path, ids, ids, files, inodes, rows, file.attrs)
+    blank = [id_of(path) for path, _ in read_skipped(beside(Path(file.path), "blank"))
+             if FOLDERS[name] in Path(path).parts]
+    return Collection(file.path, ids, ids, files, inodes, rows, np.isin(rows.ids, blank), file.attrs)
 
 
 def check_comparable(queries, archive):
@@ -479,14 +464,20 @@ def group_numbers(pairs):
 # Report
 
 
+def are_blank(queries: Collection, archive: Collection, pairs: np.ndarray) -> np.ndarray:
+    """bool [n]: pairs with an image that shows one flat colour. Their scores tell nothing."""
+    return queries.blank[pairs["query"]] | archive.blank[pairs["reference"]]
+
+
 def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.ndarray, same: list[tuple],
                 calibration: Calibration | None, grouped: bool) -> None:
     """pairs.csv: the pairs, then those of `same`, which `told` made, with nothing to act on."""
+    blank = are_blank(queries, archive, pairs)
     columns = {"query_id": [queries.ids[i] for i in pairs["query"]],
                "reference_id": [archive.ids[j] for j in pairs["reference"]],
-               "score": map(repr, pairs["score"].tolist())}
+               "score": map(repr, pairs["score"].tolist()), "blank": np.where(blank, "yes", "").tolist()}
     if calibration:
-        columns["precision"] = [f"{p:.4f}" for p in calibration.at(pairs["score"])]
+        columns["precision"] = ["" if b else f"{p:.4f}" for b, p in zip(blank, calibration.at(pairs["score"]))]
     if grouped:
         columns["group"] = group_numbers(pairs).tolist()
     columns["same_file"] = [""] * len(pairs)
@@ -499,12 +490,9 @@ def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.
 def thumbnail(path: str) -> bytes | None:
     """JPEG bytes of an image, upright, at most THUMBNAIL px; None where it cannot be read."""
     try:
-        with Image.open(path) as file:
-            file.draft("RGB", (THUMBNAIL, THUMBNAIL))  # JPEG decodes at a fraction of its size
-            img = ImageOps.exif_transpose(file.convert("RGB") if file.format == "JPEG" else open_image(path))
-    except UNREADABLE:
+        img = open_thumbnail(path, THUMBNAIL)
+    except UnreadableImage:
         return None
-    img.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     img.save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
@@ -536,24 +524,24 @@ def write_thumbnail(path: str, file: Path | None) -> str | None:
 
 
 def image_table(queries: Collection, archive: Collection, pairs: np.ndarray, report: OutputFolder) -> tuple[list, list]:
-    """What the page shows of the images in pairs: [[name, URI or None, thumbnail or None]], and pairs as rows of it:
-    [[query, reference, score]]."""
+    """What the page shows of the images in pairs: [[name, URI or None, thumbnail or None, 1 if blank]], and pairs as
+    rows of it: [[query, reference, score]]."""
     rows: dict[tuple[int, int], int] = {}
-    entries: list[tuple[str, str | None]] = []
+    entries: list[tuple[str, str | None, int]] = []
     for collection, column in ((queries, "query"), (archive, "reference")):
         for i in pairs[column].tolist():
             if (id(collection), i) not in rows:
                 rows[id(collection), i] = len(entries)
-                entries.append((collection.names[i], collection.files[i]))
-    folder, files = report.path / "thumbs", [file for _, file in entries]
+                entries.append((collection.names[i], collection.files[i], int(collection.blank[i])))
+    folder, files = report.path / "thumbs", [file for _, file, _ in entries]
     folder.mkdir(exist_ok=True)
     names = list(map(thumbnail_name, files))
     report.add(*(f"thumbs/{name}" for name in names if name))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         thumbs = list(tqdm(pool.map(write_thumbnail, files, [name and folder / name for name in names]),
                            total=len(entries), desc="thumbnails", unit="image", disable=None, delay=1))
-    images = [[name, file and "file://" + quote(os.fsencode(file)), thumb]
-              for (name, file), thumb in zip(entries, thumbs)]
+    images = [[name, file and "file://" + quote(os.fsencode(file)), thumb, blank]
+              for (name, file, blank), thumb in zip(entries, thumbs)]
     return images, [[rows[id(queries), i], rows[id(archive), j], score] for i, j, score in pairs.tolist()]
 
 
@@ -562,6 +550,8 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     """thumbs/, pairs.csv, skipped.csv and, last, index.html, each under its final name only when it is whole."""
     within, skipped = archive is queries, queries.skipped + (archive.skipped if archive is not queries else [])
     kept, folder = pairs if threshold is None else pairs[pairs["score"] >= threshold], report.path
+    blank = are_blank(queries, archive, kept)
+    kept = kept if threshold is None else kept[~blank]
     images, on_page = image_table(queries, archive, pairs[:most], report)
     data = {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
             "count": [len(queries.ids), len(archive.ids)], "skipped": len(skipped), "same_files": len(same),
@@ -576,12 +566,14 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     write_skipped(folder / "skipped.csv", skipped)
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    shown_now = {f"thumbs/{thumb}" for *_, thumb in images}
+    shown_now = {f"thumbs/{thumb}" for _, _, thumb, _ in images}
     report.remove(*(name for name in manifest_of(folder) if name.startswith("thumbs/") and name not in shown_now))
     what = f"{len(queries.ids):,} images" if within else f"{len(queries.ids):,} queries and {len(archive.ids):,} images"
     print(f"{len(kept):,} pairs of {what}: {folder / 'index.html'}"
           + (f"; {len(same):,} more names of the same files" if same else "")
-          + (f"; {len(skipped):,} skipped, see {folder / 'skipped.csv'}" if skipped else ""))
+          + (f"; {blank.sum():,} pairs with an image of one flat colour "
+             f"{'marked' if threshold is None else 'left out'}" if blank.any() else "")
+          + (f"; {len(skipped):,} skipped{not_read(skipped)}, see {folder / 'skipped.csv'}" if skipped else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -614,8 +606,9 @@ def check_args(args):
     for source in filter(None, (args.queries, args.archive)):
         if not os.path.exists(source):
             raise InputError(f"no such file or folder: {shown(source)}")
-        if os.path.isfile(source) and not source.lower().endswith(H5_ENDINGS + IMAGE_ENDINGS):
-            raise InputError(f"{shown(source)} is neither an image nor a descriptor file ({', '.join(H5_ENDINGS)})")
+        if os.path.isfile(source) and not is_file_of_descriptors(source) and (what := what_is(Path(source))) != IMAGE:
+            neither = f"neither an image nor a descriptor file ({', '.join(H5_ENDINGS)})"
+            raise InputError(f"{shown(source)}: {what or neither}")
     if args.threshold is not None and args.precision is not None:
         raise InputError("--threshold and --precision: give one")
     if args.topk < 1 or not 0 < args.pairs <= MOST_PAIRS:
@@ -719,6 +712,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--backbone-weights", metavar="FILE", help="raw features of these weights (with -- -a ARCH)")
     g.add_argument("--cache", metavar="DIR", help="what was described, for any number of reports; can be deleted any "
                    "time (default: cache in the report)")
+    g.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave out images and folders of "
+                   "this name, or of this path below the folder, such as '*_small.jpg'; can be given again")
     g.add_argument("--hash", action="store_true", help="tell changed images by their content, not by size and time")
     g = parser.add_argument_group("pairs")
     g.add_argument("--topk", type=int, default=10, metavar="K", help="answers per query (default: %(default)s)")

@@ -53,7 +53,7 @@ import numpy as np
 from copydet.checkpoints import newest_checkpoint
 from copydet.common import ROOT, InputError, OutputFolder, replacing, run_main
 from copydet.descriptors import write_descriptors
-from copydet.images import FOLDERS, UNREADABLE, list_images, open_image, write_skipped
+from copydet.images import FOLDERS, UnreadableImage, id_of, list_images, open_image, write_skipped
 from copydet.options import recipe_words
 
 TRAIN, SCRIPTS = ROOT / "train.py", ROOT / "scripts"
@@ -170,8 +170,8 @@ def hash_image(name: str, path: Path) -> np.ndarray | str:
     """Bits of an image as +-1 / sqrt(n), float32 [n]: squared L2 is 4 / n x Hamming distance. Or why not."""
     try:
         bits = HASHES[name](open_image(path))
-    except UNREADABLE as error:
-        return str(error)
+    except UnreadableImage as error:
+        return error.reason
     return np.where(bits, 1, -1).astype(np.float32) / np.float32(math.sqrt(len(bits)))
 
 
@@ -182,7 +182,9 @@ def write_hashes(name: str, benchmark: Path, file: Path) -> None:
         for group, folder in FOLDERS.items():
             paths = [benchmark / folder / path for path in list_images(benchmark / folder)[0]]
             found = dict(zip(paths, pool.map(partial(hash_image, name), paths, chunksize=16)))
-            rows = {path.stem: row for path, row in found.items() if not isinstance(row, str)}
+            rows = {id_of(path): row for path, row in found.items() if not isinstance(row, str)}
+            if not rows:
+                raise Failed(f"no image that can be read in {benchmark / folder}")
             groups[group] = np.stack(list(rows.values())), list(rows)
             skipped += [(str(path), why) for path, why in found.items() if isinstance(why, str)]
     write_descriptors(file, groups, {"hash": name})

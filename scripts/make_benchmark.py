@@ -45,10 +45,12 @@ from augly.image.utils import get_template_and_bbox
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
 from tqdm import tqdm
 
-from copydet.common import MANIFEST, InputError, WorkError, locked, run_main
-from copydet.images import IMAGE_ENDINGS, UNREADABLE, list_images, open_image, write_skipped
+from copydet.common import MANIFEST, InputError, WorkError, locked, run_main, shown
+from copydet.images import (IMAGE_ENDINGS, UnreadableImage, kind_of, list_images, not_read, open_image, read_file,
+                            write_skipped)
 
 SMALLEST, LARGEST = 64, 1024  # pixels: shorter side of a usable image, longer side of a query
+MOST_SLENDER = LARGEST // SMALLEST  # times longer than wide
 DULL = 8  # standard deviation of grey levels (0..255) below which an image shows almost nothing
 DONORS = 4  # other images that one query can need: three in a collage, one blended in
 
@@ -281,16 +283,16 @@ NEED_DONORS = ("blend", "overlay", "collage")
 # Source images
 
 
-def find_images(folder, sample_size, seed):
+def find_images(folder, sample_size, seed, exclude=()):
     """Paths of the images below `folder`, at most `sample_size` if given, and [(path, reason)] of what is none.
 
     Raises InputError where the folder does not exist or holds no image.
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
-    paths, odd = list_images(folder)
+    paths, odd = list_images(folder, exclude)
     if not paths:
-        raise InputError(f"{folder}: holds no image ({', '.join(IMAGE_ENDINGS)})")
+        raise InputError(f"{folder}: holds no image ({', '.join(IMAGE_ENDINGS)}){not_read(odd)}")
     if sample_size and sample_size < len(paths):
         drawn = np.random.default_rng([seed, 2]).choice(len(paths), sample_size, replace=False)
         paths = [paths[i] for i in sorted(drawn)]
@@ -301,11 +303,13 @@ def examine(path, tile=None):
     """Find what of an image can be used: [(source, perceptual hash as 8 bytes)] and [(path, reason)] for the rest."""
     try:
         img = open_image(path)
-    except UNREADABLE as error:
-        return [], [(path, " ".join(str(error).split()) or type(error).__name__)]
+    except UnreadableImage as error:
+        return [], [(path, error.reason)]
     smallest = tile or SMALLEST
     if min(img.size) < smallest:
         return [], [(path, f"{img.width} x {img.height} pixels: smaller than {smallest}")]
+    if not tile and max(img.size) > MOST_SLENDER * min(img.size):
+        return [], [(path, f"{img.width} x {img.height} pixels: more than {MOST_SLENDER} times longer than wide")]
     boxes = [(x, y, x + tile, y + tile) for y in range(0, img.height - tile + 1, tile)
              for x in range(0, img.width - tile + 1, tile)] if tile else [()]
     found, dull = [], []
@@ -335,7 +339,7 @@ def collect(folders, args, run):
     """
     found, skipped = [], []
     for number, folder in enumerate(folders):
-        paths, odd = find_images(folder, args.sample_size, args.seed)
+        paths, odd = find_images(folder, args.sample_size, args.seed, args.exclude)
         skipped += odd
         for parts, rest in run(partial(examine, tile=args.tile), paths, f"reading {folder}"):
             found += [(number, *part) for part in parts]
@@ -352,7 +356,8 @@ def collect(folders, args, run):
         if not sources:
             raise InputError(f"{folder}: no usable image; first of {len(skipped)} left out: {': '.join(skipped[0])}")
         print(f"{folder}: {len(sources)} usable {'tiles' if args.tile else 'images'}")
-    print(f"left out: {unusable} unreadable, too small or empty, {len(skipped) - unusable} near-duplicates")
+    print(f"left out: {unusable} unreadable, too small or empty{not_read(skipped)}, {len(skipped) - unusable} "
+          "near-duplicates")
     return usable, skipped
 
 
@@ -448,10 +453,9 @@ def make_query(query: Query, strength: str, quality: int, folder: Path) -> dict[
 def store(job, quality):
     """Write a source as JPEG; whole JPEG files are copied as they are."""
     source, file = job
-    with Image.open(source.path) as img:
-        as_it_is = img.format == "JPEG" and not source.tile
-    if as_it_is:
-        shutil.copyfile(source.path, file)
+    content = read_file(source.path)
+    if kind_of(content) == "JPEG" and not source.tile:
+        Path(file).write_bytes(content)
     else:
         source.open().save(file, quality=quality)
 
@@ -481,7 +485,8 @@ def build(args, out, run):
     write_csv(out / "edits.csv", ("query_id", "reference_id", "edits", "amounts"),
               [(q.id, q.reference_id, "+".join(q.edits), json.dumps(a)) for q, a in zip(plan, amounts)])
     write_csv(out / "sources.csv", ("id", "path", "tile"),
-              [(name, s.path, ",".join(map(str, s.tile))) for name, s in [(q.id, q.source) for q in plan] + named])
+              [(name, shown(source.path), ",".join(map(str, source.tile)))
+               for name, source in [(q.id, q.source) for q in plan] + named])
     write_skipped(out / "skipped.csv", skipped)
     print(f"{args.out}: {len(references)} references, {queries} queries with and {len(distractors)} without an "
           f"original, {len(training)} training images, {args.strength} edits")
@@ -542,6 +547,8 @@ def build_parser() -> argparse.ArgumentParser:
                    "folder, not from IMAGES")
     p.add_argument("--sample-size", type=number(2), metavar="N", help="use N images of each folder, drawn at random "
                    "(default: all)")
+    p.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave out images and folders of "
+                   "this name, or of this path below the folder, such as '*_small.jpg'; can be given again")
     p.add_argument("--tile", type=number(SMALLEST), metavar="PX", help="cut every image into disjoint squares of this "
                    "side first and take each as an image: for a handful of large images")
     p.add_argument("--duplicate-bits", type=number(0, 64), default=6, metavar="N", help="images whose 64-bit "

@@ -17,6 +17,7 @@ import numpy as np
 
 from copydet.common import InputError, check_output, first_three, replacing, run_main
 from copydet.descriptors import Descriptors
+from copydet.images import id_of, list_images
 from copydet.metrics import read_ground_truth
 from copydet.options import positive
 
@@ -29,7 +30,7 @@ def reference_ids(source: str) -> np.ndarray:
         return np.char.mod("R%06d", np.arange(int(source)))
     path = Path(source)
     if path.is_dir():
-        return np.unique([file.stem for file in path.rglob("*.*") if file.is_file() and not file.name.startswith(".")])
+        return np.unique([id_of(name) for name in list_images(path)[0]])
     with Descriptors(path) as file:
         return np.sort(file["reference"].ids)
 

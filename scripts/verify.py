@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from copydet.common import InputError, first_three, replacing, run_main
 from copydet.descriptors import Descriptors
-from copydet.images import IMAGE_ENDINGS, list_images, write_skipped
+from copydet.images import IMAGE_ENDINGS, id_of, list_images, write_skipped
 from copydet.options import positive
 from copydet.search import search_topk
 from copydet.verification import PER_JOB, Match, Verifier, stamp
@@ -78,7 +78,7 @@ def find_images(folder: Path, ids: Iterable[str]) -> dict[str, str]:
     on_top = lambda name: filter(os.path.exists, (f"{folder}/{name}{ending}" for ending in IMAGE_ENDINGS))
     found: dict[str, str | Path | None] = {name: next(on_top(name), None) for name in ids}
     if None in found.values():
-        below = {Path(path).stem: path for path in list_images(folder)[0]}
+        below = {id_of(path): path for path in list_images(folder)[0]}
         found |= {name: folder / below[name] for name, path in found.items() if path is None and name in below}
     if absent := [name for name, path in found.items() if path is None]:
         raise InputError(f"{folder}: no image of {first_three(absent)}")

@@ -140,7 +140,7 @@ def test_photos_in_a_folder_that_cannot_be_read_now_are_not_forgotten(tmp_path, 
     draw_images(folder / "drive", 2)
     cache = fc.Cache(tmp_path / "c.sqlite")
     bring_up(cache, folder)
-    monkeypatch.setattr(fc, "list_images", lambda root: (["0000.jpg"], [("drive", "Permission denied")]))
+    monkeypatch.setattr(fc, "list_images", lambda root, exclude: (["0000.jpg"], [("drive", "Permission denied")]))
     assert bring_up(cache, folder) == ([], ["0000.jpg"]) and cache.count() == 3
     monkeypatch.undo()
     assert bring_up(cache, folder) == ([], ["0000.jpg", "0000.jpg", "0001.jpg"])

@@ -105,8 +105,8 @@ class EpochBatches:
 
 
 def collate_images(items: Sequence[tuple]) -> tuple[list[int], Images | None, list[tuple[int, str]]]:
-    """-> indices of images, their Images or None, unreadable ones [(index, reason)]."""
-    good = [(i, images) for i, images, reason in items if reason is None]
+    """-> indices of images, their Images or None, [(index, reason)] of unreadable and of blank ones."""
+    good = [(i, images) for i, images, _ in items if images is not None]
     images = collate_views([(images, [0], [], []) for _, images in good])[0] if good else None
     return [i for i, _ in good], images, [(i, reason) for i, _, reason in items if reason is not None]
 

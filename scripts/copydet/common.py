@@ -8,6 +8,7 @@ import fcntl
 import os
 import secrets
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,11 @@ class InputError(Exception):
 
 class WorkError(Exception):
     """What failed while working, in one line; commands print it and exit with 1."""
+
+
+def shown(path: str | Path) -> str:
+    """A path or name as text that is valid UTF-8; other bytes become \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def first_three(names: Sequence | np.ndarray) -> str:
@@ -208,6 +214,9 @@ def in_a_line(error: Exception) -> str:
 def run_main(work: Callable[[], int | None], stopped: str = "stopped") -> int:
     """Do the work of a command -> its exit code, the one place where errors become one line: 0 done, 1 failed while
     working (WorkError, OSError), 2 wrong input (InputError), 130 Ctrl-C, told as `stopped`."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of every odd tag in an image
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8
     try:
         return work() or 0
     except InputError as error:

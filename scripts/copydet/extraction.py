@@ -24,10 +24,10 @@ from tqdm import tqdm
 from copydet.batches import collate_images, collate_views, make_loader
 from copydet.calibration import measure
 from copydet.checkpoints import FROM_CHECKPOINT, Source, find_source, load_net, take_source
-from copydet.common import ROOT, InputError, OutputFolder, WorkError, first_three, replacing
+from copydet.common import ROOT, InputError, OutputFolder, WorkError, first_three, replacing, shown
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.distributed import Rank, gather_objects, pick_precision
-from copydet.images import FOLDERS, Group, list_group, write_skipped
+from copydet.images import BLANK, FOLDERS, Group, Odd, beside, list_group, not_read, read_skipped, write_skipped
 from copydet.network import Descriptor, memory_format, quiet_timm
 from copydet.options import LEAST_CALIBRATED, LETTERS, Args, parse_args
 from copydet.views import Preprocessing, Views, WholeImages, parse_ops
@@ -53,7 +53,7 @@ class Blocks:
         return self.folder / f"{self.name}.{block[0].start}-{block[-1].stop}.npz"
 
     def write(self, block, rows, indices, bad):
-        """Finish a block: rows [n, dim], their images' indices [n], unreadable ones [(index, reason)]."""
+        """Finish a block: rows [n, dim], their images' indices [n], [(index, reason)] of unreadable and blank ones."""
         with replacing(self.file(block)) as temporary, open(temporary, "wb") as out:
             np.savez(out, rows=rows, indices=indices, bad=json.dumps(bad))
 
@@ -65,7 +65,8 @@ class Blocks:
             raise InputError(f"{self.file(block)} cannot be read; delete it and go on with --resume auto") from None
 
     def collect(self):
-        """All finished rows [n, dim] as a memory map, their images' indices [n], unreadable ones [(index, reason)]."""
+        """All finished rows [n, dim] as a memory map, their images' indices [n], [(index, reason)] of unreadable and
+        blank ones."""
         rows, indices, bad, done = None, [], [], 0
         for block in self.blocks:
             part, some, unreadable = self.read(block)
@@ -131,14 +132,14 @@ def describe_images(describe: Callable, dim: int, blocks: Blocks, paths: Sequenc
         for block in blocks.todo:
             rows, indices, bad = [torch.empty(0, dim)], [], []
             for batch in block:
-                good, images, unreadable = next(loader)
-                if unreadable and strict:
+                good, images, noted = next(loader)
+                if strict and (unreadable := [(i, reason) for i, reason in noted if reason != BLANK]):
                     raise WorkError(f"{paths[unreadable[0][0]]}: {unreadable[0][1]}")
                 if good:
                     images = images.to(rank.device, non_blocking=True, memory_format=torch.channels_last)
                     rows.append(describe(images).float().cpu())
                 indices += good
-                bad += unreadable
+                bad += noted
                 bar.update(len(batch))
             blocks.write(block, torch.cat(rows).numpy(), np.array(indices, dtype=int), bad)
 
@@ -153,11 +154,6 @@ class Job:
     source: Source
     groups: dict[str, Group]
     h5: Path
-
-    @property
-    def skipped(self) -> Path:
-        """skipped.csv, or a shard's or a subset's own: several may run at a time."""
-        return self.h5.with_name(self.h5.stem.replace("fb-isc-submission", "skipped") + ".csv")
 
     @property
     def lock(self) -> Path:
@@ -208,38 +204,40 @@ def extract(args: Args, job: Job, rank: Rank) -> None:
         describe_images(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict)
     gather_objects(None)  # once every rank has written its blocks
     if rank.is_main:
-        groups, skipped = collect_groups(args, job, blocks)
+        groups, noted = collect_groups(args, job, blocks)
         calibration = job.source.calibration
         if "reference" in groups:
-            calibration = calibrate(args, net, preprocessing, *groups["reference"], job.groups["reference"],
+            calibration = calibrate(args, net, preprocessing, *groups["reference"], job.groups["reference"], noted,
                                     rank) or calibration
-        write_results(args, job, groups, skipped, calibration)
+        write_results(args, job, groups, noted, calibration)
         shutil.rmtree(folder)
 
 
-def collect_groups(args: Args, job: Job, blocks: dict[str, Blocks]) -> tuple[dict, list]:
-    """{group: (rows [n, dim], ids [n])} of the finished blocks, and [(path, reason)] of images left out."""
-    groups, skipped = {}, []
+def collect_groups(args: Args, job: Job, blocks: dict[str, Blocks]) -> tuple[dict, Odd]:
+    """{group: (rows [n, dim], ids [n])} of the finished blocks, and [(path, reason)] of images left out and of those
+    that are BLANK: described, but as like to each other as copies are."""
+    groups, noted = {}, []
     for name, group in job.groups.items():
         rows, indices, bad = blocks[name].collect()
-        skipped += [(group.paths[i], reason) for i, reason in bad] + group.odd
+        noted += [(group.paths[i], reason) for i, reason in bad] + group.odd
         groups[name] = rows, [group.ids[i] for i in indices]
         if not len(rows):
-            write_skipped(job.skipped, skipped)
+            write_skipped(file := beside(job.h5, "skipped"), noted)
             raise InputError(f"none of the {len(group.paths)} images in {args.dir / FOLDERS[name]} can be read, see "
-                             f"{job.skipped}")
-    return groups, skipped
+                             f"{file}")
+    return groups, noted
 
 
 def calibrate(args: Args, net: Descriptor, preprocessing: Preprocessing, rows: np.ndarray, ids: list[str], group: Group,
-              rank: Rank) -> dict | None:
+              noted: Odd, rank: Rank) -> dict | None:
     """Measure the calibration on the archive, references `ids` [n] with descriptors `rows` [n, dim]: edited copies of
-    --calibrate of them, at most half, against the others. None for a shard and for too few."""
-    n = min(args.calibrate, len(rows) // 2)
+    --calibrate of them, at most half, against the others, all without blank ones. None for a shard and for too few."""
+    paths, blank = dict(zip(group.ids, group.paths)), {path for path, reason in noted if reason == BLANK}
+    usable = np.array([i for i, name in enumerate(ids) if paths[name] not in blank], dtype=int)
+    n = min(args.calibrate, len(usable) // 2)
     if n < LEAST_CALIBRATED or args.shard:
         return None
-    paths = dict(zip(group.ids, group.paths))
-    chosen, others = np.split(np.random.default_rng(0).permutation(len(rows)), [n])
+    chosen, others = np.split(usable[np.random.default_rng(0).permutation(len(usable))], [n])
     copies, = describe_views(net, net, [paths[ids[i]] for i in chosen], "", [parse_ops(args.view1, args.op_prob)],
                              preprocessing, args.seed or 0, args.workers, rank)
     blocks = (rows[part] for part in np.array_split(np.sort(others), -(-n * len(others) // 2**24)))
@@ -254,9 +252,9 @@ def settings_of(args: Args, source: Source) -> dict:
     return {name: value for name, value in settings.items() if value != ""}
 
 
-def write_results(args: Args, job: Job, groups: dict, skipped: list, calibration: dict | None) -> None:
-    """Write the descriptor file and skipped.csv; groups of an earlier run with the same settings stay in the file, a
-    file of other settings is kept under a name with a hash of these. Score it where there is truth."""
+def write_results(args: Args, job: Job, groups: dict, noted: Odd, calibration: dict | None) -> None:
+    """Write the descriptor file, skipped.csv and blank.csv; groups of an earlier run with the same settings stay in
+    them, a file of other settings is kept under a name with a hash of these. Score it where there is truth."""
     settings, h5, keep, backup = settings_of(args, job.source), job.h5, [], None
     if h5.is_file():
         with Descriptors(h5) as old:
@@ -268,7 +266,7 @@ def write_results(args: Args, job: Job, groups: dict, skipped: list, calibration
             backup = h5.with_name(f"{h5.stem}.{tag}.h5")
     if "reference" in keep:  # it was measured on them
         calibration = measured
-    others = {"checkpoint": str(job.source.file or args.backbone_weights), "versions": versions()}
+    others = {"checkpoint": shown(job.source.file or args.backbone_weights), "versions": versions()}
     others |= {"calibration": calibration} if calibration else {}
     new = h5.with_name(f".{h5.stem}.new.h5") if backup else h5  # the earlier file is renamed once this one is whole
     write_descriptors(new, groups, settings | others, keep=keep)
@@ -276,15 +274,25 @@ def write_results(args: Args, job: Job, groups: dict, skipped: list, calibration
         os.replace(h5, backup)
         os.replace(new, h5)
         print(f"=> kept the earlier file of other settings as {backup}; delete it when you do not need it")
-    write_skipped(job.skipped, skipped)
+    skipped, blank = write_noted(args, h5, noted, keep)
     print(f"=> wrote {h5}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()) +
-          (f"; {len(skipped)} skipped, see {job.skipped}" if skipped else ""))
+          (f"; {len(skipped):,} skipped{not_read(skipped)}, see {beside(h5, 'skipped')}" if skipped else "") +
+          (f"; {len(blank):,} of one flat colour, see {beside(h5, 'blank')}" if blank else ""))
     truth = args.dir / "public_ground_truth.csv"
     if {"query", "reference"} <= set(groups) and truth.is_file() and not (args.dryrun or args.shard):
         sys.stdout.flush()
         command = [sys.executable, ROOT / "scripts" / "eval_metrics.py", h5, truth]
         if subprocess.run(command + ["--allow-contaminated"] * bool(job.source.contaminated)).returncode:  # it says so
             raise WorkError(f"scripts/eval_metrics.py failed on {h5}")
+
+
+def write_noted(args: Args, h5: Path, noted: Odd, keep: list[str]) -> tuple[Odd, Odd]:
+    """skipped.csv and blank.csv of [(path, reason)] and what they hold of the groups `keep`; both parts of `noted`."""
+    kept = tuple(shown(args.dir / FOLDERS[name]) + os.sep for name in keep)
+    parts = [row for row in noted if row[1] != BLANK], [row for row in noted if row[1] == BLANK]
+    for file, part in zip((beside(h5, "skipped"), beside(h5, "blank")), parts):
+        write_skipped(file, part + [row for row in read_skipped(file) if row[0].startswith(kept)])
+    return parts
 
 
 def versions() -> dict[str, str]:

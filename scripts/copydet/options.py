@@ -101,7 +101,7 @@ HARD = ("screenshot:p=0.01 crop:area=0.2,p=1 jitter:brightness=0.4,contrast=0.4,
         "shuffle jpeg:p=0.5 gray blur perspective hflip:p=0.5 vflip text emoji erase")
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
 LEAST_CALIBRATED = 10
-# group -> rows of (names and metavar, type or choices or bool, default, help)
+# group -> rows of (names and metavar, type or choices or bool or list, default, help)
 FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
     "what to do": [
         ("--mode", ["train", "extract", "export"], "train", "what to do"),
@@ -112,6 +112,8 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
         ("-b --batch-size N", int, 512, "train: images per step on this machine, over all its devices, each seen "
          "--ncrops times; extract: images per batch"),
         ("--strict", bool, False, "stop at the first unreadable image instead of skipping it"),
+        ("--exclude GLOB", list, [], "leave out images and folders of this name, or of this path below the folder, "
+         "such as '*_small.jpg'; can be given again"),
         ("--decode", ["draft", "full"], "draft", "draft: JPEGs no larger than needed; full: whole, by Pillow"),
         ("--exif-transpose", bool, False, "turn images upright by their EXIF tag, which the notes ignore"),
     ],
@@ -286,9 +288,12 @@ def build_parser(description: str | None = None) -> Parser:
     for title, rows in FLAGS.items():
         group = p.add_argument_group(title)
         for names, kind, default, text in rows:
-            text += "" if default in (None, "", False) else " (default: %(default)s)"
+            text += "" if default in (None, "", False, []) else " (default: %(default)s)"
             if kind is bool:
                 group.add_argument(names, action="store_true", help=text)
+            elif kind is list:
+                group.add_argument(*names.split()[:-1], metavar=names.split()[-1], action="append", default=default,
+                                   help=text)
             elif isinstance(kind, list):
                 group.add_argument(names, choices=kind, default=default, help=text)
             else:

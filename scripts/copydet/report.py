@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from copydet.common import OutputFolder, is_page, replacing
+from copydet.common import OutputFolder, is_page, replacing, shown
+from copydet.images import UnreadableImage, id_of, list_images, open_thumbnail
 
 FIGURES = ("precision_recall", "scores", "recall")
 FILES = ("index.html", *(f"{name}.png" for name in FIGURES))
@@ -21,23 +22,18 @@ class Thumbnails:
         """RGB image of at most size x size pixels of id `name`, or None. `kind`: query or reference."""
         if self.folder is None:
             return None
-        from PIL import Image
         root = self.folder / f"{kind}_images"
         file = root / f"{name}.jpg"
         if not file.is_file():  # nested, or of another kind: list the folder once
             if kind not in self.listed:
-                self.listed[kind] = {path.stem: path for path in root.rglob("*.*")}
+                self.listed[kind] = {id_of(path): root / path for path in list_images(root)[0]}
             file = self.listed[kind].get(name)
         if file is None:
             return None
         try:
-            with Image.open(file) as image:
-                image.draft("RGB", (size, size))
-                image = image.convert("RGB")
-        except OSError:
+            return open_thumbnail(file, size)
+        except UnreadableImage:
             return None
-        image.thumbnail((size, size))
-        return image
 
 
 def figure(draw, width=6.4):
@@ -190,7 +186,7 @@ def write_report(report: OutputFolder, evaluation, result, images, edits) -> Non
     errors = evaluation.pairs[~evaluation.pairs.is_true].head(20)
     mark = f" (contaminated: trained on {result['contaminated']})" if "contaminated" in result else ""
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
-        title=f"Copy detection: {Path(evaluation.path).name}{mark}",
+        title=f"Copy detection: {shown(Path(evaluation.path).name)}{mark}",
         numbers=number_table(result),
         figures=[(caption, data_uri(png)) for caption, png in drawn.values()],
         edits=edits,

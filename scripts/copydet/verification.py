@@ -32,8 +32,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from copydet.common import WorkError, in_a_line
-from copydet.images import UNREADABLE, ImageFile
+from copydet.common import WorkError
+from copydet.images import ImageFile, UnreadableImage
 
 SIDES = 256, 400  # px: smaller images are enlarged to the one, larger ones reduced to the other (their longer side)
 COUNT, EDGE = 600, 0.02  # features of an image, at most; contrast that SIFT asks for
@@ -137,7 +137,7 @@ ABSTAINED = Match(ABSTAIN)
 
 
 def describe_file(path: str) -> Features:
-    """Features of an image file, decoded no larger than needed. Raises the errors of copydet.images.UNREADABLE."""
+    """Features of an image file, decoded no larger than needed. Raises UnreadableImage."""
     image = ImageFile(path)
     image.shrink(max(image.size) / SIDES[1])
     return describe(image.pixels, image.size)
@@ -372,7 +372,11 @@ class Described(NamedTuple):
 
 
 def stamp(path: str) -> tuple[int, int]:
-    info = os.stat(path)
+    """What changes with a file; that of none where there is none any more."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return -1, -1
     return info.st_size, info.st_mtime_ns
 
 
@@ -382,8 +386,8 @@ def describe_files(paths: Sequence[str]) -> list[Described]:
     for path in paths:
         try:
             described.append(Described(path, stamp(path), describe_file(path)))
-        except UNREADABLE as error:
-            described.append(Described(path, stamp(path), None, in_a_line(error)))
+        except UnreadableImage as error:
+            described.append(Described(path, stamp(path), None, error.reason))
     return described
 
 

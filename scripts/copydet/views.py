@@ -26,13 +26,13 @@ from PIL import Image
 from copydet.augmentations import GEOMETRY, OPS, RESIZES, LazyCrop, resize
 from copydet.batches import Images
 from copydet.common import InputError, replacing
-from copydet.images import UNREADABLE, ImageFile, to_rgb
+from copydet.images import BLANK, ImageFile, UnreadableImage, is_blank, to_rgb
 from copydet.options import Args, split_settings
 
 if TYPE_CHECKING:
     from copydet.network import Descriptor
 
-UNUSABLE = (*UNREADABLE, cv2.error)  # OpenCV 4 turns no image with a side of more than 32,767 px
+UNUSABLE = (UnreadableImage, cv2.error)  # OpenCV 4 turns no image with a side of more than 32,767 px
 
 
 def parse_ops(text: str, default_prob: float, flag: str = "view") -> list[list[tuple[str, tuple, float]]]:
@@ -128,6 +128,11 @@ class Preprocessing:
         return Images.of([(self.whole(image), None) for image in images], self.mean, self.std)
 
 
+def why(error: Exception) -> str:
+    """The reason that goes with UNUSABLE's errors."""
+    return error.reason if isinstance(error, UnreadableImage) else "too long a side for OpenCV to turn it"
+
+
 class Views(torch.utils.data.Dataset):
     """Training images: item (epoch, i) -> Images of the views and negatives, their labels, unreadable [(path, reason)],
     failed operations.
@@ -172,7 +177,7 @@ class Views(torch.utils.data.Dataset):
             try:
                 return read(i), i, unreadable
             except UNUSABLE as error:
-                unreadable.append((self.name(i), f"{type(error).__name__}: {error}"))
+                unreadable.append((self.name(i), why(error)))
                 if self.strict:
                     break
                 i = (i + 1) % len(self.paths)
@@ -188,8 +193,8 @@ class Views(torch.utils.data.Dataset):
                 break
             try:
                 read.append((self.preprocessing.whole(self.negative_images[j]), NEGATIVE_LABEL + int(j)))
-            except UNREADABLE as error:
-                unreadable.append((self.negative_images[j], f"{type(error).__name__}: {error}"))
+            except UnreadableImage as error:
+                unreadable.append((self.negative_images[j], error.reason))
         return read, unreadable
 
     def plan(self, image: np.ndarray | ImageFile, epoch: int, i: int,
@@ -226,7 +231,7 @@ class Views(torch.utils.data.Dataset):
                     erased = result
                 else:
                     img = result.pixels() if isinstance(result, LazyCrop) else result
-            except (*UNUSABLE, RuntimeError, ZeroDivisionError) as error:
+            except (OSError, ValueError, RuntimeError, ZeroDivisionError, cv2.error) as error:
                 failed.append(f"{name}: {error}")
         return img if img.shape[:2] == (self.size, self.size) else resize(img, self.size, self.size), erased, failed
 
@@ -273,7 +278,7 @@ def write_views_png(views: Views, file: Path) -> None:
 
 
 class WholeImages(torch.utils.data.Dataset):
-    """Item i -> i, Images of the whole image or None, reason why not."""
+    """Item i -> i, Images of the whole image or None, reason why not or that it is BLANK."""
 
     def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
@@ -283,6 +288,7 @@ class WholeImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, Images | None, str | None]:
         try:
-            return i, self.preprocessing.prepare(self.paths[i:i + 1]), None
-        except UNREADABLE as error:
-            return i, None, f"{type(error).__name__}: {error}"
+            images = self.preprocessing.prepare(self.paths[i:i + 1])
+        except UnreadableImage as error:
+            return i, None, error.reason
+        return i, images, BLANK if is_blank(images.pixels[0].numpy()) else None
