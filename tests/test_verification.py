@@ -436,7 +436,7 @@ def test_unreadable_images_are_listed_and_others_not_opened(benchmark, tmp_path)
     broken = [row for row in rows if row["query_id"] == "Q00001" or row["reference_id"] == "R000000"]
     assert len(broken) >= 4 and {row["verdict"] for row in broken} == {v.ABSTAIN}
     skipped = {Path(row["path"]).stem: row["reason"] for row in table(tmp_path / "skipped.csv")}
-    assert set(skipped) == {"Q00001", "R000000"} and set(skipped.values()) == {"cannot identify image file"}
+    assert set(skipped) == {"Q00001", "R000000"} and set(skipped.values()) == {"no image of a kind that is read here"}
 
 
 def run_two_queries(data, out):
