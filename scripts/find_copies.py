@@ -419,8 +419,9 @@ def same_files(queries: Collection, archive: Collection) -> list[tuple[int, int]
 
 def told(queries: Collection, archive: Collection, same: list[tuple[int, int]]) -> list[tuple[str, str, str]]:
     """Those pairs as [(query id, reference id, what the second name is)]."""
-    def kind(a, b):
-        return "symbolic link" if os.path.realpath(a) == os.path.realpath(b) else "hard link"
+    def kind(a: str, b: str) -> str:
+        links = os.path.islink(a) or os.path.islink(b) or os.path.realpath(a) == os.path.realpath(b)
+        return "symbolic link" if links else "hard link"
 
     return [(queries.ids[i], archive.ids[j], kind(queries.files[i], archive.files[j])) for i, j in same]
 

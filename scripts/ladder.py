@@ -257,9 +257,8 @@ class Ladder:
         self.settings = {"photos": shlex.join(source_folders(args)), "benchmark": shlex.join(args.benchmark),
                          "budget": args.steps and f"{args.steps} steps" or f"{args.budget_minutes:g} minutes",
                          "overrides": shlex.join(itertools.chain(*args.overrides)), "recipes": {}}
-        folder = OutputFolder(self.out, "-o", older_ladder, parents=True, shared=True)
-        self.check_settings()
-        folder.__enter__()
+        with OutputFolder(self.out, "-o", older_ladder, parents=True, shared=True):
+            self.check_settings()
         self.lock = open(self.out / ".lock", "w")  # held by the commands too, which can outlive a killed ladder
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

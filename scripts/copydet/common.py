@@ -181,7 +181,8 @@ class OutputFolder:
 
     def check(self, *names: str) -> None:
         """Raise InputError where one of the names is there and not ours."""
-        listed = manifest_of(self.path) or set(self.older(self.path) if self.path.is_dir() else ())
+        older = self.path.is_dir() and not (self.path / MANIFEST).is_file()
+        listed = set(self.older(self.path)) if older else manifest_of(self.path)
         if others := [name for name in names if name not in listed and os.path.lexists(self.path / name)]:
             raise InputError(f"{self.flag} {self.path}: {first_three(others)} is not of this program; rename it, or "
                              "give a new folder")

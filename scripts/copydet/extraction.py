@@ -177,7 +177,7 @@ def prepare_extraction(args: Args) -> tuple[Args, Job]:
 def output_folder(args: Args) -> OutputFolder:
     """exp/NAME/extract, for the process that leads; not made yet. Raises InputError where it holds other files."""
     def older(folder: Path) -> list[str]:
-        return [name for name in os.listdir(folder) if name.startswith("fb-isc-submission") or name == "skipped.csv"]
+        return [name for name in os.listdir(folder) if name.startswith("fb-isc-submission")]
 
     return OutputFolder(args.out, "--exp", older, parents=True, shared=True)
 
