@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
-from copydet.common import InputError, WorkError, replacing, run_main
+from copydet.common import InputError, WorkError, check_output, make_folder, replacing, run_main
 from copydet.options import Args, parse_args
 
 if __name__ == "__main__":
@@ -137,7 +137,7 @@ def prepare_training(args: Args) -> tuple[Args, Data]:
     resume_file = find_resume_file(args)
     if resume_file and args.seed is None:
         args = args.replace(seed=read_checkpoint(resume_file)["args"].get("seed"))
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     return args, Data(rest, len(images), held_back, [(str(args.dir / path), reason) for path, reason in odd],
                       list_negatives(args, rest if args.pairs else []) if args.negatives else [], resume_file)
 
@@ -584,7 +584,8 @@ def export(args: Args) -> None:
     config = settings_of(args, source) | {"mean": net.mean, "std": net.std, "dim": net.dim, "input": INPUT,
                                           "output": "descriptors: float32 [n, dim], unit length"}
     path = Path(args.output or args.out / f"descriptor{ENDINGS[args.format]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    check_output(path, "--output")
     FORMATS[args.format](net, config, path)
     print(f"=> wrote {path}")
 

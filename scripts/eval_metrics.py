@@ -98,8 +98,9 @@ class Evaluation:
         """Candidates by search in a descriptor file."""
         with open_descriptors(path, args.allow_contaminated) as file:
             self.attrs |= shown_attrs(file)
-            references, query_ids = file["reference"], respell(path, file["query"].ids, self.queries)
-            reference_ids = respell(path, references.ids, self.positives.reference_id)
+            references = file["reference"]
+            query_ids, reference_ids = respell(path, (file["query"].ids, self.queries),
+                                               (references.ids, self.positives.reference_id))
             known = np.isin(query_ids, self.queries)
             if not known.any():
                 raise InputError(f"{path}: no query of the ground truth is in it; queries are {first_three(query_ids)}")

@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ from tqdm import tqdm
 from copydet.common import (InputError, check_file, check_output, first_three, make_folder, read_json, replacing,
                             run_main)
 from copydet.descriptors import BLOCK, COMPARABLE, Descriptors, Rows
-from copydet.metrics import micro_ap, read_ground_truth, sort_candidates
+from copydet.metrics import micro_ap, read_ground_truth, respell, sort_candidates
 from copydet.options import positive
 from copydet.search import count_gpus, search_topk, squared_distances
 
@@ -75,9 +75,9 @@ def open_shard(path: str | Path) -> tuple[Descriptors, Rows]:
 # Index folder: index.json lists the shards, trained.faiss is the index without rows, shard-0000.faiss ... with them
 
 
-def is_index(about: object) -> bool:
+def is_index(about: Any) -> bool:
     """Whether index.json holds what an index needs, with values of the right types."""
-    def has(thing: object, **types: type) -> bool:
+    def has(thing: Any, **types: type) -> bool:
         return isinstance(thing, dict) and all(isinstance(thing.get(name), kind) for name, kind in types.items())
     return (has(about, factory=str, made_by=str, width=int, shards=list)
             and (about["factory"] == "Flat" or has(about, columns=int))
@@ -566,6 +566,13 @@ def average_precision(query_ids, found, positives):
     return micro_ap(is_true[sort_candidates(found["score"].to_numpy(), is_true)], len(positives))
 
 
+def spelled_as(path: str, positives: pd.DataFrame, query_ids: np.ndarray, shards: list[Shard]) -> pd.DataFrame:
+    """Positive pairs of the ground truth `path`, with ids as the descriptor files spell them."""
+    references = [name for shard in shards for name in shard.rows.ids.tolist()]
+    query_ids, reference_ids = respell(path, (positives.query_id, query_ids), (positives.reference_id, references))
+    return pd.DataFrame({"query_id": query_ids, "reference_id": reference_ids})
+
+
 def timed(shards, queries, args, params=None):
     """(seconds, answers) of one search in open shards; with params=None an exact one."""
     seconds, found = 0.0, []
@@ -592,6 +599,7 @@ def curve(args):
             shards = [stack.enter_context(Shard(index, number)) for number in range(len(index.shards))]
             exact = exact or timed(shards, queries, args)
             if not rows:
+                positives = spelled_as(args.truth, positives, query_ids, shards)
                 rows.append(("exact", "", exact[0], 1.0, average_precision(query_ids, exact[1], positives)))
             for params in parameter_range(shards[0].faiss) if shards[0].faiss else []:
                 seconds, found = timed(shards, queries, args, params)

@@ -59,7 +59,7 @@ def write_subset(args: argparse.Namespace) -> None:
     """Run the command line."""
     check_output(args.output)
     positives, ids = read_ground_truth(args.ground_truth)[1].reference_id.to_numpy(str), reference_ids(args.references)
-    positives = respell(args.ground_truth, positives, ids.tolist())
+    positives, = respell(args.ground_truth, (positives, ids.tolist()))
     subset = select(positives, ids, args.size, args.seed, args.replacement)
     with replacing(args.output) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in subset), encoding="utf-8")

@@ -71,7 +71,7 @@ def check_file(path: str | Path, flag: str = "") -> None:
     except FileNotFoundError:
         raise InputError(f"{where}no such file: {path}") from None
     except OSError as error:
-        why = error.strerror
+        why = error.strerror or str(error)
     raise InputError(f"{where}{path}: {why}")
 
 
@@ -117,7 +117,7 @@ def tell(text: str) -> None:
 def in_a_line(error: BaseException) -> str:
     """What an error says. One that comes from a loading process brings its traceback: then the last line."""
     if isinstance(error, OSError) and error.strerror:
-        why = os.strerror(error_number(error)) if "errno = " in error.strerror else error.strerror
+        why = os.strerror(error_number(error) or 0) if "errno = " in error.strerror else error.strerror
         names = [os.fsdecode(name) for name in (error.filename2, error.filename) if name and not isinstance(name, int)]
         return ": ".join([*names[:1], why]) + "".join(f" (from {name})" for name in names[1:])
     text = str(error)

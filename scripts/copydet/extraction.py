@@ -24,7 +24,7 @@ from tqdm import tqdm
 from copydet.batches import collate_images, collate_views, make_loader
 from copydet.calibration import measure
 from copydet.checkpoints import FROM_CHECKPOINT, Source, find_source, load_net, take_source
-from copydet.common import ROOT, InputError, WorkError, replacing
+from copydet.common import ROOT, InputError, WorkError, make_folder, read_json, replacing
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.distributed import Rank, gather_objects, pick_precision
 from copydet.images import FOLDERS, Group, list_group, write_skipped
@@ -91,7 +91,7 @@ def open_folder(folder, settings, resume):
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(settings))
         return
-    before = json.loads(file.read_text())
+    before = read_json(file)
     differ = [f"{name} {before.get(name)} -> {value}" for name, value in settings.items() if before.get(name) != value]
     if differ:
         raise InputError(f"--resume auto: {folder} holds an extraction with other settings ({'; '.join(differ[:3])}); "
@@ -159,7 +159,7 @@ def prepare_extraction(args: Args) -> tuple[Args, Job]:
         parse_ops(args.view1, args.op_prob, "--view1")
     name = f"fb-isc-submission{'-subset' * args.eval_subset}"
     h5 = args.out / (name + (f".shard-{args.shard.replace('/', '-of-')}" if args.shard else "") + ".h5")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     return args, Job(source, groups, h5)
 
 

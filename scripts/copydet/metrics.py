@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,9 +36,12 @@ def read_table(path: str | Path, columns: list[str]) -> pd.DataFrame:
         raise InputError(f"{path} is empty") from None
     except pd.errors.ParserError as error:
         raise InputError(f"{path}: {' '.join(str(error).split()).rpartition('error: ')[2]}") from None
-    table = table.fillna("").apply(lambda column: column.str.strip())
+    table = table.fillna("")
+    if " " in text or not text.isascii():
+        table = table.apply(lambda column: column.str.strip())
     table.index += 1
-    table = table[(table != "").any(axis=1)]
+    unnamed = table[table[0] == ""]
+    table = table.drop(unnamed.index[(unnamed == "").all(axis=1)])  # empty lines
     if table.empty:
         raise InputError(f"{path} is empty")
     return take_columns(path, table, columns)
@@ -62,10 +66,10 @@ def take_columns(path: str | Path, table: pd.DataFrame, columns: list[str]) -> p
     """`columns` of a table without names, whose first row may be a header; as for `read_table`."""
     names, wanted = [short(name) for name in table.iloc[0]], [short(column) for column in columns]
     if wanted[0] in names:
-        header = table.index[0]
-        again = table.index[(table == table.iloc[0]).all(axis=1)]
-        if len(again) > 1:
-            raise InputError(f"{path}: line {again[1]} is the header of line {header} again")
+        column = table[names.index(wanted[0])]
+        header, *again = table.index[column == column.iloc[0]]
+        if again:
+            raise InputError(f"{path}: line {again[0]} is the header of line {header} again")
         table = table.iloc[1:]
     else:
         names = wanted[:table.shape[1]]
@@ -123,9 +127,10 @@ def read_predictions(path: str | Path, queries: np.ndarray, references: Iterable
     Raises InputError: missing column, empty id, score that is no finite number, a pair given twice, unknown query.
     """
     table = read_table(path, ["query_id", "reference_id", "score"])
-    for column, known in (("query_id", queries), ("reference_id", references)):
-        check_ids(path, table, column)
-        table[column] = respell(path, table[column].to_numpy(str), known)
+    check_ids(path, table, "query_id")
+    check_ids(path, table, "reference_id")
+    query_ids, reference_ids = respell(path, (table.query_id, queries), (table.reference_id, references))
+    table = table.assign(query_id=query_ids, reference_id=reference_ids)
     scores = pd.to_numeric(table.score, errors="coerce").to_numpy(float)
     if (wrong := ~np.isfinite(scores)).any():
         raise InputError(f"{path}: score is not a finite number: {at_lines(table, wrong)}: "
@@ -139,18 +144,27 @@ def read_predictions(path: str | Path, queries: np.ndarray, references: Iterable
     return table.assign(score=scores)[~unknown], int(unknown.sum())
 
 
-def respell(path: str | Path, ids: np.ndarray, known: Iterable[str]) -> np.ndarray:
-    """Ids [n], as `known` spells them where they differ only in Unicode's form ("é" is one character or two) or in
-    spaces around them; a warning names some. Two ids never become one."""
+def respell(path: str | Path, *columns: tuple[Any, Iterable[str]]) -> list[Any]:
+    """Ids [n] of each of the columns (ids [n], known ones), as the known ones are spelled where they differ only in
+    Unicode's form ("é" is one character or two) or in spaces around them. Two ids never become one; one warning."""
+    result, told = [], []
+    for ids, known in columns:
+        there, known = set(ids.tolist()), set(known)
+        names = "".join(there | known)
+        new = {} if names.isascii() and " " not in names else respelled(there - known, known - there)
+        told += sorted(new)
+        result.append(np.array([new.get(name, name) for name in ids.tolist()]) if new else ids)
+    if told:
+        warn(f"{path}: ids in another form of Unicode than elsewhere, or with spaces around them, count as the same: "
+             f"{first_three(told)}")
+    return result
+
+
+def respelled(unknown: set[str], known: set[str]) -> dict[str, str]:
+    """Unknown name -> the known one that it is when both are composed; none at all where two would become one."""
     spelling = {composed(name): name for name in known}
-    there = set(ids.tolist())
-    new = {name: spelling[composed(name)] for name in there - set(spelling.values()) if composed(name) in spelling}
-    new = {name: other for name, other in new.items() if other not in there}
-    if not new or len(set(new.values())) < len(new):
-        return ids
-    warn(f"{path}: ids in another form of Unicode than elsewhere, or with spaces around them, count as the same: "
-         f"{first_three(sorted(new))}")
-    return np.array([new.get(name, name) for name in ids.tolist()])
+    new = {name: spelling[composed(name)] for name in unknown if composed(name) in spelling}
+    return new if len(set(new.values())) == len(new) else {}
 
 
 def composed(name: str) -> str:

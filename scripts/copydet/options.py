@@ -15,12 +15,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from copydet.common import ROOT, InputError, tell
+from copydet.common import ROOT, InputError, check_file, tell
 
 
 def recipe_words(file: str | Path) -> list[str]:
-    """Words of a recipe, exp/NAME.args: flags, any number per line, # starts a comment."""
-    return shlex.split(Path(file).read_text(encoding="utf-8-sig"), comments=True)
+    """Words of a recipe, exp/NAME.args: flags, any number per line, # starts a comment. Raises InputError: no such
+    file, unreadable, not UTF-8, a quote that does not end."""
+    check_file(file)
+    try:
+        return shlex.split(Path(file).read_text(encoding="utf-8-sig"), comments=True)
+    except ValueError as error:
+        raise InputError(f"{file} is no recipe: {error}") from None
 
 
 def split_settings(text: str) -> tuple[str, dict[str, str]]:
@@ -37,10 +42,7 @@ def split_settings(text: str) -> tuple[str, dict[str, str]]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reads recipes, @FILE, and tells a wrong flag in one line."""
-
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line.removeprefix("\ufeff"), comments=True)
+    """argparse that tells a wrong flag in one line."""
 
     def error(self, message: str) -> NoReturn:
         tell(message)
@@ -257,7 +259,7 @@ class Args(argparse.Namespace):
 
 def build_parser(description: str | None = None) -> Parser:
     """Parser of train.py's command line: FLAGS, DIR and recipes, none of it checked yet."""
-    p = Parser(fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    p = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                description=description)
     p.add_argument("dir", metavar="DIR", nargs="?", help="train: folder of images, nested or not (default: "
                    "input/training_images); extract: folder that holds query_images, reference_images, training_images "
@@ -288,11 +290,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     """Parse train.py's command line and check what can be checked without torch. What is wrong ends the program."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     parser = build_parser(description)
-    args = Args(vars(parser.parse_args(argv)), names_set(argv),
-                names_set([word for word in argv if not word.startswith("@")]),
-                [word[1:] for word in argv if word.startswith("@")])
+    recipes, typed = ([word for word in argv if word.startswith("@") == is_recipe] for is_recipe in (True, False))
     try:
-        return check_args(args)
+        words = [flag for word in argv for flag in (recipe_words(word[1:]) if word in recipes else [word])]
+        return check_args(Args(vars(parser.parse_args(words)), names_set(words), names_set(typed),
+                               [word[1:] for word in recipes]))
     except InputError as error:
         parser.error(str(error))
 
@@ -313,8 +315,8 @@ def check_args(args: Args) -> Args:
         args = args.replace(weight=None)
     for flag in ("weight", "backbone_weights", "resume", "pairs"):
         file = getattr(args, flag)
-        if file and file != "auto" and not Path(file).is_file():
-            raise InputError(f"--{flag.replace('_', '-')}: no such file: {file}")
+        if file and file != "auto":
+            check_file(file, f"--{flag.replace('_', '-')}")
     if not args.target_set or set(args.target_set) - set(LETTERS):
         raise InputError(f"--target-set must be letters out of q, r, t, not '{args.target_set}'")
     if args.exp is None:

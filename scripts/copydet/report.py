@@ -1,10 +1,12 @@
 """What eval_metrics.py draws: an HTML report with curves, misses and errors, and a picture of some queries."""
 import base64
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 from copydet.common import replacing
+from copydet.metrics import composed
 
 
 class Thumbnails:
@@ -20,10 +22,10 @@ class Thumbnails:
         from PIL import Image
         root = self.folder / f"{kind}_images"
         file = root / f"{name}.jpg"
-        if not file.is_file():  # nested, or of another kind: list the folder once
+        if not os.path.isfile(file):  # nested, or of another kind: list the folder once
             if kind not in self.listed:
-                self.listed[kind] = {path.stem: path for path in root.rglob("*.*")}
-            file = self.listed[kind].get(name)
+                self.listed[kind] = {composed(path.stem): path for path in root.rglob("*.*")}
+            file = self.listed[kind].get(composed(name))
         if file is None:
             return None
         try:
