@@ -628,7 +628,8 @@ def draw(table, output):
     axes.axvline(10, color="grey", linestyle=":")
     axes.set(xscale="log", xlabel="times faster than exact search", ylabel="fraction of exact search's AP")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(table) > 1:
+        axes.legend()
     with replacing(output) as temporary:
         fig.savefig(temporary, format="png")
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]  # of the project
 LONGEST = 200  # characters of a name in a message
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -119,7 +120,8 @@ def in_a_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         why = os.strerror(error_number(error) or 0) if "errno = " in error.strerror else error.strerror
         names = [os.fsdecode(name) for name in (error.filename2, error.filename) if name and not isinstance(name, int)]
-        return ": ".join([*names[:1], why]) + "".join(f" (from {name})" for name in names[1:])
+        links = " (a file system without links?)" * (len(names) > 1 and error.errno in NO_LINKS)
+        return ": ".join([*names[:1], why]) + links
     text = str(error)
     if "Traceback (most recent call last)" in text:
         text = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")

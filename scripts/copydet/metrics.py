@@ -26,8 +26,9 @@ def read_table(path: str | Path, columns: list[str]) -> pd.DataFrame:
     Raises InputError: no such file, empty, no CSV, missing column, a column twice, a header amid the rows.
     """
     check_file(path)
-    text = decode(path, Path(path).read_bytes())
-    first = text.lstrip().partition("\n")[0]
+    whole = decode(path, Path(path).read_bytes())
+    text = whole.lstrip("\r\n ")
+    first = text.partition("\n")[0]
     separator = "\t" if "\t" in first else ";" if ";" in first and "," not in first else ","
     try:
         table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False,
@@ -39,7 +40,7 @@ def read_table(path: str | Path, columns: list[str]) -> pd.DataFrame:
     table = table.fillna("")
     if " " in text or not text.isascii():
         table = table.apply(lambda column: column.str.strip())
-    table.index += 1
+    table.index += whole.count("\n", 0, len(whole) - len(text)) + 1
     unnamed = table[table[0] == ""]
     table = table.drop(unnamed.index[(unnamed == "").all(axis=1)])  # empty lines
     if table.empty:

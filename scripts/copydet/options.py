@@ -42,7 +42,17 @@ def split_settings(text: str) -> tuple[str, dict[str, str]]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that tells a wrong flag in one line."""
+    """argparse that tells a wrong flag in one line, and reads recipes, @FILE, where it is told to."""
+    reads_recipes = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        try:
+            if self.reads_recipes:
+                words = [flag for word in words for flag in (recipe_words(word[1:]) if word[:1] == "@" else [word])]
+        except InputError as error:
+            self.error(str(error))
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         tell(message)
@@ -259,8 +269,8 @@ class Args(argparse.Namespace):
 
 def build_parser(description: str | None = None) -> Parser:
     """Parser of train.py's command line: FLAGS, DIR and recipes, none of it checked yet."""
-    p = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-               description=description)
+    p = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, description=description)
+    p.reads_recipes = True
     p.add_argument("dir", metavar="DIR", nargs="?", help="train: folder of images, nested or not (default: "
                    "input/training_images); extract: folder that holds query_images, reference_images, training_images "
                    "(default: input)")
@@ -290,11 +300,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     """Parse train.py's command line and check what can be checked without torch. What is wrong ends the program."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     parser = build_parser(description)
-    recipes, typed = ([word for word in argv if word.startswith("@") == is_recipe] for is_recipe in (True, False))
+    args = Args(vars(parser.parse_args(argv)), names_set(argv),
+                names_set([word for word in argv if not word.startswith("@")]),
+                [word[1:] for word in argv if word.startswith("@")])
     try:
-        words = [flag for word in argv for flag in (recipe_words(word[1:]) if word in recipes else [word])]
-        return check_args(Args(vars(parser.parse_args(words)), names_set(words), names_set(typed),
-                               [word[1:] for word in recipes]))
+        return check_args(args)
     except InputError as error:
         parser.error(str(error))
 
