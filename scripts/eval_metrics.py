@@ -30,7 +30,7 @@ from copydet.calibration import Calibration
 from copydet.common import InputError, OutputFolder, check_output, first_three, replacing, run_main, warn
 from copydet.descriptors import Descriptors
 from copydet.metrics import (micro_ap, precision_recall, read_ground_truth, read_predictions, read_table, recall_at_p90,
-                             sort_candidates)
+                             respell, sort_candidates)
 from copydet.options import fraction, positive, size_in_bytes
 from copydet.report import Thumbnails, report_folder, write_picture, write_report
 from copydet.search import PAIR, count_gpus, exact_distances, rows_of, search, search_topk, warn_if_collapsed
@@ -56,7 +56,7 @@ def open_descriptors(path: str, allow_contaminated: bool) -> Descriptors:
 
 def shown_attrs(file):
     """What the output shows of a descriptor file's attributes: steps of post-processing, what taints its score."""
-    shown = {"steps": json.loads(file.attrs["steps"])} if "steps" in file.attrs else {}
+    shown = {"steps": file.steps()} if "steps" in file.attrs else {}
     return shown | ({"contaminated": str(file.attrs["contaminated"])} if file.attrs.get("contaminated") else {})
 
 
@@ -83,7 +83,7 @@ class Evaluation:
 
     def read_csv(self, path: str, args: argparse.Namespace) -> pd.DataFrame:
         """Candidates from a CSV: all of them, or the best --topk of each query."""
-        pairs, dropped = read_predictions(path, self.queries, args.drop_unknown)
+        pairs, dropped = read_predictions(path, self.queries, self.positives.reference_id, args.drop_unknown)
         present = pairs.query_id.nunique()
         self.rule = "topk" if args.topk else "all"
         if args.topk:
@@ -99,7 +99,9 @@ class Evaluation:
         """Candidates by search in a descriptor file."""
         with open_descriptors(path, args.allow_contaminated) as file:
             self.attrs |= shown_attrs(file)
-            references, query_ids = file["reference"], file["query"].ids
+            references = file["reference"]
+            query_ids, reference_ids = respell(path, (file["query"].ids, self.queries),
+                                               (references.ids, self.positives.reference_id))
             known = np.isin(query_ids, self.queries)
             if not known.any():
                 raise InputError(f"{path}: no query of the ground truth is in it; queries are {first_three(query_ids)}")
@@ -107,7 +109,7 @@ class Evaluation:
             warn_if_collapsed(path, queries, references)
             true = np.empty(len(self.positives), PAIR)
             true["query"] = rows_of(query_ids, self.positives.query_id.to_numpy(str))
-            true["reference"] = rows_of(references.ids, self.positives.reference_id.to_numpy(str))
+            true["reference"] = rows_of(reference_ids, self.positives.reference_id.to_numpy(str))
             absent = true["reference"] < 0
             self.counts = {"n_queries": len(queries), "n_references": len(references),
                            "queries_dropped": int((~known).sum()), "queries_missing": len(self.queries) - len(queries),
@@ -124,7 +126,7 @@ class Evaluation:
             self.missed = self.positives.assign(score=np.nan)
             self.missed.loc[self.positives.index[there], "score"] = -exact_distances(queries, references, true)
             return pd.DataFrame({"query_id": query_ids[found["query"]], "score": found["score"],
-                                 "reference_id": references.ids[found["reference"]]})
+                                 "reference_id": reference_ids[found["reference"]]})
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Precision and recall [n] after each candidate."""

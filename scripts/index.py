@@ -26,24 +26,31 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import time
-import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from copydet.common import InputError, OutputFolder, check_output, first_three, replacing, run_main
+from copydet.common import (InputError, OutputFolder, check_file, check_output, first_three, read_json, replacing,
+                            run_main)
 from copydet.descriptors import BLOCK, COMPARABLE, Descriptors, Rows
-from copydet.metrics import micro_ap, read_ground_truth, sort_candidates
+from copydet.metrics import micro_ap, read_ground_truth, respell, sort_candidates
 from copydet.options import positive
 from copydet.search import count_gpus, search_topk, squared_distances
 
+if TYPE_CHECKING:
+    import faiss
+
 MADE_BY = (*COMPARABLE, "steps")
+TRIED_OUT = 1000  # rows that a trained index has to take before it is kept
 MILVUS_BATCH, MILVUS_QUERIES = 1000, 64  # rows, queries per request
 MILVUS_INSTALL = "pip install --no-deps -r requirements-scale.txt"
 
@@ -68,6 +75,15 @@ def open_shard(path: str | Path) -> tuple[Descriptors, Rows]:
 # Index folder: index.json lists the shards, trained.faiss is the index without rows, shard-0000.faiss ... with them
 
 
+def is_index(about: Any) -> bool:
+    """Whether index.json holds what an index needs, with values of the right types."""
+    def has(thing: Any, **types: type) -> bool:
+        return isinstance(thing, dict) and all(isinstance(thing.get(name), kind) for name, kind in types.items())
+    return (has(about, factory=str, made_by=str, width=int, shards=list)
+            and (about["factory"] == "Flat" or has(about, columns=int))
+            and all(has(shard, descriptors=str, rows=int, file=str) for shard in about["shards"]))
+
+
 class Index:
     """Folder of one faiss index per shard.
 
@@ -76,11 +92,12 @@ class Index:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        try:
-            self.about = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"--index {folder}: no index.json in it; index.py build makes one") from None
+        self.folder, file = Path(folder), Path(folder, "index.json")
+        if not os.path.lexists(file):
+            raise InputError(f"--index {folder}: no index.json in it; index.py build makes one")
+        self.about = read_json(file)
+        if not is_index(self.about):
+            raise InputError(f"{file} is not of an index that index.py build made")
         self.shards = self.about["shards"]
 
     @classmethod
@@ -114,8 +131,9 @@ class Index:
                 raise InputError(f"{path}: other checkpoint, settings, steps or dimensions than those of {self.folder}")
             name = f"shard-{len(self.shards):04d}.faiss"
             if self.about["factory"] != "Flat":
-                with replacing(self.folder / name) as temporary:
-                    fill(self.folder / "trained.faiss", rows, self.about["columns"], temporary)
+                trained = read_index(self.folder / "trained.faiss", self.about["columns"], mapped=False)
+                with replacing(self.folder / name) as temporary, faiss_errors(f"{path}, {self.about['factory']}"):
+                    fill(trained, rows, self.about["columns"], temporary)
         self.shards.append({"descriptors": relative, "rows": len(rows), "file": name})
         with replacing(self.folder / "index.json") as temporary:
             temporary.write_text(json.dumps(self.about, indent=1), encoding="utf-8")
@@ -128,6 +146,17 @@ class Index:
         for file in wanted:
             if not file.is_file():
                 raise InputError(f"shard {number} of {len(self.shards)} is missing: {os.path.normpath(file)}")
+
+    def check_queries(self, path: str, maker: str, queries: np.ndarray) -> None:
+        """Raise InputError unless queries [n, width] of the file `path` can be searched here."""
+        if maker != self.about["made_by"] or queries.shape[1] != self.about["width"]:
+            raise InputError(f"{path}: other checkpoint, settings, steps or dimensions than those of {self.folder}")
+        self.check_filled()
+
+    def check_filled(self) -> None:
+        """Raise InputError where a build ended before its first shard."""
+        if not self.shards:
+            raise InputError(f"--index {self.folder}: no shard in it yet; index.py build or add brings them")
 
     def names(self) -> list[str]:
         """Descriptor files of the shards."""
@@ -145,7 +174,10 @@ class Shard:
         if len(self.rows) != about["rows"]:
             raise InputError(f"{self.file.path}: {len(self.rows)} rows, the index has {about['rows']}")
         if index.about["factory"] != "Flat":
-            self.faiss = read_index(index.folder / about["file"])
+            self.faiss = read_index(index.folder / about["file"], self.columns)
+            if self.faiss.ntotal != len(self.rows):
+                raise InputError(f"{index.folder / about['file']}: {self.faiss.ntotal:,} rows, {self.file.path} has "
+                                 f"{len(self.rows):,}; build another index")
 
     def __enter__(self) -> Shard:
         return self
@@ -156,11 +188,9 @@ class Shard:
     def set(self, params: str) -> Shard:
         """Set search parameters of the faiss index: "nprobe=32,quantizer_efSearch=64"."""
         import faiss
-        try:
-            if params and self.faiss:
+        if params and self.faiss:
+            with faiss_errors(f"--params {params}"):
                 faiss.ParameterSpace().set_index_parameters(self.faiss, params)
-        except RuntimeError as error:
-            raise InputError(f"--params {params}: {last_line(error)}") from None
         return self
 
     def search(self, queries: np.ndarray, k: int, candidates: int | None = None, ngpu: int = 0) -> pd.DataFrame:
@@ -173,23 +203,33 @@ class Shard:
             found = search_topk(queries, self.rows, k, np.empty(0, np.int64), ngpu, progress=True)
             i, j, scores = found["query"], found["reference"], found["score"]
         else:
-            i, j = propose(self.faiss, queries[:, :self.columns], candidates)
+            with faiss_errors(f"{self.file.path}: search"):
+                i, j = propose(self.faiss, queries[:, :self.columns], candidates)
             i, j, scores = score(queries, self.rows.random_access(), i, j, k)
         return answers(i, self.rows.ids[j], scores)
 
 
-def read_index(file):
-    """Memory-mapped faiss index."""
+def read_index(file: Path, columns: int, mapped: bool = True) -> faiss.Index:
+    """faiss index for rows of so many columns, memory-mapped to be searched or in memory to be added to. Raises
+    InputError: no such file, broken, other columns."""
     import faiss
+    check_file(file)
+    with faiss_errors(file):
+        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+    if index.d != columns:
+        raise InputError(f"{file}: an index of {index.d} dimensions, not {columns}")
+    return index
+
+
+@contextlib.contextmanager
+def faiss_errors(what: object) -> Iterator[None]:
+    """What faiss raises becomes an InputError of one line, after `what` went wrong. faiss tells "Error in FUNCTION at
+    FILE:LINE: why"."""
     try:
-        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+        yield
     except RuntimeError as error:
-        raise InputError(f"{file}: {last_line(error)}") from None
-
-
-def last_line(error):
-    """faiss errors: "Error in FUNCTION at FILE:LINE: what" -> what."""
-    return str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+        why = re.sub(r".* at \S+:\d+: (Error: )?", "", " ".join(str(error).split()))
+        raise InputError(f"{what}: {why}") from None
 
 
 def draw_sample(paths, size):
@@ -206,25 +246,32 @@ def draw_sample(paths, size):
     return np.concatenate(sample)
 
 
-def train(file, factory, sample):
+def train(file: Path, factory: str, sample: np.ndarray) -> None:
     """Write the index of a factory string, trained on rows [n, d]."""
     import faiss
     start = time.monotonic()
-    try:
+    if re.search(r"(?<!\d)0(?!\d)", factory):
+        raise InputError(f"--factory {factory}: 0 of something")  # faiss ends the process, or fails when it searches
+    what = f"--factory {factory} with {len(sample):,} training rows of {sample.shape[1]} dimensions"
+    with replacing(file) as temporary, faiss_errors(what):
         index = faiss.index_factory(sample.shape[1], factory)
         index.train(sample)
-    except RuntimeError as error:
-        raise InputError(f"--factory {factory} with {len(sample):,} training rows of {sample.shape[1]} dimensions: "
-                         f"{last_line(error)}") from None
-    with replacing(file) as temporary:
         faiss.write_index(index, str(temporary))
+        try_out(temporary, sample[:TRIED_OUT])
     print(f"trained {factory} on {len(sample):,} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
 
 
-def fill(trained, rows, columns, output):
-    """Write the trained index with rows [n, width] added, of which only the first columns are not zero."""
+def try_out(file: Path, rows: np.ndarray) -> None:
+    """Raise RuntimeError unless the index of a file can take rows [n, d], be stored with them, and then be searched."""
     import faiss
-    index = faiss.read_index(str(trained))
+    index = faiss.read_index(str(file))
+    index.add(rows)
+    faiss.deserialize_index(faiss.serialize_index(index)).search(rows[:1], 1)
+
+
+def fill(index: faiss.Index, rows: Rows, columns: int, output: Path) -> None:
+    """Add rows [n, width], of which only the first columns are not zero, to a trained index and write it."""
+    import faiss
     with tqdm(total=len(rows), desc=str(rows.path), unit=" rows", unit_scale=True, disable=None) as bar:
         for _, block in rows.blocks(BLOCK):
             if block[:, columns:].any():
@@ -345,7 +392,10 @@ def import_milvus():
 
 def milvus_params(text):
     """"nprobe=32,ef=64" -> {"nprobe": 32, "ef": 64}."""
-    return {name: int(value) for name, _, value in (part.partition("=") for part in filter(None, text.split(",")))}
+    try:
+        return {name: int(value) for name, _, value in (part.partition("=") for part in filter(None, text.split(",")))}
+    except ValueError:
+        raise InputError(f"--params {text}: give whole numbers, such as nprobe=32,ef=64") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,13 +460,12 @@ class Part:
 
     @classmethod
     def read(cls, path):
+        check_file(path)
         try:
             with np.load(path) as part:
                 return cls(str(part["key"]), int(part["shard"]), int(part["topk"]), part["query_ids"],
                            answers(part["query"], part["reference_id"], part["score"]))
-        except FileNotFoundError:
-            raise InputError(f"no such file: {path}") from None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except Exception:  # numpy and zipfile raise many kinds
             raise InputError(f"{path} is not a part written by search --shard") from None
 
 
@@ -469,9 +518,8 @@ def search(args):
         with milvus_errors(args.milvus):
             return write_pairs(args.output, query_ids, store.search(queries, args))
     index = Index(args.index)
-    if maker != index.about["made_by"] or queries.shape[1] != index.about["width"]:
-        raise InputError(f"{args.queries}: other checkpoint, settings, steps or dimensions than those of {args.index}")
-    if args.shard is not None and args.shard >= len(index.shards):
+    index.check_queries(args.queries, maker, queries)
+    if args.shard is not None and not 0 <= args.shard < len(index.shards):
         raise InputError(f"--shard {args.shard}: {args.index} has shards 0 to {len(index.shards) - 1}")
     numbers = range(len(index.shards)) if args.shard is None else [args.shard]
     for number in numbers:
@@ -489,6 +537,7 @@ def search(args):
 def merge_parts(args):
     """index.py merge."""
     index, parts, first = Index(args.index), {}, Part.read(args.parts[0])
+    index.check_filled()
     for path in args.parts:
         part = Part.read(path)
         if part.key != first.key:
@@ -523,6 +572,13 @@ def average_precision(query_ids, found, positives):
     return micro_ap(is_true[sort_candidates(found["score"].to_numpy(), is_true)], len(positives))
 
 
+def spelled_as(path: str, positives: pd.DataFrame, query_ids: np.ndarray, shards: list[Shard]) -> pd.DataFrame:
+    """Positive pairs of the ground truth `path`, with ids as the descriptor files spell them."""
+    references = [name for shard in shards for name in shard.rows.ids.tolist()]
+    query_ids, reference_ids = respell(path, (positives.query_id, query_ids), (positives.reference_id, references))
+    return pd.DataFrame({"query_id": query_ids, "reference_id": reference_ids})
+
+
 def timed(shards, queries, args, params=None):
     """(seconds, answers) of one search in open shards; with params=None an exact one."""
     seconds, found = 0.0, []
@@ -540,14 +596,16 @@ def curve(args):
     """index.py curve: table and picture of time against AP and recall of the exact answers, over search settings."""
     _, positives = read_ground_truth(args.truth)
     with Descriptors(args.queries) as file:
-        query_ids, queries = file["query"].ids, file["query"].read()
+        query_ids, queries, maker = file["query"].ids, file["query"].read(), made_by(file.attrs)
     exact, rows = None, []
     for folder in args.indexes:
         index = Index(folder)
+        index.check_queries(args.queries, maker, queries)
         with contextlib.ExitStack() as stack:
             shards = [stack.enter_context(Shard(index, number)) for number in range(len(index.shards))]
             exact = exact or timed(shards, queries, args)
             if not rows:
+                positives = spelled_as(args.truth, positives, query_ids, shards)
                 rows.append(("exact", "", exact[0], 1.0, average_precision(query_ids, exact[1], positives)))
             for params in parameter_range(shards[0].faiss) if shards[0].faiss else []:
                 seconds, found = timed(shards, queries, args, params)
@@ -576,7 +634,8 @@ def draw(table, output):
     axes.axvline(10, color="grey", linestyle=":")
     axes.set(xscale="log", xlabel="times faster than exact search", ylabel="fraction of exact search's AP")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(table) > 1:
+        axes.legend()
     with replacing(output) as temporary:
         fig.savefig(temporary, format="png")
 

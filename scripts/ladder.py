@@ -51,9 +51,10 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from copydet.checkpoints import newest_checkpoint
-from copydet.common import ROOT, InputError, OutputFolder, replacing, run_main
+from copydet.common import ROOT, InputError, OutputFolder, read_json, replacing, run_main
 from copydet.descriptors import write_descriptors
 from copydet.images import FOLDERS, UnreadableImage, id_of, list_images, open_image, write_skipped
+from copydet.metrics import read_ground_truth
 from copydet.options import recipe_words
 
 TRAIN, SCRIPTS = ROOT / "train.py", ROOT / "scripts"
@@ -241,6 +242,24 @@ def older_ladder(folder: Path) -> list[str]:
     return sorted(names) if "ladder.json" in names or {".lock", "benchmark.txt"} <= names else []
 
 
+def read_rows(file: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """Rows of a ladder.csv by recipe and seed. Raises InputError: not of a ladder."""
+    try:
+        with open(file, newline="", encoding="utf-8") as lines:
+            rows = csv.DictReader(lines)
+            if set(COLUMNS) <= set(rows.fieldnames or ()):
+                return {(row["recipe"], row["seed"]): row for row in rows}
+    except (ValueError, csv.Error):
+        pass
+    raise InputError(f"{file} is not of a ladder; give another folder with -o")
+
+
+def has_flags(recipes: object) -> bool:
+    """Whether `recipes` of a ladder.json hold flags, each."""
+    return isinstance(recipes, dict) and all(isinstance(recipe, dict) and isinstance(recipe.get("flags"), dict)
+                                             for recipe in recipes.values())
+
+
 class Ladder:
     """The folder of a ladder, and what is done in it.
 
@@ -264,15 +283,15 @@ class Ladder:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.out}: another ladder, or a command of a killed one, still runs there") from None
-        file, self.rows = self.out / "ladder.csv", {}
-        if file.is_file():
-            with open(file, newline="", encoding="utf-8") as lines:
-                self.rows = {(row["recipe"], row["seed"]): row for row in csv.DictReader(lines)}
+        file = self.out / "ladder.csv"
+        self.rows = read_rows(file) if file.is_file() else {}
 
     def check_settings(self):
         """Take up the settings of ladder.json, if there is one; InputError names the first that differs."""
         file = self.out / "ladder.json"
-        stored = json.loads(file.read_text()) if file.is_file() else self.settings
+        stored = read_json(file) if file.is_file() else self.settings
+        if not (isinstance(stored, dict) and self.settings.keys() <= stored.keys() and has_flags(stored["recipes"])):
+            raise InputError(f"{file} is not of a ladder; give another folder with -o")
         for name in ("photos", "benchmark", "budget", "overrides"):
             if stored[name] != self.settings[name]:
                 raise InputError(f"{self.out} was started with {name} '{stored[name]}', not '{self.settings[name]}'; "
@@ -424,8 +443,7 @@ class Ladder:
         """Steps after which a recipe has seen all its images or pairs."""
         value = partial(last_value, recipe, self.args.overrides)
         if "pairs" in recipe.flags:
-            with open(self.benchmark / TRUTH, newline="", encoding="utf-8") as lines:
-                images = sum(bool(row["reference_id"]) for row in csv.DictReader(lines))
+            images = len(read_ground_truth(self.benchmark / TRUTH)[1])
         else:
             images = len(list_images(self.benchmark / FOLDERS["train"])[0])
         return max(1, min(images, int(value("sample-size") or images)) // int(value("b", "batch-size")))

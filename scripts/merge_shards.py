@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def check_shards(files: list[Descriptors]) -> dict:
     for file, shard in zip(files, shards):
         if not shard:
             raise InputError(f"{file.path} is no shard: it has no attribute `shard`")
+        if not re.fullmatch(r"\d+/[1-9]\d*", str(shard)):
+            raise InputError(f"{file.path}: attribute `shard` should be I/N, is {shard!r}")
     count = int(shards[0].split("/")[1])
     wanted = [f"{i}/{count}" for i in range(count)]
     for shard in wanted:
@@ -69,7 +72,8 @@ def settings(file: Descriptors) -> dict:
 
 
 def merge(shards: list[Path], output: Path) -> None:
-    """Write the descriptor file `output` of the files `shards`."""
+    """Write the descriptor file `output` of the files `shards`. Raises InputError: as `check_shards`, or where `output`
+    cannot be written."""
     check_output("-o", output, shards)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(Descriptors(path)) for path in shards]

@@ -28,8 +28,10 @@ A run that was killed continues from its last finished block. Inputs are never c
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -41,7 +43,7 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from copydet.common import InputError, check_output, first_three, locked, replacing, run_main
+from copydet.common import InputError, check_file, check_output, first_three, locked, read_json, replacing, run_main
 from copydet.descriptors import BlockRows, Descriptors, Rows, write_descriptors
 from copydet.options import split_settings
 from copydet.search import count_gpus, search_topk
@@ -319,7 +321,7 @@ def apply(function, rows, file, title):
     """
     dim = function(rows.read(0, 1))[0].shape[1]
     kept_file = file.with_suffix(".kept.json")
-    kept = json.loads(kept_file.read_text()) if kept_file.exists() else {}
+    kept = read_json(kept_file) if kept_file.exists() else {}
     with open(file, "ab") as out:
         done = out.tell() // (4 * dim)
         done = done if done == len(rows) else done // BLOCK * BLOCK
@@ -356,8 +358,7 @@ def run_steps(groups, steps, folder, ngpu):
 
 def output_attrs(files, steps):
     """Attributes of the output: those of the first input, the steps, where it all came from, and what taints it."""
-    earlier = json.loads(files[0].attrs.get("steps", "[]"))
-    attrs = files[0].attrs | {"steps": earlier + [step_text(*step) for step in steps]}
+    attrs = files[0].attrs | {"steps": files[0].steps() + [step_text(*step) for step in steps]}
     attrs.pop("calibration", None)  # scores have another meaning now
     if len(files) > 1:
         attrs["inputs"] = [str(file.path) for file in files]
@@ -373,10 +374,10 @@ def write_pairs(output, groups, constant, ngpu, n=10):
     query, reference = groups["query"], groups["reference"]
     found = search_topk(query.read(), reference, min(n, len(reference)), np.empty(0, np.int64), ngpu)
     found = found[np.lexsort((found["reference"], -found["score"], found["query"]))]
-    with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as out:
-        out.write("query_id,reference_id,score\n")
-        for i, j, score in found.tolist():
-            out.write(f"{query.ids[i]},{reference.ids[j]},{score + constant!r}\n")
+    with replacing(output) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        rows = csv.writer(out, lineterminator="\n")
+        rows.writerow(["query_id", "reference_id", "score"])
+        rows.writerows([query.ids[i], reference.ids[j], score + constant] for i, j, score in found.tolist())
 
 
 def check_steps(steps, files):
@@ -459,8 +460,9 @@ def check_args(args):
         raise InputError(f"--preset {args.preset} and steps: {', '.join(args.steps)}")
     args.steps = PRESETS[args.preset].split() if args.preset else args.steps
     for word in args.inputs:
-        if not Path(word).is_file():
+        if not os.path.exists(word):
             raise InputError(f"{word}: neither a file nor a step ({', '.join(STEPS)})")
+        check_file(word)
     if not args.inputs:
         raise InputError("no input file given")
 

@@ -18,7 +18,7 @@ import numpy as np
 from copydet.common import InputError, check_output, first_three, replacing, run_main
 from copydet.descriptors import Descriptors
 from copydet.images import id_of, list_images
-from copydet.metrics import read_ground_truth
+from copydet.metrics import read_ground_truth, respell
 from copydet.options import positive
 
 DISC21 = 1_000_000  # references R000000 to R999999
@@ -59,8 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
 def write_subset(args: argparse.Namespace) -> None:
     """Run the command line."""
     check_output("-o", args.output, (args.ground_truth, args.references))
-    positives = read_ground_truth(args.ground_truth)[1].reference_id.to_numpy(str)
-    subset = select(positives, reference_ids(args.references), args.size, args.seed, args.replacement)
+    positives, ids = read_ground_truth(args.ground_truth)[1].reference_id.to_numpy(str), reference_ids(args.references)
+    positives, = respell(args.ground_truth, (positives, ids.tolist()))
+    subset = select(positives, ids, args.size, args.seed, args.replacement)
     with replacing(args.output) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in subset), encoding="utf-8")
     print(f"{args.output}: {len(subset):,} references, {len(np.unique(positives)):,} of them of true pairs")

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copydet.common import InputError
+from copydet.common import InputError, check_file, read_json
 from copydet.options import Args
 
 if TYPE_CHECKING:
@@ -64,10 +63,14 @@ def read_safetensors(file: Path) -> dict:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     config = file.with_name("config.json")
+    check_file(file)
+    settings = read_json(config)
     try:
-        state, settings = load_file(file), json.loads(config.read_text())
+        state = load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{file} with {config} cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{config} is not what --mode export writes")
     return {"state_dict": state, "args": settings, "arch": settings.get("arch"), "preprocess": settings,
             "contaminated": settings.get("contaminated")}
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
+import json
 import os
+import re
 import secrets
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]  # of the project
+LONGEST = 200  # characters of a name in a message
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MANIFEST = ".written.txt"  # in a folder of ours: what we wrote there, a path per line
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that have none
 LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini", "lost+found")  # a folder that holds these alone is empty
@@ -36,23 +43,71 @@ def shown(path: str | Path) -> str:
 
 
 def first_three(names: Sequence | np.ndarray) -> str:
-    """Sequence of names -> "a, b, c and 4 more"."""
-    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    """Sequence of names -> "a, b, c and 4 more", long ones cut."""
+    shown = [name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in map(str, names[:3])]
+    return ", ".join(shown) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, renamed to `path` at the end, removed if anything fails on the way. Where
-    `path` is a link, it is the file behind it. Raises InputError where it is a device, or another thing but a file."""
+    `path` is a link, it is the file behind it. Raises InputError where it is a device, or another thing but a file;
+    OSError that names `path` where nothing can be written."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is there already, and is not a file")
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
+        temporary.touch()  # so that all libraries fail alike
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        number = error_number(error)
+        if number is None or not (temporary.name in str(error) or number in DISK_FULL):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def error_number(error: Exception) -> int | None:
+    """The system's number for what went wrong; HDF5 has it in its text, whatever the error's type."""
+    found = re.search(r"errno = (\d+)", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
+
+
+def check_file(path: str | Path, flag: str = "") -> None:
+    """Raise InputError unless `path` is a file that can be read; it tells why, after the flag that names the file."""
+    where = f"{flag}: " if flag else ""
+    try:
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return open(path, "rb").close()
+        why = "is a folder, not a file" if os.path.isdir(path) else "is no regular file"
+    except FileNotFoundError:
+        raise InputError(f"{where}no such file: {path}") from None
+    except OSError as error:
+        why = error.strerror or str(error)
+    raise InputError(f"{where}{path}: {why}")
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder for results, and those above it. Raises InputError where it cannot be made or written in."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(in_a_line(error)) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"nothing can be written in {path}")
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds. Raises InputError: no such file, unreadable, no JSON."""
+    check_file(path)
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is broken: {error}") from None
 
 
 def check_output(flag: str, file: str | Path, inputs: Iterable[str | Path] = ()) -> None:
@@ -62,6 +117,8 @@ def check_output(flag: str, file: str | Path, inputs: Iterable[str | Path] = ())
         raise InputError(f"{flag} {file}: no such folder: {Path(file).parent}")
     if path.exists() and not path.is_file():
         raise InputError(f"{flag} {file}: is there already, and is not a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {file}: nothing can be written in {path.parent}")
     if any(path.exists() and os.path.exists(other) and path.samefile(other) for other in inputs):
         raise InputError(f"{flag} {file} is an input")
 
@@ -151,7 +208,7 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         try:
             if not self.shared:
                 self.stack.enter_context(locked(self.path / ".lock", f"{self.flag} {self.path}", self.wait))
@@ -204,26 +261,33 @@ def tell(text: str) -> None:
     print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """What an error says. One that comes from a loading process brings its traceback: then the last line."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+        why = os.strerror(error_number(error) or 0) if "errno = " in error.strerror else error.strerror
+        names = [os.fsdecode(name) for name in (error.filename2, error.filename) if name and not isinstance(name, int)]
+        links = " (a file system without links?)" * (len(names) > 1 and error.errno in NO_LINKS)
+        return ": ".join([*names[:1], why]) + links
+    text = str(error)
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    return " ".join(text.split("\n")) or type(error).__name__
 
 
 def run_main(work: Callable[[], int | None], stopped: str = "stopped") -> int:
     """Do the work of a command -> its exit code, the one place where errors become one line: 0 done, 1 failed while
-    working (WorkError, OSError), 2 wrong input (InputError), 130 Ctrl-C, told as `stopped`."""
+    working (WorkError, OSError, MemoryError), 2 wrong input (InputError), 130 Ctrl-C, told as `stopped`."""
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of every odd tag in an image
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        return work() or 0
+        code = work() or 0
+        sys.stdout.flush()
+        return code
     except InputError as error:
         tell(in_a_line(error))
         return 2
-    except (WorkError, OSError) as error:
+    except (WorkError, OSError, MemoryError) as error:
         tell(in_a_line(error))
         return 1
     except KeyboardInterrupt:

@@ -6,7 +6,10 @@ older form with `vectors` and `image_names` (Q..., R..., T...), and float16 rows
 """
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from copydet.common import InputError, first_three, replacing
+from copydet.common import InputError, check_file, error_number, first_three, replacing
 
 GROUPS = ("query", "reference", "train")
 BLOCK = 65536  # rows read or written at a time: 64 MiB at 256 dimensions
@@ -105,27 +108,70 @@ def check_dims(path: str | Path, shapes: Mapping[str, tuple[int, int]]) -> None:
 # Reading
 
 
+@contextlib.contextmanager
+def reading(path: str | Path, name: str = "") -> Iterator[None]:
+    """What h5py raises in here, of many types and in many words, becomes an InputError of one line: the file, the
+    dataset `name` if one is read, the cause."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, BlockingIOError):
+            why = "is locked: another process is writing it"
+        elif cut := re.search(r"truncated file: eof = (\d+), .*stored_eof = (\d+)", str(error)):
+            why = f"is cut short: {int(cut[1]):,} bytes of {int(cut[2]):,}"
+        elif "file signature not found" in str(error):
+            why = "not an HDF5 file" if Path(path).stat().st_size else "is empty"
+        elif number := error_number(error):
+            why = os.strerror(number)
+        else:
+            cause = re.search(r"synchronously .*?[(](.+)[)]", str(error))  # "Unable to synchronously open it (cause)"
+            why = f"cannot be read: {cause[1] if cause else error}"
+        raise InputError(f"{path}: {f'`{name}` ' * bool(name)}{why}") from None
+
+
 def open_h5(path: str | Path) -> h5py.File:
-    """Open an HDF5 file for reading; InputError if there is none or it is something else."""
-    if not Path(path).is_file():
-        raise InputError(f"no such file: {path}")
-    try:
+    """Open an HDF5 file for reading. Raises InputError that tells why not: no such file, a folder, no permission,
+    locked by a process that writes it, cut short, empty, something else."""
+    check_file(path)
+    with reading(path):
         return h5py.File(path, "r")
-    except OSError:
-        raise InputError(f"{path}: not an HDF5 file") from None
 
 
-def read_ids(dataset: h5py.Dataset) -> np.ndarray:
-    """Ids of any stored form (fixed width or variable, ASCII or UTF-8) -> array [n] of str. Raises InputError: no
-    strings, not UTF-8."""
+def open_dataset(file: h5py.File, path: str | Path, name: str) -> h5py.Dataset:
+    """A dataset of an open file. Raises InputError: a link to nothing, no dataset, broken."""
+    with reading(path, name):
+        dataset = file[name]
+        if not isinstance(dataset, h5py.Dataset):
+            raise InputError(f"{path}: `{name}` is no dataset")
+        dataset.dtype  # not every type is one that numpy has
+        return dataset
+
+
+def read_ids(file: h5py.File, path: str | Path, name: str) -> np.ndarray:
+    """Ids of any stored form (fixed width or variable, ASCII or UTF-8) -> array [n] of str. Raises InputError: not a
+    list of strings, not UTF-8, an empty one, broken."""
+    dataset = open_dataset(file, path, name)
     if h5py.check_string_dtype(dataset.dtype) is None:
-        raise InputError(f"{dataset.file.filename}: `{dataset.name.strip('/')}` holds {dataset.dtype}, not strings")
-    ids = dataset[:]
+        raise InputError(f"{path}: `{name}` holds {dataset.dtype}, not strings")
+    if dataset.ndim != 1:
+        raise InputError(f"{path}: `{name}` should be a list of strings, is of shape {dataset.shape}")
+    with reading(path, name):
+        ids = dataset[:]
     try:
-        return np.char.decode(ids.astype(np.bytes_) if ids.dtype == object else ids, "utf-8")
+        ids = np.char.decode(ids.astype(np.bytes_) if ids.dtype == object else ids, "utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{dataset.file.filename}: `{dataset.name.strip('/')}` is not UTF-8: "
-                         f"{error.object!r}") from None
+        raise InputError(f"{path}: `{name}` is not UTF-8: {error.object!r}") from None
+    if len(empty := np.flatnonzero(ids == "")):
+        raise InputError(f"{path}: `{name}` has an empty id, row {empty[0]}")
+    return ids
+
+
+def read_attrs(thing: h5py.File | h5py.Dataset, path: str | Path) -> dict[str, Any]:
+    """Attributes of a file or dataset; text is str, however it is stored. Raises InputError: broken."""
+    with reading(path):
+        return {name: value.decode() if isinstance(value, bytes) else value for name, value in thing.attrs.items()}
 
 
 class BlockRows:
@@ -161,14 +207,14 @@ class Rows(BlockRows):
     def __init__(self, name: str, dataset: h5py.Dataset, ids: np.ndarray, rows: np.ndarray | None = None) -> None:
         self.name, self.dataset, self.ids, self.rows = name, dataset, ids, rows
         self.path, self.deviation = dataset.file.filename, 0.0
-        self.checkpoint = dataset.attrs.get("checkpoint_sha256")
+        self.checkpoint = read_attrs(dataset, self.path).get("checkpoint_sha256")
         self.check()
         self.shape = (len(ids), dataset.shape[1])
 
     def check(self) -> None:
         """Raise InputError for a wrong shape or type, a wrong number of ids, duplicate ids, no rows."""
         data, where = self.dataset, f"{self.path}: `{self.name}`"
-        if data.ndim != 2 or data.dtype.kind != "f":
+        if data.ndim != 2 or data.dtype.kind != "f" or not data.shape[1]:
             raise InputError(f"{where} should be a matrix of floats, is {data.dtype} of shape {data.shape}")
         if self.rows is None and len(self.ids) != len(data):
             raise InputError(f"{where} of shape {data.shape} with {len(self.ids)} ids")
@@ -182,12 +228,14 @@ class Rows(BlockRows):
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows start..stop as float32 [n, dim]. Raises InputError naming the ids of rows with NaN or infinity."""
         stop = len(self) if stop is None else min(stop, len(self))
-        if self.rows is None:
-            block = self.dataset[start:stop]
-        else:
-            rows = self.rows[start:stop]
-            block = self.dataset[rows[0]:rows[-1] + 1][rows - rows[0]]
-        block = block.astype(np.float32, copy=False)
+        with reading(self.path, self.name):
+            if self.rows is None:
+                block = self.dataset[start:stop]
+            else:
+                rows = self.rows[start:stop]
+                block = self.dataset[rows[0]:rows[-1] + 1][rows - rows[0]]
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, and is told as that
+            block = block.astype(np.float32, copy=False)
         check_finite(self.path, self.name, block, self.ids[start:stop])
         norms = np.sqrt(np.einsum("ij,ij->i", block, block))
         self.deviation = max(self.deviation, float(np.abs(norms - 1).max(initial=0)))
@@ -214,7 +262,7 @@ class Descriptors:
     def __init__(self, path: str | Path) -> None:
         self.path, self.file = path, open_h5(path)
         try:
-            self.attrs = dict(self.file.attrs)
+            self.attrs = read_attrs(self.file, path)
             self.groups = self.find_groups()
             check_dims(path, {name: rows.shape for name, rows in self.groups.items()})
         except BaseException:
@@ -223,33 +271,45 @@ class Descriptors:
 
     def find_groups(self) -> dict[str, Rows]:
         """name -> Rows, in either form. Raises InputError: none of the known keys, ids missing or wrong in number."""
-        file, groups = self.file, {}
-        if "vectors" in file and "image_names" in file:
-            names = read_ids(file["image_names"])
-            if len(names) != len(file["vectors"]):
-                raise InputError(f"{self.path}: `vectors` of shape {file['vectors'].shape} with {len(names)} names")
+        file, path, groups = self.file, self.path, {}
+        with reading(path):
+            keys = set(file)
+        if {"vectors", "image_names"} <= keys:
+            names, vectors = read_ids(file, path, "image_names"), open_dataset(file, path, "vectors")
+            if vectors.shape[:1] != names.shape:
+                raise InputError(f"{path}: `vectors` of shape {vectors.shape} with {len(names)} names")
             letters = names.astype("U1")
             for name in GROUPS:
                 rows = np.flatnonzero(letters == name[0].upper())
                 if len(rows):
-                    groups[name] = Rows(name, file["vectors"], names[rows], rows)
+                    groups[name] = Rows(name, vectors, names[rows], rows)
             return groups
-        found = [name for name in GROUPS if name in file]
+        found = [name for name in GROUPS if name in keys]
         if not found:
-            raise InputError(f"{self.path}: holds none of {', '.join(GROUPS)}")
+            raise InputError(f"{path}: holds none of {', '.join(GROUPS)}")
         for name in found:
-            if f"{name}_ids" not in file:
-                raise InputError(f"{self.path}: `{name}_ids` is missing")
-        return {name: Rows(name, file[name], read_ids(file[f"{name}_ids"])) for name in found}
+            if f"{name}_ids" not in keys:
+                raise InputError(f"{path}: `{name}_ids` is missing")
+        return {name: Rows(name, open_dataset(file, path, name), read_ids(file, path, f"{name}_ids")) for name in found}
 
     def __getitem__(self, name: str) -> Rows:
         if name not in self.groups:
             raise InputError(f"{self.path}: `{name}` is missing, it holds {', '.join(self.groups) or 'no rows'}")
         return self.groups[name]
 
+    def steps(self) -> list[str]:
+        """The steps of post-processing that made it. Raises InputError: attribute `steps` is no list of words."""
+        try:
+            steps = json.loads(self.attrs.get("steps", "[]"))
+            if isinstance(steps, list) and all(isinstance(step, str) for step in steps):
+                return steps
+        except (ValueError, TypeError):
+            pass
+        raise InputError(f"{self.path}: attribute `steps` cannot be read")
+
     def check_checkpoint(self) -> None:
         """Raise InputError if the groups come from more than one checkpoint: their distances would mean nothing."""
-        made_by = {name: rows.checkpoint for name, rows in self.groups.items() if rows.checkpoint is not None}
+        made_by = {name: str(rows.checkpoint) for name, rows in self.groups.items() if rows.checkpoint is not None}
         if len(set(made_by.values())) > 1:
             raise InputError(f"{self.path}: groups of different checkpoints: "
                              + ", ".join(f"`{name}` {sha[:12]}" for name, sha in made_by.items()))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from copydet.batches import collate_images, collate_views, make_loader
 from copydet.calibration import measure
 from copydet.checkpoints import FROM_CHECKPOINT, Source, find_source, load_net, take_source
-from copydet.common import ROOT, InputError, OutputFolder, WorkError, first_three, replacing, shown
+from copydet.common import ROOT, InputError, OutputFolder, WorkError, first_three, read_json, replacing, shown
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.distributed import Rank, gather_objects, pick_precision
 from copydet.images import BLANK, FOLDERS, Group, Odd, beside, list_group, not_read, read_skipped, write_skipped
@@ -96,7 +96,7 @@ def open_folder(folder, settings, resume):
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(settings))
         return
-    before = json.loads(file.read_text())
+    before = read_json(file)
     differ = [f"{name} {before.get(name)} -> {value}" for name, value in settings.items() if before.get(name) != value]
     if differ:
         raise InputError(f"--resume auto: {folder} holds an extraction with other settings ({'; '.join(differ[:3])}); "

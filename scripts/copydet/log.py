@@ -15,8 +15,8 @@ class Log:
 
     def __init__(self, folder: Path, start: int) -> None:
         self.file = folder / "log.csv"
-        lines = self.file.read_text().splitlines()[1:] if start and self.file.is_file() else []
-        rows = [row for row in csv.reader(lines) if len(row) == 6 and int(row[1]) <= start]
+        lines = self.file.read_text(errors="replace").splitlines()[1:] if start and self.file.is_file() else []
+        rows = [row for row in csv.reader(lines) if len(row) == 6 and row[1].isdecimal() and int(row[1]) <= start]
         with replacing(self.file) as temporary, open(temporary, "w", newline="") as out:
             csv.writer(out).writerows([self.COLUMNS, *rows])
         self.board = SummaryWriter(folder, purge_step=start + 1)

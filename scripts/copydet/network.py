@@ -324,6 +324,9 @@ def build_backbone(args: Args, pretrained: bool | dict, stages: tuple[int, ...] 
     config = shape_only(args.arch).pretrained_cfg
     if config.get("fixed_input_size"):
         kwargs["img_size"] = args.input_size
+        if args.mode == "train" and args.eval_input_size not in (None, args.input_size):
+            raise InputError(f"--eval-input-size {args.eval_input_size}: {args.arch} takes images of one size only, "
+                             f"--input-size {args.input_size}")
         if min(parse_crops(args.eval_crops)) < 1:
             raise InputError(f"--eval-crops {args.eval_crops}: {args.arch} takes images of one size only")
     if isinstance(pretrained, dict):

@@ -16,12 +16,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from copydet.common import ROOT, InputError, tell
+from copydet.common import ROOT, InputError, check_file, tell
 
 
 def recipe_words(file: str | Path) -> list[str]:
-    """Words of a recipe, exp/NAME.args: flags, any number per line, # starts a comment."""
-    return shlex.split(Path(file).read_text(encoding="utf-8-sig"), comments=True)
+    """Words of a recipe, exp/NAME.args: flags, any number per line, # starts a comment. Raises InputError: no such
+    file, unreadable, not UTF-8, a quote that does not end."""
+    check_file(file)
+    try:
+        return shlex.split(Path(file).read_text(encoding="utf-8-sig"), comments=True)
+    except ValueError as error:
+        raise InputError(f"{file} is no recipe: {error}") from None
 
 
 def split_settings(text: str) -> tuple[str, dict[str, str]]:
@@ -38,14 +43,21 @@ def split_settings(text: str) -> tuple[str, dict[str, str]]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reads recipes, @FILE, takes -6e-1 for a number, and tells a wrong flag in one line."""
+    """argparse that takes -6e-1 for a number, tells a wrong flag in one line, and reads recipes, @FILE, if told to."""
+    reads_recipes = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")
 
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line.removeprefix("\ufeff"), comments=True)
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        try:
+            if self.reads_recipes:
+                words = [flag for word in words for flag in (recipe_words(word[1:]) if word[:1] == "@" else [word])]
+        except InputError as error:
+            self.error(str(error))
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         tell(message)
@@ -280,8 +292,8 @@ class Args(argparse.Namespace):
 
 def build_parser(description: str | None = None) -> Parser:
     """Parser of train.py's command line: FLAGS, DIR and recipes, none of it checked yet."""
-    p = Parser(fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-               description=description)
+    p = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, description=description)
+    p.reads_recipes = True
     p.add_argument("dir", metavar="DIR", nargs="?", help="train: folder of images, nested or not (default: "
                    "input/training_images); extract: folder that holds query_images, reference_images, training_images "
                    "(default: input)")
@@ -339,8 +351,8 @@ def check_args(args: Args) -> Args:
         args = args.replace(weight=None)
     for flag in ("weight", "backbone_weights", "resume", "pairs"):
         file = getattr(args, flag)
-        if file and file != "auto" and not Path(file).is_file():
-            raise InputError(f"--{flag.replace('_', '-')}: no such file: {file}")
+        if file and file != "auto":
+            check_file(file, f"--{flag.replace('_', '-')}")
     if not args.target_set or set(args.target_set) - set(LETTERS):
         raise InputError(f"--target-set must be letters out of q, r, t, not '{args.target_set}'")
     if args.exp is None:

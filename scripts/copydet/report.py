@@ -1,12 +1,14 @@
 """What eval_metrics.py draws: an HTML report with curves, misses and errors, and a picture of some queries."""
 import base64
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from copydet.common import OutputFolder, is_page, replacing, shown
 from copydet.images import UnreadableImage, id_of, list_images, open_thumbnail
+from copydet.metrics import composed
 
 FIGURES = ("precision_recall", "scores", "recall")
 FILES = ("index.html", *(f"{name}.png" for name in FIGURES))
@@ -24,10 +26,10 @@ class Thumbnails:
             return None
         root = self.folder / f"{kind}_images"
         file = root / f"{name}.jpg"
-        if not file.is_file():  # nested, or of another kind: list the folder once
+        if not os.path.isfile(file):  # nested, or of another kind: list the folder once
             if kind not in self.listed:
-                self.listed[kind] = {id_of(path): root / path for path in list_images(root)[0]}
-            file = self.listed[kind].get(name)
+                self.listed[kind] = {composed(id_of(path)): root / path for path in list_images(root)[0]}
+            file = self.listed[kind].get(composed(name))
         if file is None:
             return None
         try:
