@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from copydet.images import UNREADABLE, open_image
+from copydet.images import UnreadableImage, open_image
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_PACKAGE = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "scripts", "tests"))}
@@ -80,7 +80,7 @@ def fake_describe(self, files, calibrate):
     def describe(file):
         try:
             return np.asarray(open_image(file).resize((4, 4)), np.float32).ravel() / 1000, None
-        except UNREADABLE as error:
-            return None, f"{type(error).__name__}: {error}"
+        except UnreadableImage as error:
+            return None, error.reason
 
     return [describe(file) for file in files], {}
