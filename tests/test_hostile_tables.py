@@ -361,7 +361,7 @@ def test_pairs_of_names_with_commas_are_read_again(here, told):
     ("PQ3", "--factory PQ3 with 4 training rows of 8 dimensions")])
 def test_a_factory_that_cannot_work_is_refused_at_once(here, told, factory, message):
     assert message in told(index, "build", "--index", "i", "--factory", factory, "a.h5")[1]
-    assert not os.listdir("i")
+    assert not os.path.exists("i")
     told(index, "build", "--index", "i", "--factory", "HNSW4", "a.h5", code=0)
 
 
@@ -425,7 +425,7 @@ def test_a_shard_is_added_to_nothing_but_its_own_index(here, told, spoil, messag
     for command in ("add", "build"):
         flags = ["--factory", "HNSW4"] if command == "build" else []
         assert message in told(index, command, "--index", "i", *flags, "b.h5")[1]
-    assert sorted(os.listdir("i")) == sorted({"index.json", "shard-0000.faiss", "trained.faiss"} & set(os.listdir("i")))
+    assert set(os.listdir("i")) <= {"index.json", "shard-0000.faiss", "trained.faiss", ".written.txt"}
 
 
 def test_a_build_that_was_killed_before_its_first_shard_goes_on(here, told, monkeypatch):

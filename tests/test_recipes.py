@@ -265,12 +265,13 @@ def views_of(name, data, *flags):
 def applied(name, data, monkeypatch, epochs=20, number=1):
     """Operations that were applied to each view `number`: a list of lists of names."""
     dataset, seen = views_of(name, data), []
-    for op in OPS:
-        monkeypatch.setitem(OPS, op, lambda img, rng, v, *parameters, op=op: seen[-1].append(op) or img)
-    for epoch in range(epochs):
-        for i in range(len(dataset)):
-            seen.append([])
-            dataset.view(dataset.open(i)[0], epoch, i, number)
+    with monkeypatch.context() as patched:
+        for op in OPS:
+            patched.setitem(OPS, op, lambda img, rng, v, *parameters, op=op: seen[-1].append(op) or img)
+        for epoch in range(epochs):
+            for i in range(len(dataset)):
+                seen.append([])
+                dataset.view(dataset.open(i)[0], epoch, i, number)
     return seen
 
 
