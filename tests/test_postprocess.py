@@ -330,5 +330,5 @@ def test_stale_partial_work_is_not_used(tmp_path):
 
 def test_parse_step_fills_in_defaults():
     assert postprocess.parse_step("dba:alpha=2") == ("dba", {"k": 10, "alpha": 2.0})
-    with pytest.raises(InputError, match="k should be int"):
+    with pytest.raises(InputError, match="'k' is not key=value"):
         postprocess.parse_step("dba:k")

@@ -383,7 +383,7 @@ def test_resume_with_another_network_lists_keys(images, exp):
     file = Path(exp) / "train" / "checkpoint_0000.pth.tar"
     done = run("train.py", *TINY, "--exp", exp, "-a", "test_resnet", "--resume", file, images, code=2)
     assert "does not fit this network" in done.stderr and "backbone." in done.stderr
-    done = run("train.py", *TINY, "--exp", exp, "--dim", 64, "--weight", file, images, code=2)
+    done = run("train.py", *TINY, "--exp", f"{exp}2", "--dim", 64, "--weight", file, images, code=2)
     assert "--dim differs?" in done.stderr and "[256" in done.stderr and "[64" in done.stderr
     done = run("train.py", *TINY, "--exp", exp, "--epochs", 2, "--memory-size", 40, "--resume", file, images)
     assert "memory starts empty" in done.stdout
@@ -405,13 +405,13 @@ def test_published_form_loads_and_code_is_refused(images, exp, tmp_path):
     assert torch.equal(checkpoint(exp, "checkpoint_0000")["state_dict"]["fc.weight"], net.fc.weight)
     for name, content in (("evil.pth", {**legacy, "args": Evil()}), ("odd.pth", {**legacy, "x": Path("a")})):
         torch.save(content, tmp_path / name)
-        done = run("train.py", *TINY, "--exp", exp, "--weight", tmp_path / name, images, code=2)
+        done = run("train.py", *TINY, "--exp", f"{exp}2", "--weight", tmp_path / name, images, code=2)
         assert "was not loaded: it could run code" in done.stderr
     assert not Path("/tmp/pwned-by-checkpoint").exists()
     (tmp_path / "text.pth").write_text("not a checkpoint")
     (tmp_path / "list.pth").write_bytes(pickle.dumps([1, 2]))
     for name in ("text.pth", "list.pth"):
-        assert "checkpoint" in run("train.py", *TINY, "--exp", exp, "--weight", tmp_path / name, images, code=2).stderr
+        assert "checkpoint" in run("train.py", *TINY, "--exp", f"{exp}2", "--weight", tmp_path / name, images, code=2).stderr
 
 
 def test_epochs_follow_each_other_in_one_loader_that_draws_nothing(images, tmp_path, monkeypatch):

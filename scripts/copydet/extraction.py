@@ -266,7 +266,7 @@ def write_results(args: Args, job: Job, groups: dict, noted: Odd, calibration: d
             backup = h5.with_name(f"{h5.stem}.{tag}.h5")
     if "reference" in keep:  # it was measured on them
         calibration = measured
-    others = {"checkpoint": shown(job.source.file or args.backbone_weights), "versions": versions()}
+    others = {"checkpoint": shown(job.source.file or args.backbone_weights or "random weights"), "versions": versions()}
     others |= {"calibration": calibration} if calibration else {}
     new = h5.with_name(f".{h5.stem}.new.h5") if backup else h5  # the earlier file is renamed once this one is whole
     write_descriptors(new, groups, settings | others, keep=keep)
