@@ -164,7 +164,7 @@ def try_out(*flags):
     (["-a", "dla46_c", "--input-size", 64, "--eval-input-size", 100], "images of 100 px"),
     (["-a", "dla46_c", "--input-size", 224, "--eval-crops", "1,0.5"], "images of 224 px"),
     (["-a", "test_vit3", "--input-size", 160, "--eval-input-size", 224], "images of one size only"),
-    (["-a", "test_vit3", "--input-size", 160, "--eval-crops", "1,0.5"], "images of 224 px"),
+    (["-a", "test_vit3", "--input-size", 160, "--eval-crops", "1,0.5"], "images of one size only"),
     (["-a", "test_vit3", "--input-size", 8], "images of 8 px")])
 def test_sizes_that_a_network_does_not_take(flags, words):
     with pytest.raises(InputError) as error:

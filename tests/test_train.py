@@ -411,7 +411,8 @@ def test_published_form_loads_and_code_is_refused(images, exp, tmp_path):
     (tmp_path / "text.pth").write_text("not a checkpoint")
     (tmp_path / "list.pth").write_bytes(pickle.dumps([1, 2]))
     for name in ("text.pth", "list.pth"):
-        assert "checkpoint" in run("train.py", *TINY, "--exp", f"{exp}2", "--weight", tmp_path / name, images, code=2).stderr
+        done = run("train.py", *TINY, "--exp", f"{exp}2", "--weight", tmp_path / name, images, code=2)
+        assert "checkpoint" in done.stderr
 
 
 def test_epochs_follow_each_other_in_one_loader_that_draws_nothing(images, tmp_path, monkeypatch):
