@@ -2,7 +2,7 @@
 
 The figures come from two steps of training with a tiny network. Draws are compared exactly, pixels, weights and losses
 to what other processors, threads and decoders change. Where a change is meant, store the figures anew:
-    PYTHONPATH=. python tests/test_unchanged.py
+    PYTHONPATH=.:scripts python tests/test_unchanged.py
 """
 import base64
 import csv
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import train
-from helpers import ROOT, draw_photos
+from helpers import ROOT, draw_images
 from PIL import Image
 
 FILE = Path(__file__).with_name("unchanged.json")
@@ -54,11 +54,11 @@ def draw_data(root):
     """A folder like input/: eight training photos of many shapes and kinds, four pairs of such, small negatives."""
     for seed, (folder, count) in enumerate((("training_images", 8), ("query_images", 4), ("reference_images", 4))):
         for side, (width, height, mode, ending) in list(KINDS.items())[:count]:
-            file = draw_photos(root / folder, 1, side, side + seed, "square.png") / "square.png"
+            file = draw_images(root / folder, 1, side, side + seed, "square.png") / "square.png"
             img = Image.open(file).crop((0, 0, width, height)).convert(mode)
             img.save(root / folder / f"{folder[0].upper()}{side}.{ending}", quality=95)
             file.unlink()
-    draw_photos(root / "reference_images", 92, 48, 2, "N{:04d}.png")  # none of 96 comes twice in a batch
+    draw_images(root / "reference_images", 92, 48, 2, "N{:04d}.png")  # none of 96 comes twice in a batch
     (root / "public_ground_truth.csv").write_text("query_id,reference_id\n" + "".join(
         f"Q{side},R{side}\n" for side in list(KINDS)[:4]))
     return root
