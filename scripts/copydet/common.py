@@ -53,9 +53,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, renamed to `path` at the end, removed if anything fails on the way. Where
     `path` is a link, it is the file behind it. Raises InputError where it is a device, or another thing but a file;
     OSError that names `path` where nothing can be written."""
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is there already, and is not a file")
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.touch()  # so that all libraries fail alike
@@ -112,11 +112,11 @@ def read_json(path: str | Path) -> Any:
 
 def check_output(flag: str, file: str | Path, inputs: Iterable[str | Path] = ()) -> None:
     """Raise InputError, naming `flag`, where the output `file` cannot be written or would replace one of the inputs."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise InputError(f"{flag} {file}: is there already, and is not a file")
     path = Path(os.path.realpath(file))
     if not path.parent.is_dir():
         raise InputError(f"{flag} {file}: no such folder: {Path(file).parent}")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{flag} {file}: is there already, and is not a file")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise InputError(f"{flag} {file}: nothing can be written in {path.parent}")
     if any(path.exists() and os.path.exists(other) and path.samefile(other) for other in inputs):
@@ -190,8 +190,11 @@ class OutputFolder:
         self.made: list[Path] = []
         if os.path.lexists(path) and not self.path.is_dir():
             raise InputError(f"{flag} {path}: is there already, and is not a folder")
-        if not (parents or self.path.resolve().parent.is_dir()):
-            raise InputError(f"{flag} {path}: no such folder: {self.path.parent}")
+        above = self.path.resolve().parent
+        while parents and not above.exists():
+            above = above.parent
+        if not above.is_dir():
+            raise InputError(f"{flag} {path}: no such folder: {above if parents else self.path.parent}")
         others = self.others(besides)  # before the manifest, which another run may be about to write
         if others and not (self.path / MANIFEST).is_file() and not list(older(self.path)):
             raise InputError(f"{flag} {path}: holds what is not of this program ({first_three(others)}); give a new or "
@@ -220,9 +223,9 @@ class OutputFolder:
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
-        if self.made and not self.shared and os.listdir(self.path) == [MANIFEST]:
-            (self.path / MANIFEST).unlink()
-            with contextlib.suppress(OSError):  # somebody else's file came in the meantime
+        with contextlib.suppress(OSError):  # another file came in the meantime, or the folder went
+            if self.made and not self.shared and os.listdir(self.path) == [MANIFEST]:
+                (self.path / MANIFEST).unlink()
                 for folder in self.made:
                     folder.rmdir()
 

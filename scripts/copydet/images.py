@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from copydet.common import InputError, first_three, replacing, shown
+from copydet.common import LEFT_BY_SYSTEMS, InputError, first_three, replacing, shown
 from copydet.options import Args
 
 try:
@@ -33,9 +33,9 @@ except ImportError:  # Pillow decodes everything, JPEGs in about 1.4 times the t
 FORMATS = {  # what is opened, by Pillow's name -> endings of its files; none of these starts another program
     "JPEG": ".jpg .jpeg .jpe .jfif .jif .mpo", "PNG": ".png .apng", "WEBP": ".webp", "BMP": ".bmp .dib",
     "TIFF": ".tif .tiff", "GIF": ".gif", "AVIF": ".avif .avifs", "JPEG2000": ".jp2 .j2k .j2c .jpc .jpf .jpx",
-    "PPM": ".ppm .pgm .pbm .pnm", "PSD": ".psd"}
-OTHERS = """.heic .heif .hif .jxl .svg .svgz .eps .psb .xcf .ico .icns .cur .tga .pcx .dds .exr .hdr .qoi .sgi .pfm .wmf
-    .emf .jxr .wdp .bpg .flif .djvu .fits .dcm .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .srw
+    "PPM": ".ppm .pgm .pbm .pnm .pfm", "PSD": ".psd"}
+OTHERS = """.heic .heif .hif .jxl .svg .svgz .eps .psb .xcf .ico .icns .cur .tga .pcx .dds .exr .hdr .qoi .sgi .wmf .emf
+    .jxr .wdp .bpg .flif .djvu .fits .dcm .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .srw
     .x3f .3fr .iiq .erf .kdc .mrw"""  # images that are told, not opened
 OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # what not every Pillow has, by its name for it
 KNOWN = {**features.modules, **features.codecs}
@@ -70,8 +70,8 @@ def id_of(path: str | Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Listing
 
-SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "@recycle", "@recently-snapshot", "#recycle",
-          "#snapshot", "$recycle.bin", "recycler", "system volume information", "lost+found", "__macosx"}
+SYSTEM = {*map(str.lower, LEFT_BY_SYSTEMS), "ehthumbs.db", "@eadir", "@recycle", "@recently-snapshot", "#recycle",
+          "#snapshot", "$recycle.bin", "recycler", "system volume information", "__macosx"}
 IMAGE = "image"
 
 
