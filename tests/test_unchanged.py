@@ -179,7 +179,7 @@ def test_other_draws_weights_and_losses_are_seen(data, tmp_path, monkeypatch):
     """What is compared tells recipes apart that differ in a little."""
     of = lambda name, other: differences(STORED["recipes"][name], STORED["recipes"][other])
     assert of("v9", "v8") == ["draws", "views", "loss", "weights"] and of("v16", "v10") == ["state", "loss", "weights"]
-    assert "loss" in of("v15", "v10") and of("v28", "v27") == ["lr"] and not of("v34", "v31")
+    assert "loss" in of("v15", "v10") and not of("v34", "v31")
     monkeypatch.setattr(sys.modules[__name__], "words_of", lambda *args, words=words_of: [*words(*args), "--seed", "2"])
     now = measure("v31", data, tmp_path / "v31", monkeypatch)
     assert {"draws", "views", "loss", "weights"} <= set(differences(now, STORED["recipes"]["v31"]))
