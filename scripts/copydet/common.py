@@ -112,13 +112,15 @@ def read_json(path: str | Path) -> Any:
 
 def check_output(flag: str, file: str | Path, inputs: Iterable[str | Path] = ()) -> None:
     """Raise InputError, naming `flag`, where the output `file` cannot be written or would replace one of the inputs."""
+    if os.path.isdir(file):
+        raise InputError(f"{flag} {file}: is a folder")
     if os.path.exists(file) and not os.path.isfile(file):
         raise InputError(f"{flag} {file}: is there already, and is not a file")
     path = Path(os.path.realpath(file))
     if not path.parent.is_dir():
         raise InputError(f"{flag} {file}: no such folder: {Path(file).parent}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {file}: nothing can be written in {path.parent}")
+        raise InputError(f"{flag} {file}: nothing can be written in {Path(file).parent}")
     if any(path.exists() and os.path.exists(other) and path.samefile(other) for other in inputs):
         raise InputError(f"{flag} {file} is an input")
 
@@ -211,7 +213,10 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        make_folder(self.path)
+        try:
+            make_folder(self.path)
+        except InputError as error:
+            raise InputError(f"{self.flag}: {error}") from None
         try:
             if not self.shared:
                 self.stack.enter_context(locked(self.path / ".lock", f"{self.flag} {self.path}", self.wait))
