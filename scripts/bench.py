@@ -16,6 +16,7 @@ decoding alone, whichever is longer (extract); os.walk (start); one faiss search
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -143,15 +144,10 @@ def bench_views(bench):
     random.seed(0), torch.manual_seed(0)
     slow, fast = len(data) / in_turns(bench.repeats, plain, ours)
     yield f"{bench.recipe} pairs of views, {data.size} px", fast, "pairs/s", slow
-    spent = {}
-    watch(augmentations.OPS, spent, list(augmentations.OPS))
-    for module in (augmentations, views):
-        watch(vars(module), spent, ["resize"])
-    pixels = ImageFile.pixels
-    ImageFile.pixels = functools.cached_property(timing(pixels.func, spent, "decode"))
-    ImageFile.pixels.__set_name__(ImageFile, "pixels")
-    total = timed(ours)
-    ImageFile.pixels = pixels
+    spent: dict[str, float] = {}
+    with watched(ImageFile, spent, {"pixels": "decode"}), watched(augmentations, spent, {"resize": "resize"}), \
+            watched(views, spent, {"resize": "resize"}), watched_entries(augmentations.OPS, spent):
+        total = timed(ours)
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         if seconds > 0.005 * total:
             yield f"  of which {name}", 100 * seconds / total, "%", None
@@ -166,9 +162,33 @@ def timing(function, spent, name):
     return wrapped
 
 
-def watch(table, spent, names):
-    for name in names:
-        table[name] = timing(table[name], spent, name)
+@contextlib.contextmanager
+def watched(owner, spent, names):
+    """Meanwhile the functions `names`, or a cached property, of a module or class add their time to `spent`."""
+    before = {name: vars(owner)[name] for name in names}
+    for name, what in names.items():
+        if isinstance(before[name], functools.cached_property):
+            slow = functools.cached_property(timing(before[name].func, spent, what))
+            slow.__set_name__(owner, name)
+            setattr(owner, name, slow)
+        else:
+            setattr(owner, name, timing(before[name], spent, what))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(owner, name, function)
+
+
+@contextlib.contextmanager
+def watched_entries(table, spent):
+    """The same of all entries of a table."""
+    before = dict(table)
+    table.update({name: timing(function, spent, name) for name, function in before.items()})
+    try:
+        yield
+    finally:
+        table.update(before)
 
 
 def bench_decode(bench):
