@@ -43,6 +43,7 @@ from copydet.options import Args, parse_args
 
 if __name__ == "__main__":
     ARGS = parse_args(description=__doc__)  # before the imports that take seconds: --help, wrong flags
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's idle threads leave cores to the loading processes
 
 import numpy as np
 import pytorch_metric_learning as pml

@@ -35,7 +35,6 @@ class Rank:
 def launch(work: Callable, args: Args, *rest: Any) -> None:
     """Run work(args, *rest, rank) here, in --nproc new processes, or in torchrun's. A new process that fails ends this
     one with its exit code. Raises InputError: more processes than GPUs, a --batch-size that they cannot share."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave their cores to the loading processes
     if "TORCHELASTIC_RUN_ID" in os.environ:
         place = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
         return run_rank(work, args, rest, "env://", *place)
