@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from copydet.views import Preprocessing, Views, WholeImages, parse_ops
 
 IMAGES_PER_BLOCK = 4096
 
+Block: TypeAlias = "list[range]"  # ranges of image indices, one per batch
+Noted: TypeAlias = "list[tuple[int, str]]"  # image indices, and why they are unreadable or that they are BLANK
+
 
 class Blocks:
     """Blocks of `count` images in `folder`, a file each.
@@ -49,30 +53,29 @@ class Blocks:
         self.blocks = [batches[i:i + size] for i in range(0, len(batches), size)]
         self.todo = [block for block in self.blocks[rank.rank::rank.world_size] if not self.file(block).is_file()]
 
-    def file(self, block):
+    def file(self, block: Block) -> Path:
         return self.folder / f"{self.name}.{block[0].start}-{block[-1].stop}.npz"
 
-    def write(self, block, rows, indices, bad):
+    def write(self, block: Block, rows: np.ndarray, indices: np.ndarray, bad: Noted) -> None:
         """Finish a block: rows [n, dim], their images' indices [n], [(index, reason)] of unreadable and blank ones."""
         with replacing(self.file(block)) as temporary, open(temporary, "wb") as out:
             np.savez(out, rows=rows, indices=indices, bad=json.dumps(bad))
 
-    def read(self, block):
+    def read(self, block: Block) -> tuple[np.ndarray, np.ndarray, Noted]:
         try:
             with np.load(self.file(block)) as file:
                 return file["rows"], file["indices"], [tuple(entry) for entry in json.loads(str(file["bad"]))]
         except (OSError, ValueError, zipfile.BadZipFile):
             raise InputError(f"{self.file(block)} cannot be read; delete it and go on with --resume auto") from None
 
-    def collect(self):
+    def collect(self) -> tuple[np.ndarray, np.ndarray, Noted]:
         """All finished rows [n, dim] as a memory map, their images' indices [n], [(index, reason)] of unreadable and
         blank ones."""
-        rows, indices, bad, done = None, [], [], 0
+        indices, bad, done = [], [], 0
+        rows = np.lib.format.open_memmap(self.folder / f"{self.name}.npy", "w+", np.float32,
+                                         (self.blocks[-1][-1].stop, self.read(self.blocks[0])[0].shape[1]))
         for block in self.blocks:
             part, some, unreadable = self.read(block)
-            if rows is None:
-                rows = np.lib.format.open_memmap(self.folder / f"{self.name}.npy", "w+", np.float32,
-                                                 (self.blocks[-1][-1].stop, part.shape[1]))
             rows[done:done + len(some)] = part
             done += len(some)
             indices.append(some)
@@ -80,7 +83,7 @@ class Blocks:
         return rows[:done], np.concatenate(indices), bad
 
 
-def open_folder(folder, settings, resume):
+def open_folder(folder: Path, settings: dict, resume: bool) -> None:
     """Make the folder of blocks, or take up the one that is there if `resume`. Call it in one process, of a run that
     no other can share the folder with.
 
@@ -187,7 +190,8 @@ def extract(args: Args, job: Job, rank: Rank) -> None:
     quiet_timm()
     net = load_net(args, job.source)
     preprocessing = Preprocessing.of(args, net)
-    net = net.folded(args.input_size).to(rank.device, memory_format=memory_format(net))
+    layout = memory_format(net)
+    net = net.folded(args.input_size).to(rank.device).to(memory_format=layout)
     net.amp_dtype = pick_precision(args, rank.device)
     print(f"=> network   {job.source.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
           f"{args.gem_eval_p:g}, from {job.source.file or args.backbone_weights or 'random weights'}")
@@ -207,7 +211,8 @@ def extract(args: Args, job: Job, rank: Rank) -> None:
         groups, noted = collect_groups(args, job, blocks)
         calibration = job.source.calibration
         if "reference" in groups:
-            calibration = calibrate(args, net, preprocessing, *groups["reference"], job.groups["reference"], noted,
+            rows, ids = groups["reference"]
+            calibration = calibrate(args, net, preprocessing, rows, ids, job.groups["reference"], noted,
                                     rank) or calibration
         write_results(args, job, groups, noted, calibration)
         shutil.rmtree(folder)
@@ -308,7 +313,7 @@ def versions() -> dict[str, str]:
 # In other programs
 
 
-def load_descriptor(weight: str | Path, device: str = "cpu", **settings) -> Callable[[Sequence], np.ndarray]:
+def load_descriptor(weight: str | Path, device: str = "cpu", **settings: object) -> Callable[[Sequence], np.ndarray]:
     """A checkpoint, or an exported .safetensors, as a function: images -> float32 [n, dim], rows of unit length.
 
         from copydet import load_descriptor
@@ -330,7 +335,7 @@ def load_descriptor(weight: str | Path, device: str = "cpu", **settings) -> Call
     net = net.folded(args.input_size).to(device)
 
     @torch.inference_mode()
-    def descriptor(images):
+    def descriptor(images: Sequence) -> np.ndarray:
         return net(preprocessing.prepare(images).to(device)).cpu().numpy()
 
     return descriptor

@@ -1,32 +1,53 @@
 """What eval_metrics.py draws: an HTML report with curves, misses and errors, and a picture of some queries."""
+from __future__ import annotations
+
 import base64
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
 from copydet.common import OutputFolder, is_page, replacing, shown
 from copydet.images import UnreadableImage, id_of, list_images, open_thumbnail
 from copydet.metrics import composed
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from PIL.Image import Image
 
 FIGURES = ("precision_recall", "scores", "recall")
 FILES = ("index.html", *(f"{name}.png" for name in FIGURES))
 
 
+class Evaluation(Protocol):
+    """What is drawn: `path` of the scored file; DataFrames with the columns query_id and reference_id: `positives`;
+    `missed`, those that are no candidates, with score; `pairs`, the candidates, best first, with score and is_true."""
+    path: str
+    positives: pd.DataFrame
+    missed: pd.DataFrame
+    pairs: pd.DataFrame
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class Thumbnails:
     """Images by id below DIR/query_images and DIR/reference_images; none at all if the folder is None."""
 
-    def __init__(self, folder):
-        self.folder, self.listed = folder and Path(folder), {}
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = Path(folder) if folder else None
+        self.listed: dict[str, dict[str, Path]] = {}
 
-    def open(self, kind, name, size=224):
+    def open(self, kind: str, name: str, size: int = 224) -> Image | None:
         """RGB image of at most size x size pixels of id `name`, or None. `kind`: query or reference."""
         if self.folder is None:
             return None
         root = self.folder / f"{kind}_images"
-        file = root / f"{name}.jpg"
-        if not os.path.isfile(file):  # nested, or of another kind: list the folder once
+        file: Path | None = root / f"{name}.jpg"
+        if not os.path.isfile(root / f"{name}.jpg"):  # nested, or of another kind: list the folder once
             if kind not in self.listed:
                 self.listed[kind] = {composed(id_of(path)): root / path for path in list_images(root)[0]}
             file = self.listed[kind].get(composed(name))
@@ -38,7 +59,7 @@ class Thumbnails:
             return None
 
 
-def figure(draw, width=6.4):
+def figure(draw: Callable[[Axes], None], width: float = 6.4) -> bytes:
     """PNG bytes of a figure that `draw(axes)` fills."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width, 4), layout="constrained", dpi=120)
@@ -50,20 +71,20 @@ def figure(draw, width=6.4):
     return buffer.getvalue()
 
 
-def figures(evaluation, result):
+def figures(evaluation: Evaluation, result: dict) -> dict[str, tuple[str, bytes]]:
     """name -> (caption, PNG bytes): precision-recall curve, scores of top answers, recall by number of candidates."""
     pairs = evaluation.pairs
     precision, recall = evaluation.curve()
     top = pairs.drop_duplicates("query_id")
 
-    def curve(axes):
+    def curve(axes: Axes) -> None:
         axes.plot(recall, precision)
         axes.axhline(0.9, color="grey", linestyle=":")
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
 
-    def scores(axes):
+    def scores(axes: Axes) -> None:
         if len(top):
-            bins = np.linspace(top.score.min(), top.score.max() + 1e-9, 41)
+            bins = np.linspace(top.score.min(), top.score.max() + 1e-9, 41).tolist()
             axes.hist([top.score[top.is_true], top.score[~top.is_true]], bins, label=["true", "false"],
                       color=["tab:green", "tab:red"], histtype="stepfilled", alpha=0.6)
         if result["threshold_p90"] is not None:
@@ -71,7 +92,7 @@ def figures(evaluation, result):
         axes.set(xlabel="score of a query's top answer", ylabel="queries", yscale="symlog")
         axes.legend()
 
-    def found(axes):
+    def found(axes: Axes) -> None:
         axes.plot(np.arange(1, len(recall) + 1), recall)
         axes.set(xlabel="candidates, best first", ylabel="recall", xscale="log", ylim=(0, 1.02))
 
@@ -80,7 +101,7 @@ def figures(evaluation, result):
     return {name: (caption, figure(drawn)) for name, caption, drawn in zip(FIGURES, captions, (curve, scores, found))}
 
 
-def worst_misses(evaluation, n=20):
+def worst_misses(evaluation: Evaluation, n: int = 20) -> pd.DataFrame:
     """DataFrame query_id, reference_id, score of the positives with the lowest scores, unknown ones first."""
     known = evaluation.pairs[evaluation.pairs.is_true][["query_id", "reference_id", "score"]]
     missed = evaluation.missed.set_index(["query_id", "reference_id"]).score
@@ -88,7 +109,7 @@ def worst_misses(evaluation, n=20):
     return missed.sort_values(na_position="first").head(n).reset_index()
 
 
-def cards(evaluation, pairs, images, title):
+def cards(evaluation: Evaluation, pairs: pd.DataFrame, images: Thumbnails, title: str) -> list[dict]:
     """Dicts for the page: one for each pair, with the true references of its query and thumbnails."""
     truth = evaluation.positives.groupby("query_id").reference_id.agg(", ".join)
     top = evaluation.pairs.drop_duplicates("query_id").set_index("query_id")
@@ -108,7 +129,7 @@ def cards(evaluation, pairs, images, title):
     return result
 
 
-def data_uri(image):
+def data_uri(image: Image | bytes | None) -> str | None:
     """PIL image or PNG bytes -> data: URI; None stays None."""
     if image is None:
         return None
@@ -120,7 +141,7 @@ def data_uri(image):
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def number_table(result, prefix=""):
+def number_table(result: dict, prefix: str = "") -> list[tuple[str, object]]:
     """The output as [(label, text)], numbers rounded, nested entries prefixed."""
     rows = []
     for key, value in result.items():
@@ -173,7 +194,8 @@ def report_folder(path: str | Path) -> OutputFolder:
     return folder
 
 
-def write_report(report: OutputFolder, evaluation, result, images, edits) -> None:
+def write_report(report: OutputFolder, evaluation: Evaluation, result: dict, images: Thumbnails,
+                 edits: list[tuple]) -> None:
     """Write index.html, which needs no other file, and its figures as PNGs, to the folder of the report.
 
     `result`: the numbers, as eval_metrics.py prints them; `edits`: rows of metrics_per_edit.
@@ -198,7 +220,7 @@ def write_report(report: OutputFolder, evaluation, result, images, edits) -> Non
         temporary.write_text(page, encoding="utf-8")
 
 
-def choose_queries(evaluation, n=8):
+def choose_queries(evaluation: Evaluation, n: int = 8) -> list[str]:
     """Query ids: some right, some wrong (the most confident), some missed, evenly spread over each kind."""
     top = evaluation.pairs.drop_duplicates("query_id")
     right, wrong = top[top.is_true].query_id.to_numpy(), top[~top.is_true].query_id.to_numpy()
@@ -209,12 +231,12 @@ def choose_queries(evaluation, n=8):
     return chosen + rest[:n - len(chosen)]
 
 
-def spread(items, n):
+def spread(items: np.ndarray, n: int) -> list:
     """n of the items, evenly spaced; all of them if there are fewer."""
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, n).astype(int))] if len(items) else []
 
 
-def write_picture(file, evaluation, threshold, images):
+def write_picture(file: str | Path, evaluation: Evaluation, threshold: float | None, images: Thumbnails) -> None:
     """PNG: queries in rows, their true reference beside them, then the top three answers, framed green or red."""
     from matplotlib.figure import Figure
     queries = choose_queries(evaluation)
@@ -241,7 +263,7 @@ def write_picture(file, evaluation, threshold, images):
         fig.savefig(temporary, format="png")
 
 
-def show(ax, image, title, frame=None):
+def show(ax: Axes, image: Image | None, title: str, frame: str | None = None) -> None:
     """One cell of the picture."""
     ax.set_title(title, fontsize=8)
     if image is not None:
