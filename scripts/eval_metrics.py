@@ -32,6 +32,7 @@ from copydet.descriptors import Descriptors
 from copydet.metrics import (micro_ap, precision_recall, read_ground_truth, read_predictions, read_table, recall_at_p90,
                              respell, sort_candidates)
 from copydet.options import fraction, positive, size_in_bytes
+from copydet.regions import images_of
 from copydet.report import Thumbnails, report_folder, write_picture, write_report
 from copydet.search import PAIR, count_gpus, exact_distances, rows_of, search, search_topk, warn_if_collapsed
 
@@ -100,31 +101,34 @@ class Evaluation:
         with open_descriptors(path, args.allow_contaminated) as file:
             self.attrs |= shown_attrs(file)
             references = file["reference"]
-            query_ids, reference_ids = respell(path, (file["query"].ids, self.queries),
-                                               (references.ids, self.positives.reference_id))
-            known = np.isin(query_ids, self.queries)
+            row_ids, reference_ids = respell(path, (file["query"].ids, self.queries),
+                                             (references.ids, self.positives.reference_id))
+            known = np.isin(row_ids, self.queries)
             if not known.any():
-                raise InputError(f"{path}: no query of the ground truth is in it; queries are {first_three(query_ids)}")
-            queries, query_ids = file["query"].read()[known], query_ids[known]
+                raise InputError(f"{path}: no query of the ground truth is in it; queries are {first_three(row_ids)}")
+            queries, dropped = file["query"].read()[known], len(np.unique(row_ids[~known]))
+            query_ids, regions_of = images_of(row_ids[known])
+            image_of = None if file["query"].regions is None else regions_of
             warn_if_collapsed(path, queries, references)
             true = np.empty(len(self.positives), PAIR)
             true["query"] = rows_of(query_ids, self.positives.query_id.to_numpy(str))
             true["reference"] = rows_of(reference_ids, self.positives.reference_id.to_numpy(str))
             absent = true["reference"] < 0
-            self.counts = {"n_queries": len(queries), "n_references": len(references),
-                           "queries_dropped": int((~known).sum()), "queries_missing": len(self.queries) - len(queries),
+            self.counts = {"n_queries": len(query_ids), "n_references": len(references),
+                           "queries_dropped": dropped, "queries_missing": len(self.queries) - len(query_ids),
                            "references_missing": int(absent.sum())}
             there = (true["query"] >= 0) & ~absent
             true = true[there]
             keys = np.sort(true["query"] * np.int64(len(references)) + true["reference"])
-            self.rule, options = "global", (args.ngpu, args.memory, True)
+            self.rule, options = "global", (args.ngpu, args.memory, True, image_of)
             if args.topk:
                 self.rule = "topk"
                 found = search_topk(queries, references, min(args.topk, len(references)), keys, *options)
             else:
-                found = search(queries, references, 10 * len(queries), keys, *options)
+                found = search(queries, references, 10 * len(query_ids), keys, *options)
             self.missed = self.positives.assign(score=np.nan)
-            self.missed.loc[self.positives.index[there], "score"] = -exact_distances(queries, references, true)
+            distances = exact_distances(queries, references, true, image_of)
+            self.missed.loc[self.positives.index[there], "score"] = -distances
             return pd.DataFrame({"query_id": query_ids[found["query"]], "score": found["score"],
                                  "reference_id": reference_ids[found["reference"]]})
 

@@ -77,11 +77,13 @@ def merge(shards: list[Path], output: Path) -> None:
     check_output("-o", output, shards)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(Descriptors(path)) for path in shards]
-        attrs, groups = check_shards(files), {}
+        attrs, groups, regions = check_shards(files), {}, None
         for name in files[0].groups:
             parts = [file[name] for file in files]
             groups[name] = Concatenated(parts), np.concatenate([part.ids for part in parts])
-        write_descriptors(output, groups, attrs)
+            if parts[0].regions is not None:
+                regions = np.concatenate([part.regions for part in parts])
+        write_descriptors(output, groups, attrs, regions=regions)
     print(f"wrote {output}: " + ", ".join(f"{len(rows):,} {name}" for name, (rows, _) in groups.items()))
 
 

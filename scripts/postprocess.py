@@ -46,6 +46,7 @@ from tqdm import tqdm
 from copydet.common import InputError, check_file, check_output, first_three, locked, read_json, replacing, run_main
 from copydet.descriptors import BlockRows, Descriptors, Rows, write_descriptors
 from copydet.options import split_settings
+from copydet.regions import images_of
 from copydet.search import count_gpus, search_topk
 
 BLOCK = 8192  # rows between two points from which a killed run can continue
@@ -106,6 +107,9 @@ def check_same_ids(a, b):
     for rows, other in ((a, b), (b, a)):
         if len(missing := np.setdiff1d(rows.ids, other.ids)):
             raise InputError(f"{other.path}: `{a.name}` lacks ids of {rows.path}: {first_three(missing)}")
+    if len(a.ids) != len(b.ids) or (a.regions is None) != (b.regions is None) or (
+            a.regions is not None and not np.array_equal(a.regions, b.regions)):
+        raise InputError(f"{a.path} and {b.path}: `{a.name}` in other regions")
     if len(moved := a.ids[a.ids != b.ids]):
         raise InputError(f"{a.path} and {b.path}: `{a.name}` in another order, from id {first_three(moved)}")
 
@@ -369,15 +373,18 @@ def output_attrs(files, steps):
     return attrs | ({"contaminated": ", ".join(tainted)} if tainted else {})
 
 
-def write_pairs(output, groups, constant, ngpu, n=10):
-    """CSV of the n best references of each query, by squared L2; score = -(squared L2) + constant."""
+def write_pairs(output, groups, regions, constant, ngpu, n=10):
+    """CSV of the n best references of each query, by squared L2; score = -(squared L2) + constant. `regions` of the
+    queries' rows, or None."""
     query, reference = groups["query"], groups["reference"]
-    found = search_topk(query.read(), reference, min(n, len(reference)), np.empty(0, np.int64), ngpu)
+    images, image_of = (query.ids, None) if regions is None else images_of(query.ids)
+    found = search_topk(query.read(), reference, min(n, len(reference)), np.empty(0, np.int64), ngpu,
+                        image_of=image_of)
     found = found[np.lexsort((found["reference"], -found["score"], found["query"]))]
     with replacing(output) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         rows = csv.writer(out, lineterminator="\n")
         rows.writerow(["query_id", "reference_id", "score"])
-        rows.writerows([query.ids[i], reference.ids[j], score + constant] for i, j, score in found.tolist())
+        rows.writerows([images[i], reference.ids[j], score + constant] for i, j, score in found.tolist())
 
 
 def check_steps(steps, files):
@@ -397,8 +404,9 @@ def check_steps(steps, files):
         file.check_checkpoint()
 
 
-def write_output(output: Path, groups: dict, steps: list[tuple], attrs: dict, inputs: list[str], ngpu: int) -> None:
-    """Do the steps, and write descriptors or pairs."""
+def write_output(output: Path, groups: dict, regions: np.ndarray | None, steps: list[tuple], attrs: dict,
+                 inputs: list[str], ngpu: int) -> None:
+    """Do the steps, and write descriptors or pairs. `regions`: of the queries' rows."""
     folder = work_folder(output, inputs, [step_text(*step) for step in steps])
     try:
         groups = run_steps(groups, steps, folder, ngpu)
@@ -406,9 +414,10 @@ def write_output(output: Path, groups: dict, steps: list[tuple], attrs: dict, in
         shutil.rmtree(folder)
         raise
     if output.suffix == ".csv":
-        write_pairs(output, groups, sum(norm_constant(p) for name, p in steps if name == "norm"), ngpu)
+        write_pairs(output, groups, regions, sum(norm_constant(p) for name, p in steps if name == "norm"), ngpu)
     else:
-        write_descriptors(output, {name: (rows, rows.ids) for name, rows in groups.items()}, attrs)
+        write_descriptors(output, {name: (rows, rows.ids) for name, rows in groups.items()}, attrs,
+                          regions=regions)
     shutil.rmtree(folder)
 
 
@@ -433,7 +442,8 @@ def postprocess(args: argparse.Namespace) -> None:
         if output.suffix == ".csv" and not {"query", "reference"} <= set(groups):
             raise InputError(f"{args.inputs[0]}: pairs need `query` and `reference`")
         with locked(output.with_name(f".{output.name}.lock"), f"-o {output}"):
-            write_output(output, groups, steps, attrs, args.inputs, ngpu)
+            regions = files[0]["query"].regions if "query" in groups else None
+            write_output(output, groups, regions, steps, attrs, args.inputs, ngpu)
     finally:
         for file in files:
             file.__exit__()

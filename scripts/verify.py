@@ -63,9 +63,10 @@ def find_candidates(path: str, k: int) -> Candidates:
         file.check_checkpoint()
         queries, references = file["query"], file["reference"]
         k = min(k, len(references))
-        found = search_topk(queries.read(), references, k, np.empty(0, np.int64), memory=MEMORY)
+        found = search_topk(queries.read(), references, k, np.empty(0, np.int64), memory=MEMORY,
+                            image_of=queries.image_of)
         found = found[np.lexsort((found["reference"], -found["score"], found["query"]))].reshape(-1, k)
-        return Candidates(queries.ids, references.ids[found["reference"]], found["score"])
+        return Candidates(queries.images, references.ids[found["reference"]], found["score"])
 
 
 def find_images(folder: Path, ids: Iterable[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ In the order the data flows:
     options         train.py's flags, recipes
     images          find, open and decode images; those of a run
     augmentations   operations on the pixels of one image
+    regions         of a query that are described each by itself
     views           the grammar of --view0 and --view1; data sets of views and of whole images
     batches         views on their way to the device: collate, order of the images, loading processes
     distributed     ranks, devices, precision

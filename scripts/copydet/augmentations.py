@@ -74,6 +74,12 @@ class LazyCrop:
         self.box, self.side, self.size = box, side, (side, side)
         return self
 
+    def part(self, region: tuple[float, float, float, float]) -> LazyCrop:
+        """Region (left, top, right, bottom) of an image as it is, in fractions of its sides."""
+        (left, top, right, bottom), (width, height) = region, self.size
+        self.box = left * width, top * height, (right - left) * width, (bottom - top) * height
+        return self
+
     def whole(self, resize: Callable, side: int) -> LazyCrop:
         """All of it, made a square of `side` pixels by an entry of RESIZES."""
         if self.angle or self.side:
@@ -84,7 +90,7 @@ class LazyCrop:
     def shrink(self) -> float:
         """How many times smaller the image may be; turning does not interpolate, so then it is twice as large."""
         if self.resize:
-            return min(self.frame) / (self.side + 32)  # what --resize crop needs
+            return min(self.box[2:] if self.box else self.frame) / (self.side + 32)  # what --resize crop needs
         return min(self.box[2:]) / self.side / (2 if self.angle else 1) if self.box else 1
 
     def pixels(self) -> np.ndarray:
@@ -92,11 +98,14 @@ class LazyCrop:
         if isinstance(self.image, ImageFile):
             self.image.shrink(self.shrink())
         pixels = self.image.pixels if isinstance(self.image, ImageFile) else self.image
-        if self.resize:
-            return self.resize(torch.from_numpy(pixels).permute(2, 0, 1), self.side).permute(1, 2, 0).numpy()
         scale = pixels.shape[1] / size_of(self.image)[0]
         left, top, width, height = (scale * value for value in self.box or (0, 0, *self.frame))
         width, height = max(1, round(width)), max(1, round(height))
+        if self.resize:
+            if self.box:
+                left, top = min(round(left), pixels.shape[1] - 1), min(round(top), pixels.shape[0] - 1)
+                pixels = pixels[top:top + height, left:left + width]
+            return self.resize(torch.from_numpy(pixels).permute(2, 0, 1), self.side).permute(1, 2, 0).numpy()
         if self.angle:
             x, y = left - scale * self.frame[0] / 2, top - scale * self.frame[1] / 2  # from the middle of the image
             cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))

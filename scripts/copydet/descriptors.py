@@ -1,7 +1,9 @@
 """Descriptor files (HDF5): the one place that writes, opens and checks them.
 
 A file holds up to three groups, `query`, `reference` and `train`: float32 [rows, dim], with their ids, row by row, in
-`query_ids`, `reference_ids`, `train_ids`. Also read: the competition's files (the same keys, ids of type S6, S7), the
+`query_ids`, `reference_ids`, `train_ids`. Where queries are described in several regions, a query has a row for each,
+one after another, with the same id, and `query_regions`, float32 [rows, 4], says which: left, top, right, bottom as
+fractions of the image. Also read: the competition's files (the same keys, ids of type S6, S7), the
 older form with `vectors` and `image_names` (Q..., R..., T...), and float16 rows.
 """
 from __future__ import annotations
@@ -19,6 +21,7 @@ import h5py
 import numpy as np
 
 from copydet.common import InputError, check_file, error_number, first_three, replacing
+from copydet.regions import images_of
 
 GROUPS = ("query", "reference", "train")
 BLOCK = 65536  # rows read or written at a time: 64 MiB at 256 dimensions
@@ -44,7 +47,7 @@ def check_finite(path: str | Path, name: str, block: np.ndarray, ids: np.ndarray
 
 
 def write_descriptors(path: str | Path, groups: Mapping[str, tuple[Any, Sequence[str] | np.ndarray]],
-                      attrs: Mapping[str, Any], keep: Iterable[str] = ()) -> None:
+                      attrs: Mapping[str, Any], keep: Iterable[str] = (), regions: np.ndarray | None = None) -> None:
     """Write a descriptor file, sorted by id, under a temporary name that replaces `path` when it is complete.
 
     Args:
@@ -53,6 +56,7 @@ def write_descriptors(path: str | Path, groups: Mapping[str, tuple[Any, Sequence
             are read in blocks; names are those of GROUPS.
         attrs: attributes of the file; dicts and lists become JSON. `checkpoint_sha256` is also set on each group.
         keep: names of groups to copy, as they are, from the file that is already at `path`.
+        regions: of the rows of `query` [n, 4], whose ids may then occur several times.
 
     Rows are sorted and written in blocks of BLOCK: memory stays bounded if `vectors` is no array.
 
@@ -64,12 +68,12 @@ def write_descriptors(path: str | Path, groups: Mapping[str, tuple[Any, Sequence
         if keep:
             with open_h5(path) as old:
                 for name in keep:
-                    for key in (name, f"{name}_ids"):
+                    for key in (name, f"{name}_ids", *(f"{name}_regions",) * (f"{name}_regions" in old)):
                         if key not in old:
                             raise InputError(f"{path} has no `{key}` to keep")
                         old.copy(key, out)
         for name, (vectors, ids) in groups.items():
-            write_group(path, out, name, vectors, np.asarray(ids, dtype=str))
+            write_group(path, out, name, vectors, np.asarray(ids, dtype=str), regions if name == "query" else None)
             if "checkpoint_sha256" in attrs:
                 out[name].attrs["checkpoint_sha256"] = attrs["checkpoint_sha256"]
         check_dims(path, {name: out[name].shape for name in GROUPS if name in out})
@@ -77,20 +81,23 @@ def write_descriptors(path: str | Path, groups: Mapping[str, tuple[Any, Sequence
             out.attrs[key] = json.dumps(value) if isinstance(value, (dict, list, tuple)) else value
 
 
-def write_group(path: str | Path, out: h5py.File, name: str, vectors: Any, ids: np.ndarray) -> None:
-    """Write vectors [n, d] as `name` and ids [n] as `name`_ids to the open file `out`, sorted by id. Raises InputError
-    as `write_descriptors` does, naming `path`."""
+def write_group(path: str | Path, out: h5py.File, name: str, vectors: Any, ids: np.ndarray,
+                regions: np.ndarray | None = None) -> None:
+    """Write vectors [n, d] as `name`, ids [n] as `name`_ids and regions [n, 4], if given, to the open file `out`,
+    sorted by id. Raises InputError as `write_descriptors` does, naming `path`."""
     if len(vectors.shape) != 2 or len(vectors) != len(ids):
         raise InputError(f"{path}: `{name}` of shape {vectors.shape} with {len(ids)} ids")
-    if len(twice := duplicates(ids)):
+    if regions is None and len(twice := duplicates(ids)):
         raise InputError(f"{path}: duplicate ids in `{name}`: {first_three(twice)}")
-    order = np.argsort(ids)
+    order = np.argsort(ids, kind="stable")
     rows = out.create_dataset(name, vectors.shape, np.float32)
     for start in range(0, len(ids), BLOCK):
         part = order[start:start + BLOCK]
         block = np.asarray(vectors[part], dtype=np.float32)
         check_finite(path, name, block, ids[part])
         rows[start:start + len(part)] = block
+    if regions is not None:
+        out[f"{name}_regions"] = np.asarray(regions, np.float32)[order]
     ids = ids[order]
     if all(map(str.isascii, ids)):
         out[f"{name}_ids"] = ids.astype(np.bytes_)
@@ -200,12 +207,18 @@ class BlockRows:
 class Rows(BlockRows):
     """One group of an open descriptor file. Nothing but the ids is in memory; rows are read, and checked, in blocks.
 
-    Attributes: ids [n] of str, shape (n, dim), deviation: largest | |row| - 1 | of the rows read so far, checkpoint:
-    sha256 of the checkpoint that made them, or None.
+    Attributes: ids [n] of str, regions [n, 4] or None, images [m]: the ids, each once, image_of [n]: the image that a
+    row is a region of, or None where each row is an image; shape (n, dim), deviation: largest | |row| - 1 | of the rows
+    read so far, checkpoint: sha256 of the checkpoint that made them, or None.
     """
 
-    def __init__(self, name: str, dataset: h5py.Dataset, ids: np.ndarray, rows: np.ndarray | None = None) -> None:
-        self.name, self.dataset, self.ids, self.rows = name, dataset, ids, rows
+    def __init__(self, name: str, dataset: h5py.Dataset, ids: np.ndarray, rows: np.ndarray | None = None,
+                 regions: np.ndarray | None = None) -> None:
+        self.name, self.dataset, self.ids, self.rows, self.regions = name, dataset, ids, rows, regions
+        self.images: np.ndarray = ids
+        self.image_of: np.ndarray | None = None
+        if regions is not None:
+            self.images, self.image_of = images_of(ids)
         self.path, self.deviation = dataset.file.filename, 0.0
         self.checkpoint = read_attrs(dataset, self.path).get("checkpoint_sha256")
         self.check()
@@ -220,8 +233,10 @@ class Rows(BlockRows):
             raise InputError(f"{where} of shape {data.shape} with {len(self.ids)} ids")
         if not len(self.ids):
             raise InputError(f"{where} of shape {data.shape} is empty")
-        if len(twice := duplicates(self.ids)):
+        if len(twice := duplicates(self.images)):
             raise InputError(f"{where} has duplicate ids: {first_three(twice)}")
+        if self.regions is not None and self.regions.shape != (len(self.ids), 4):
+            raise InputError(f"{where} of shape {data.shape} with regions of shape {self.regions.shape}")
         if data.dtype != np.float32:
             print(f"{where} is {data.dtype}, read as float32", file=sys.stderr)
 
@@ -290,7 +305,9 @@ class Descriptors:
         for name in found:
             if f"{name}_ids" not in keys:
                 raise InputError(f"{path}: `{name}_ids` is missing")
-        return {name: Rows(name, open_dataset(file, path, name), read_ids(file, path, f"{name}_ids")) for name in found}
+        regions = open_dataset(file, path, "query_regions")[:] if "query_regions" in keys else None
+        return {name: Rows(name, open_dataset(file, path, name), read_ids(file, path, f"{name}_ids"),
+                           regions=regions if name == "query" else None) for name in found}
 
     def __getitem__(self, name: str) -> Rows:
         if name not in self.groups:

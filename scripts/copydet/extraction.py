@@ -31,6 +31,7 @@ from copydet.distributed import Rank, gather_objects, pick_precision
 from copydet.images import BLANK, FOLDERS, Group, Odd, beside, list_group, not_read, read_skipped, write_skipped
 from copydet.network import Descriptor, memory_format, quiet_timm
 from copydet.options import LEAST_CALIBRATED, LETTERS, Args, parse_args
+from copydet.regions import WHOLE, Box, parse_regions
 from copydet.views import Preprocessing, Views, WholeImages, parse_ops
 
 IMAGES_PER_BLOCK = 4096
@@ -40,13 +41,14 @@ Noted: TypeAlias = "list[tuple[int, str]]"  # image indices, and why they are un
 
 
 class Blocks:
-    """Blocks of `count` images in `folder`, a file each.
+    """Blocks of `count` images in `folder`, a file each, with `regions` rows for each image.
 
     Attributes: todo: this process's blocks that are not finished, lists of ranges of image indices, one per batch.
     """
 
-    def __init__(self, folder: Path, name: str, count: int, batch: int, rank: Rank):
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, count: int, batch: int, rank: Rank, regions: int = 1) -> None:
+        self.folder, self.name, self.regions = folder, name, regions
+        batch = max(1, batch // regions)
         batches = [range(i, min(i + batch, count)) for i in range(0, count, batch)]
         sixteenth = len(batches) // (16 * rank.world_size)  # what a kill costs at most
         size = max(1, min(IMAGES_PER_BLOCK // batch, sixteenth))
@@ -72,8 +74,8 @@ class Blocks:
         """All finished rows [n, dim] as a memory map, their images' indices [n], [(index, reason)] of unreadable and
         blank ones."""
         indices, bad, done = [], [], 0
-        rows = np.lib.format.open_memmap(self.folder / f"{self.name}.npy", "w+", np.float32,
-                                         (self.blocks[-1][-1].stop, self.read(self.blocks[0])[0].shape[1]))
+        shape = self.regions * self.blocks[-1][-1].stop, self.read(self.blocks[0])[0].shape[1]
+        rows = np.lib.format.open_memmap(self.folder / f"{self.name}.npy", "w+", np.float32, shape)
         for block in self.blocks:
             part, some, unreadable = self.read(block)
             rows[done:done + len(some)] = part
@@ -127,10 +129,11 @@ def describe_views(net: Descriptor, describe: Callable, paths: Sequence[str], ro
 
 @torch.inference_mode()
 def describe_images(describe: Callable, dim: int, blocks: Blocks, paths: Sequence[str], preprocessing: Preprocessing,
-                    workers: int, rank: Rank, strict: bool = False) -> None:
-    """Write this rank's unfinished blocks; `describe`: images [B, 3, s, s] of `paths` -> rows [B, dim]."""
+                    workers: int, rank: Rank, strict: bool = False, boxes: Sequence[Box] = (WHOLE,)) -> None:
+    """Write this rank's unfinished blocks; `describe`: images [B, 3, s, s] of `paths` -> rows [B, dim]. With several
+    `boxes` an image has a row for each, one after another."""
     batches = [batch for block in blocks.todo for batch in block]
-    loader = iter(make_loader(WholeImages(paths, preprocessing), batches, collate_images, workers, rank))
+    loader = iter(make_loader(WholeImages(paths, preprocessing, boxes), batches, collate_images, workers, rank))
     with tqdm(total=sum(map(len, batches)), desc=blocks.name, unit="image", disable=not rank.is_main) as bar:
         for block in blocks.todo:
             rows, indices, bad = [torch.empty(0, dim)], [], []
@@ -140,8 +143,9 @@ def describe_images(describe: Callable, dim: int, blocks: Blocks, paths: Sequenc
                     raise WorkError(f"{paths[unreadable[0][0]]}: {unreadable[0][1]}")
                 if good:
                     images = images.to(rank.device, non_blocking=True, memory_format=torch.channels_last)
-                    rows.append(describe(images).float().cpu())
-                indices += good
+                    described = describe(images).float().cpu().unflatten(0, (len(boxes), len(good)))
+                    rows.append(described.transpose(0, 1).flatten(0, 1))
+                indices += [i for i in good for _ in boxes]
                 bad += noted
                 bar.update(len(batch))
             blocks.write(block, torch.cat(rows).numpy(), np.array(indices, dtype=int), bad)
@@ -153,10 +157,15 @@ def describe_images(describe: Callable, dim: int, blocks: Blocks, paths: Sequenc
 
 @dataclass(frozen=True)
 class Job:
-    """An extraction: what describes, which images, and the file it ends in."""
+    """An extraction: what describes, which images, in which regions each query, and the file it ends in."""
     source: Source
     groups: dict[str, Group]
+    boxes: list[Box]
     h5: Path
+
+    def boxes_of(self, group: str) -> list[Box]:
+        """Only queries are described in regions."""
+        return self.boxes if group == "query" else [WHOLE]
 
     @property
     def lock(self) -> Path:
@@ -169,12 +178,13 @@ def prepare_extraction(args: Args) -> tuple[Args, Job]:
     groups = {LETTERS[letter]: list_group(args, LETTERS[letter]) for letter in LETTERS if letter in args.target_set}
     if args.calibrate:
         parse_ops(args.view1, args.op_prob, "--view1")
+    boxes = parse_regions(args.query_regions)
     name = f"fb-isc-submission{'-subset' * args.eval_subset}"
     h5 = args.out / (name + (f".shard-{args.shard.replace('/', '-of-')}" if args.shard else "") + ".h5")
     if h5.is_file():
         with Descriptors(h5):  # groups of it may stay
             pass
-    return args, Job(source, groups, h5)
+    return args, Job(source, groups, boxes, h5)
 
 
 def output_folder(args: Args) -> OutputFolder:
@@ -200,12 +210,14 @@ def extract(args: Args, job: Job, rank: Rank) -> None:
         paths = json.dumps([group.paths for group in job.groups.values()])
         open_folder(folder, settings_of(args, job.source) | {
             "processes": rank.world_size, "batch_size": args.batch_size,
-            "photos": hashlib.sha256(paths.encode()).hexdigest()}, bool(args.resume))
+            "photos": hashlib.sha256(paths.encode()).hexdigest(), "query_regions": args.query_regions},
+            bool(args.resume))
     gather_objects(None)  # once the folder is there
-    blocks = {name: Blocks(folder, name, len(group.paths), args.batch_size // rank.local_world_size, rank)
-              for name, group in job.groups.items()}
+    blocks = {name: Blocks(folder, name, len(group.paths), args.batch_size // rank.local_world_size, rank,
+                           len(job.boxes_of(name))) for name, group in job.groups.items()}
     for name, group in job.groups.items():
-        describe_images(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict)
+        describe_images(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict,
+                        job.boxes_of(name))
     gather_objects(None)  # once every rank has written its blocks
     if rank.is_main:
         groups, noted = collect_groups(args, job, blocks)
@@ -273,8 +285,11 @@ def write_results(args: Args, job: Job, groups: dict, noted: Odd, calibration: d
         calibration = measured
     others = {"checkpoint": shown(job.source.file or args.backbone_weights or "random weights"), "versions": versions()}
     others |= {"calibration": calibration} if calibration else {}
+    regions = None
+    if len(job.boxes) > 1 and "query" in groups:
+        regions = np.tile(job.boxes, (len(groups["query"][1]) // len(job.boxes), 1))
     new = h5.with_name(f".{h5.stem}.new.h5") if backup else h5  # the earlier file is renamed once this one is whole
-    write_descriptors(new, groups, settings | others, keep=keep)
+    write_descriptors(new, groups, settings | others, keep, regions)
     if backup:
         os.replace(h5, backup)
         os.replace(new, h5)

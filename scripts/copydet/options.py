@@ -231,6 +231,9 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
     ],
     "extraction": [
         ("--target-set LETTERS", str, "qr", "which folders: q queries, r references, t training images"),
+        ("--query-regions WHICH", str, "whole", "describe each query in several regions; its score with a reference is "
+         "the best of theirs: whole; 7: also the middle and the halves; 19: also quarters and corners; or boxes "
+         "'left,top,right,bottom ...' in fractions of the image"),
         ("--eval-subset", bool, False, "only the references in --subset-file; writes fb-isc-submission-subset.h5"),
         ("--subset-file FILE", str, None, "one reference id per line, by scripts/select_ref_subset.py (default: "
          "DIR/rids_subset.txt)"),

@@ -117,8 +117,26 @@ def block_rows(memory: int) -> int:
     return max(1, memory // BYTES_PER_PAIR // QUERIES_AT_ONCE)
 
 
+def best_regions(pairs: np.ndarray, image_of: np.ndarray) -> np.ndarray:
+    """PAIRs of rows [n], each a region of the image image_of[row] -> the best PAIR of each image and reference, with
+    the image as its query."""
+    pairs = pairs.copy()
+    pairs["query"] = image_of[pairs["query"]]
+    pairs = pairs[np.lexsort((-pairs["score"], pairs["reference"], pairs["query"]))]
+    same = (pairs["query"][1:] == pairs["query"][:-1]) & (pairs["reference"][1:] == pairs["reference"][:-1])
+    return pairs[np.append(True, ~same)[:len(pairs)]]
+
+
+def of_rows(positives: np.ndarray, image_of: np.ndarray, n_references: int) -> np.ndarray:
+    """Keys of true pairs, as `best` takes them, of images -> those of their rows."""
+    first, last = (np.searchsorted(positives, (image_of + end) * n_references) for end in (0, 1))
+    rows, count = np.repeat(np.arange(len(image_of)), last - first), np.arange((last - first).sum())
+    keys = positives[count + np.repeat(first - np.cumsum(last - first) + last - first, last - first)]
+    return keys % n_references + rows * np.int64(n_references)
+
+
 def search(queries: np.ndarray, references: BlockRows, limit: int, positives: np.ndarray, ngpu: int = 0,
-           memory: int = 2**31, progress: bool = False) -> np.ndarray:
+           memory: int = 2**31, progress: bool = False, image_of: np.ndarray | None = None) -> np.ndarray:
     """The `limit` pairs of smallest distance over all queries together, exactly.
 
     References come in blocks. The worst of the best `limit` pairs so far bounds the radius of the next search, so the
@@ -130,9 +148,16 @@ def search(queries: np.ndarray, references: BlockRows, limit: int, positives: np
         limit, positives: as in `best`.
         ngpu: GPUs to search on; 0: CPU.
         memory: bytes; sets the size of the blocks. It does not change the result.
+        image_of: [nq], the image that a row of queries is a region of: then pairs are of images, each with the score of
+            its best region, and so are the positives.
 
     Returns: PAIR [min(limit, nq * nr)], sorted by query row and reference row.
     """
+    if image_of is not None:
+        rows = search(queries, references, limit * np.bincount(image_of).max(),
+                      of_rows(positives, image_of, len(references)), ngpu, memory, progress)
+        pairs = best(best_regions(rows, image_of), limit, positives, len(references))
+        return pairs[np.lexsort((pairs["reference"], pairs["query"]))]
     found, n_found, radius, query_norm = [np.empty(0, PAIR)], 0, np.inf, longest(queries)
     bar = progress_bar(references, progress)
     for start, block in references.blocks(block_rows(memory)):
@@ -152,12 +177,19 @@ def search(queries: np.ndarray, references: BlockRows, limit: int, positives: np
 
 
 def search_topk(queries: np.ndarray, references: BlockRows, k: int, positives: np.ndarray, ngpu: int = 0,
-                memory: int = 2**31, progress: bool = False) -> np.ndarray:
+                memory: int = 2**31, progress: bool = False, image_of: np.ndarray | None = None) -> np.ndarray:
     """The `k` references of smallest distance of each query, exactly. Arguments and result as in `search`.
 
     float32 search finds somewhat more than k. Queries for which rounding errors could hide a better one, because of
     many ties or near-duplicates, are searched one by one.
     """
+    if image_of is not None:
+        keys = of_rows(positives, image_of, len(references))
+        rows = search_topk(queries, references, k, keys, ngpu, memory, progress)
+        pairs = best_regions(rows, image_of)
+        parts = np.split(pairs, np.flatnonzero(np.diff(pairs["query"])) + 1)
+        return np.concatenate([np.sort(best(part, k, positives, len(references)), order=["reference"])
+                               for part in parts])
     spare = k + 16
     near, rows, norm = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), 0.0
     bar = progress_bar(references, progress)
@@ -183,8 +215,16 @@ def search_topk(queries: np.ndarray, references: BlockRows, k: int, positives: n
     return np.concatenate(result)
 
 
-def exact_distances(queries: np.ndarray, references: BlockRows, pairs: np.ndarray) -> np.ndarray:
-    """Squared distances [n] of the PAIRs [n], in float64; references are read once, in blocks."""
+def exact_distances(queries: np.ndarray, references: BlockRows, pairs: np.ndarray,
+                    image_of: np.ndarray | None = None) -> np.ndarray:
+    """Squared distances [n] of the PAIRs [n], in float64; references are read once, in blocks. With `image_of`, sorted,
+    the pairs are of images, and the distance is that of the nearest region."""
+    if image_of is not None and len(pairs):
+        counts = np.bincount(image_of)[pairs["query"]]
+        starts = np.cumsum(counts) - counts
+        rows = np.repeat(pairs, counts)
+        rows["query"] = np.repeat(np.searchsorted(image_of, pairs["query"]) - starts, counts) + np.arange(len(rows))
+        return np.minimum.reduceat(exact_distances(queries, references, rows), starts)
     result, order = np.empty(len(pairs)), np.argsort(pairs["reference"], kind="stable")
     rows = pairs["reference"][order]
     for start, block in references.blocks(16384):

@@ -28,6 +28,7 @@ from copydet.batches import Images
 from copydet.common import InputError, replacing
 from copydet.images import BLANK, ImageFile, UnreadableImage, is_blank, to_rgb
 from copydet.options import Args, split_settings
+from copydet.regions import WHOLE, Box
 
 if TYPE_CHECKING:
     from copydet.network import Descriptor
@@ -122,6 +123,17 @@ class Preprocessing:
         """Pixels [size, size, 3] of a whole image, a path or a Pillow image."""
         file = np.array(to_rgb(image, self.exif_transpose)) if isinstance(image, Image.Image) else self.open(image)
         return LazyCrop(file).whole(RESIZES[self.resize], self.input_size).pixels()
+
+    def regions(self, path: str, boxes: Sequence[Box]) -> list[np.ndarray]:
+        """Pixels [size, size, 3] of each of the boxes of an image; of the whole where a box shows one flat colour,
+        which is like any other."""
+        file, square = self.open(path), RESIZES[self.resize]
+        parts = [LazyCrop(file).part(box).whole(square, self.input_size) for box in boxes]
+        for part in parts:
+            file.shrink(part.shrink())
+        pixels = [part.pixels() for part in parts]
+        whole = LazyCrop(file).whole(square, self.input_size).pixels()
+        return [whole if is_blank(part) else part for part in pixels]
 
     def prepare(self, images: Sequence[str | Image.Image]) -> Images:
         """Whole images, paths or Pillow images, on their way to the device."""
@@ -278,17 +290,18 @@ def write_views_png(views: Views, file: Path) -> None:
 
 
 class WholeImages(torch.utils.data.Dataset):
-    """Item i -> i, Images of the whole image or None, reason why not or that it is BLANK."""
+    """Item i -> i, Images of the whole image, or of its regions, or None, reason why not or that it is BLANK."""
 
-    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
-        self.paths, self.preprocessing = paths, preprocessing
+    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing, boxes: Sequence[Box] = (WHOLE,)) -> None:
+        self.paths, self.preprocessing, self.boxes = paths, preprocessing, boxes
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[int, Images | None, str | None]:
         try:
-            images = self.preprocessing.prepare(self.paths[i:i + 1])
+            parts = self.preprocessing.regions(self.paths[i], self.boxes)
         except UnreadableImage as error:
             return i, None, error.reason
-        return i, images, BLANK if is_blank(images.pixels[0].numpy()) else None
+        images = Images.of([(part, None) for part in parts], self.preprocessing.mean, self.preprocessing.std)
+        return i, images, BLANK if is_blank(parts[0]) else None
