@@ -55,7 +55,7 @@ def open_descriptors(path: str, allow_contaminated: bool) -> Descriptors:
     return file
 
 
-def shown_attrs(file):
+def shown_attrs(file: Descriptors) -> dict:
     """What the output shows of a descriptor file's attributes: steps of post-processing, what taints its score."""
     shown = {"steps": file.steps()} if "steps" in file.attrs else {}
     return shown | ({"contaminated": str(file.attrs["contaminated"])} if file.attrs.get("contaminated") else {})
@@ -153,7 +153,7 @@ class Evaluation:
                 "pairs": len(found)}
 
 
-def promised_threshold(args):
+def promised_threshold(args: argparse.Namespace) -> dict:
     """The threshold that the submission's calibration gives for --threshold-precision; a dict for the output.
 
     Raises InputError where the file carries no calibration, or one that does not reach so far.
@@ -215,13 +215,14 @@ def bootstrap(evaluations: list[Evaluation], n: int, seed: int = 0) -> np.ndarra
     return np.array(results).transpose(1, 0, 2)
 
 
-def interval(values):
+def interval(values: np.ndarray) -> list[float]:
     """95 % percentile interval of values [n]."""
     return [float(v) for v in np.percentile(values, [2.5, 97.5])]
 
 
-def intervals(evaluations, n):
-    """Intervals of AP and recall@P90 of the first evaluation and, where there are two, of first minus second."""
+def intervals(evaluations: list[Evaluation], n: int) -> dict:
+    """Intervals of AP and recall@P90 of the first evaluation and, where there are two, of first minus second, from `n`
+    resamples; a dict for the output."""
     samples = bootstrap(evaluations, n)
     names = ("average_precision", "recall_p90")
     result = {f"{name}_interval": interval(samples[0, :, m]) for m, name in enumerate(names)}
@@ -276,7 +277,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_args(args):
+def check_args(args: argparse.Namespace) -> None:
     """Everything about the flags that can be wrong, before any work."""
     if args.picture and not args.images:
         raise InputError("--picture needs --images DIR")
@@ -291,7 +292,7 @@ def check_args(args):
     args.ngpu = count_gpus(args.ngpu)
 
 
-def warn_of_missing(evaluations):
+def warn_of_missing(evaluations: list[Evaluation]) -> None:
     """Say what makes pairs count as missed, or a comparison unfair."""
     for e in evaluations:
         for name, what in (("queries_missing", "queries of the ground truth are not in"),
@@ -304,7 +305,8 @@ def warn_of_missing(evaluations):
             warn(f"not comparable: {name} is " + ", ".join(f"{n:,} in {path}" for path, n in counts.items()))
 
 
-def evaluate(args):
+def evaluate(args: argparse.Namespace) -> None:
+    """Run the command line."""
     check_args(args)
     report = report_folder(args.report) if args.report else None
     ground_truth = read_ground_truth(args.ground_truth)

@@ -40,6 +40,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 from urllib.parse import quote
 
 import numpy as np
@@ -50,8 +51,8 @@ from copydet.calibration import Calibration
 from copydet.checkpoints import newest_checkpoint
 from copydet.common import ROOT, InputError, OutputFolder, WorkError, is_page, manifest_of, replacing, run_main, shown
 from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
-from copydet.images import (BLANK, FOLDERS, IMAGE, IMAGE_ENDINGS, NOT_NOW, UnreadableImage, beside, id_of, list_images,
-                            not_read, open_thumbnail, read_skipped, what_is, write_skipped)
+from copydet.images import (BLANK, FOLDERS, IMAGE, IMAGE_ENDINGS, NOT_NOW, Odd, UnreadableImage, beside, id_of,
+                            list_images, not_read, open_thumbnail, read_skipped, what_is, write_skipped)
 from copydet.options import Parser, fraction, score
 from copydet.search import count_gpus, search_topk
 
@@ -82,6 +83,12 @@ class Stamp:
         if self.sha256 and other.sha256:
             return self.sha256 == other.sha256
         return (self.size, self.mtime) == (other.size, other.mtime)
+
+
+class Described(NamedTuple):
+    """What is known of an image: its descriptor, float32 [d], and BLANK or nothing; or none, and why."""
+    row: np.ndarray | None
+    reason: str | None
 
 
 class Cache:
@@ -121,7 +128,7 @@ class Cache:
                                "WHERE root = ?", (os.fsencode(root),))
         return {name: json.loads(value) for name, value in rows}
 
-    def store(self, root: str, images: list[tuple], attrs: dict) -> None:
+    def store(self, root: str, images: list[tuple[str, Stamp, np.ndarray | None, str | None]], attrs: dict) -> None:
         """Write [(path, Stamp, row or None, reason or None)] in one transaction."""
         with self.db:
             self.db.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?, ?, ?)", [
@@ -230,7 +237,7 @@ def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[st
         described, attrs = extraction.describe(chunk, calibrate=len(chunk) > done)  # at each doubling
         done += len(chunk)
         failed = {path: reason for path, (row, reason) in zip(chunk, described)
-                  if row is None and reason.startswith(NOT_NOW)}
+                  if row is None and reason and reason.startswith(NOT_NOW)}
         cache.forget(root, list(failed))
         cache.store(root, [(path, stamps[path], *found) for path, found in zip(chunk, described) if path not in failed],
                     attrs)
@@ -241,7 +248,7 @@ def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[st
 class Extraction:
     """Runs of `train.py --mode extract` with one checkpoint and one set of flags, in staging folders below `folder`."""
 
-    def __init__(self, weights, flags, folder):
+    def __init__(self, weights: tuple[str, str], flags: list[str], folder: Path) -> None:
         self.weights, self.flags, self.folder = weights, flags, folder
         self.key = self.hash_settings(sha256_of(weights[1]))
         self.prefix = f".chunk-{self.key}-"  # hidden, lest they are taken for images; no other cache has these
@@ -254,9 +261,9 @@ class Extraction:
         flags = neutral.parse_known_args(self.flags)[1]
         return hashlib.sha256(json.dumps([self.weights[0], sha256, flags]).encode()).hexdigest()[:16]
 
-    def describe(self, files, calibrate):
-        """Images -> [(row float32 [d], None or BLANK) or (None, reason)] of each, and the descriptor file's attributes,
-        with a calibration measured on these images if `calibrate`.
+    def describe(self, files: list[str], calibrate: bool) -> tuple[list[Described], dict]:
+        """What is known of each image, and the descriptor file's attributes, with a calibration measured on these
+        images if `calibrate`. Raises InputError or WorkError, as train.py ended.
 
         train.py takes ids from file names: here they are numbers, the names of links, so that any name will do.
         """
@@ -270,27 +277,29 @@ class Extraction:
                                    "--exp", staging, "-b", "128", *self.weights, *self.flags,
                                    *([] if calibrate else ["--calibrate", "0"]), staging],
                                   stdout=subprocess.DEVNULL).returncode
-            described = [None] * len(files)
-            for path, reason in read_skipped(out / "skipped.csv"):
-                described[int(Path(path).stem)] = None, reason
-            if code and None in described:  # train.py also fails where no image of a chunk can be read
-                self.fail(code)
-            attrs = self.read_rows(out / "fb-isc-submission.h5", described) if None in described else {}
-            return described, attrs
+            described = {int(Path(path).stem): Described(None, why) for path, why in read_skipped(out / "skipped.csv")}
+            attrs: dict = {}
+            if len(described) < len(files):  # train.py also fails where no image of a chunk can be read
+                if code:
+                    self.fail(code)
+                rows, attrs = self.read_rows(out / "fb-isc-submission.h5")
+                described |= rows
+            return [described[i] for i in range(len(files))], attrs
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
-    def read_rows(self, file, described):
-        """Put the rows of a descriptor file into `described`; returns the attributes to keep."""
+    def read_rows(self, file: Path) -> tuple[dict[int, Described], dict]:
+        """The rows of a descriptor file by number of the image, and the attributes to keep."""
         with Descriptors(file) as descriptors:
             rows = descriptors["reference"]
             blank = {int(id_of(path)) for path, _ in read_skipped(beside(file, "blank"))}
-            for i, row in zip(rows.ids.astype(int), rows.read()):
-                described[i] = row, BLANK if i in blank else None
-            return {name: descriptors.attrs[name] if name == "calibration" else str(descriptors.attrs[name])
-                    for name in ("calibration", *COMPARABLE) if name in descriptors.attrs}
+            described = {i: Described(row, BLANK if i in blank else None)
+                         for i, row in zip(rows.ids.astype(int).tolist(), rows.read())}
+            return described, {name: descriptors.attrs[name] if name == "calibration" else str(descriptors.attrs[name])
+                               for name in ("calibration", *COMPARABLE) if name in descriptors.attrs}
 
-    def fail(self, code):
+    def fail(self, code: int) -> NoReturn:
+        """Raise what train.py's exit code means."""
         if shutil.disk_usage(self.folder).free < 2**20:
             raise WorkError(f"{self.folder}: no space left on device; what was described before is kept")
         error = InputError if code == 2 else WorkError
@@ -324,7 +333,7 @@ class Collection:
     rows: BlockRows
     blank: np.ndarray
     attrs: dict
-    skipped: list = field(default_factory=list)
+    skipped: Odd = field(default_factory=list)
 
     def only(self, kept: list[int]) -> Collection:
         """Those of the images."""
@@ -354,7 +363,7 @@ def read_folder(source: str, cache: Cache, extraction: Extraction, args: argpars
                       ArrayRows(rows, np.array(ids)), blank, cache.attrs(root), skipped)
 
 
-def read_file(file, preference, images):
+def read_file(file: Descriptors, preference: Sequence[str], images: str | None) -> Collection:
     """Collection of the first group in `preference` that an open descriptor file holds; its images by id below the
     folder `images`, the blank ones from blank.csv beside it."""
     file.check_checkpoint()
@@ -368,10 +377,10 @@ def read_file(file, preference, images):
     inodes = [file and os.path.exists(file) and inode_of(file, os.stat(file)) or None for file in files]
     blank = [id_of(path) for path, _ in read_skipped(beside(Path(file.path), "blank"))
              if FOLDERS[name] in Path(path).parts]
-    return Collection(file.path, ids, ids, files, inodes, rows, np.isin(rows.ids, blank), file.attrs)
+    return Collection(str(file.path), ids, ids, files, inodes, rows, np.isin(rows.ids, blank), file.attrs)
 
 
-def check_comparable(queries, archive):
+def check_comparable(queries: Collection, archive: Collection) -> None:
     """InputError where the distances between two collections would mean nothing."""
     if queries.rows.shape[1] != archive.rows.shape[1]:
         raise InputError(f"{queries.source} has {queries.rows.shape[1]} dimensions, "
@@ -382,7 +391,7 @@ def check_comparable(queries, archive):
             raise InputError(f"{queries.source} and {archive.source} are of different {name}: {a[:12]}, {b[:12]}")
 
 
-def read_calibration(args, queries, archive):
+def read_calibration(args: argparse.Namespace, queries: Collection, archive: Collection) -> Calibration | None:
     """Calibration that one of the collections carries, or None, which is an error with --precision."""
     for collection in (archive, queries):
         if "calibration" in collection.attrs:
@@ -450,8 +459,8 @@ def find_pairs(queries: Collection, archive: Collection, k: int, ngpu: int) -> n
     return found[np.lexsort((found["reference"], found["query"], -found["score"]))]
 
 
-def group_numbers(pairs):
-    """Number [n], from 1, of the connected component that each pair belongs to; that of the best pair is 1."""
+def group_numbers(pairs: np.ndarray) -> np.ndarray:
+    """Number [n], from 1, of the connected component that each of the PAIRS [n] belongs to; the best pair's is 1."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     n = int(max(pairs["reference"].max(initial=0), pairs["query"].max(initial=0))) + 1
@@ -581,7 +590,7 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
 # Command line
 
 
-def pick_weights(args):
+def pick_weights(args: argparse.Namespace) -> tuple[str, str]:
     """The flag and file of what describes the images. Raises InputError: none given, no such file."""
     given = [(flag, file) for flag, file in (("--weight", args.weight), ("--backbone-weights", args.backbone_weights))
              if file]
@@ -598,11 +607,11 @@ def pick_weights(args):
     return flag, os.path.realpath(file)
 
 
-def is_file_of_descriptors(source):
+def is_file_of_descriptors(source: str) -> bool:
     return source.lower().endswith(H5_ENDINGS) and not os.path.isdir(source)
 
 
-def check_args(args):
+def check_args(args: argparse.Namespace) -> None:
     """Everything about the flags that can be wrong, before any work."""
     for source in filter(None, (args.queries, args.archive)):
         if not os.path.exists(source):
@@ -662,7 +671,8 @@ def open_sources(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[
             for source in (args.queries, args.archive) if source]
 
 
-def read_collections(sources: list, args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple:
+def read_collections(sources: list, args: argparse.Namespace,
+                     stack: contextlib.ExitStack) -> tuple[Collection, Collection, list[tuple[str, str, str]]]:
     """Collections of QUERIES and ARCHIVE: the same one twice where a collection is searched within itself; and what
     is one file under two names."""
     if any(isinstance(source, str) for source in sources):
@@ -692,7 +702,7 @@ def find_copies(args: argparse.Namespace) -> None:
         queries, archive, same = read_collections(sources, args, stack)
         check_comparable(queries, archive)
         calibration, threshold = read_calibration(args, queries, archive), args.threshold
-        if args.precision is not None:
+        if calibration and args.precision is not None:
             threshold = calibration.threshold(args.precision, "--precision")
         pairs = find_pairs(queries, archive, args.topk, args.ngpu)
         write_report(report, queries, archive, pairs, same, threshold, calibration, args.pairs)
@@ -737,7 +747,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    def work():
+    def work() -> None:
         try:
             find_copies(args)
         except sqlite3.Error as error:

@@ -29,7 +29,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -48,6 +48,7 @@ from copydet.search import count_gpus, search_topk, squared_distances
 
 if TYPE_CHECKING:
     import faiss
+    import pymilvus
 
 MADE_BY = (*COMPARABLE, "steps")
 TRIED_OUT = 1000  # rows that a trained index has to take before it is kept
@@ -232,7 +233,7 @@ def faiss_errors(what: object) -> Iterator[None]:
         raise InputError(f"{what}: {why}") from None
 
 
-def draw_sample(paths, size):
+def draw_sample(paths: Sequence[str], size: int) -> np.ndarray:
     """Up to `size` rows [n, width], drawn from all shards at random, the same each time."""
     rng, sample, counts = np.random.default_rng(0), [], []
     for path in paths:
@@ -281,15 +282,18 @@ def fill(index: faiss.Index, rows: Rows, columns: int, output: Path) -> None:
     faiss.write_index(index, str(output))
 
 
-def propose(index, queries, n):
-    """Pairs that an index takes for the n nearest of each query: rows i of queries, j of the index."""
+def propose(index: faiss.Index, queries: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs that an index takes for the n nearest of each of the queries [q, d]: rows i [m] of queries, j [m] of the
+    index."""
     labels = index.search(np.ascontiguousarray(queries), min(n, index.ntotal))[1]
     i, rank = np.nonzero(labels >= 0)  # fewer than n where the lists that were looked at hold less
     return i, labels[i, rank]
 
 
-def score(queries, references, i, j, k):
-    """Pairs of rows i of queries, j of references -> the k of each query with the best exact scores: i, j, scores."""
+def score(queries: np.ndarray, references: np.ndarray, i: np.ndarray, j: np.ndarray,
+          k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of rows i [m] of queries, j [m] of references -> the k of each query with the best exact scores: i, j,
+    scores."""
     scores = -squared_distances(queries, references, i, j)
     order = np.lexsort((j, -scores, i))
     i, j, scores = i[order], j[order], scores[order]
@@ -366,7 +370,7 @@ class Milvus:
 
 
 @contextlib.contextmanager
-def milvus_errors(uri, what="failed"):
+def milvus_errors(uri: str, what: str = "failed") -> Iterator[None]:
     """Milvus's exceptions become InputErrors of one line."""
     from pymilvus.exceptions import MilvusException
     try:
@@ -375,7 +379,7 @@ def milvus_errors(uri, what="failed"):
         raise InputError(f"--milvus {uri}: {what} ({' '.join(error.message.split())})") from None
 
 
-def import_milvus():
+def import_milvus() -> type[pymilvus.MilvusClient]:
     """MilvusClient. Raises InputError where pymilvus is missing, or where two packages have written faiss's files."""
     both = [dist.name for dist in metadata.distributions() if dist.name in ("faiss-gpu", "faiss-cpu")]
     if len(both) > 1:
@@ -390,7 +394,7 @@ def import_milvus():
     return MilvusClient
 
 
-def milvus_params(text):
+def milvus_params(text: str) -> dict[str, int]:
     """"nprobe=32,ef=64" -> {"nprobe": 32, "ef": 64}."""
     try:
         return {name: int(value) for name, _, value in (part.partition("=") for part in filter(None, text.split(",")))}
@@ -402,17 +406,18 @@ def milvus_params(text):
 # Answers: DataFrames query (row number), reference_id, score
 
 
-def answers(queries, ids, scores):
+def answers(queries: np.ndarray, ids: Sequence[str] | np.ndarray, scores: np.ndarray) -> pd.DataFrame:
+    """Of row numbers, ids and scores [n]."""
     return pd.DataFrame({"query": queries, "reference_id": ids, "score": scores})
 
 
-def best(found, k):
+def best(found: pd.DataFrame, k: int) -> pd.DataFrame:
     """The k best answers of each query, in order of query, falling score, id."""
     found = found.sort_values(["query", "score", "reference_id"], ascending=[True, False, True])
     return found.groupby("query").head(k)
 
 
-def merge(found, k, names):
+def merge(found: Sequence[pd.DataFrame], k: int, names: Sequence[str]) -> pd.DataFrame:
     """Answers of shards -> the k best of each query. Raises InputError if an id lies in two shards.
 
     Args:
@@ -428,14 +433,15 @@ def merge(found, k, names):
     return best(together, k)[["query", "reference_id", "score"]]
 
 
-def write_pairs(output, query_ids, found):
+def write_pairs(output: str, query_ids: np.ndarray, found: pd.DataFrame) -> None:
+    """CSV of the answers to queries of these ids [n]."""
     found = found.assign(query_id=query_ids[found["query"]])
     with replacing(output) as temporary:
         found[["query_id", "reference_id", "score"]].to_csv(temporary, index=False)
     print(f"{len(found):,} pairs of {len(query_ids):,} queries: {output}")
 
 
-def part_key(index, query_ids, queries, args):
+def part_key(index: Index, query_ids: np.ndarray, queries: np.ndarray, args: argparse.Namespace) -> str:
     """What parts must agree in to be merged."""
     digest = hashlib.sha256(json.dumps([index.about, args.topk, args.candidates, args.params]).encode())
     digest.update("\n".join(query_ids).encode())
@@ -452,14 +458,15 @@ class Part:
     query_ids: np.ndarray
     found: pd.DataFrame
 
-    def write(self, output):
+    def write(self, output: str) -> None:
         columns = {name: self.found[name].to_numpy(str if name == "reference_id" else None) for name in self.found}
         with replacing(output) as temporary, open(temporary, "wb") as out:
             np.savez(out, key=self.key, shard=self.shard, topk=self.topk, query_ids=self.query_ids, **columns)
         print(f"{len(self.found):,} pairs of shard {self.shard}: {output}")
 
     @classmethod
-    def read(cls, path):
+    def read(cls, path: str) -> Part:
+        """Raises InputError: not what `write` wrote."""
         check_file(path)
         try:
             with np.load(path) as part:
@@ -473,7 +480,7 @@ class Part:
 # Commands
 
 
-def build(args):
+def build(args: argparse.Namespace) -> None:
     """index.py build and add."""
     if args.milvus:
         return build_milvus(args)
@@ -496,7 +503,7 @@ def older_index(folder: Path) -> list[str]:
     return names if "index.json" in names or names == ["trained.faiss"] else []
 
 
-def build_milvus(args):
+def build_milvus(args: argparse.Namespace) -> None:
     """Send descriptor files to Milvus."""
     for path in args.shards:
         file, rows = open_shard(path)
@@ -508,7 +515,7 @@ def build_milvus(args):
     print(f"{args.milvus}: {store.count():,} rows")
 
 
-def search(args):
+def search(args: argparse.Namespace) -> None:
     """index.py search: all shards, one of them, or Milvus."""
     with Descriptors(args.queries) as file:
         rows, maker = file["query"], made_by(file.attrs)
@@ -534,7 +541,7 @@ def search(args):
     write_pairs(args.output, query_ids, merge(found, args.topk, index.names()))
 
 
-def merge_parts(args):
+def merge_parts(args: argparse.Namespace) -> None:
     """index.py merge."""
     index, parts, first = Index(args.index), {}, Part.read(args.parts[0])
     index.check_filled()
@@ -554,7 +561,7 @@ def merge_parts(args):
 # Curve: what speed costs
 
 
-def parameter_range(index):
+def parameter_range(index: faiss.Index) -> list[str]:
     """The settings of a faiss index that trade time for recall: ["nprobe=1", "nprobe=2", ...]."""
     import faiss
     space = faiss.ParameterSpace()
@@ -565,8 +572,8 @@ def parameter_range(index):
     return [f"{name}={value:g}" for value in ranges[name]] if name else [""]
 
 
-def average_precision(query_ids, found, positives):
-    """micro-AP of answers against positive pairs (DataFrame query_id, reference_id)."""
+def average_precision(query_ids: np.ndarray, found: pd.DataFrame, positives: pd.DataFrame) -> float:
+    """micro-AP of answers to queries of these ids [n] against positive pairs (DataFrame query_id, reference_id)."""
     pairs = pd.MultiIndex.from_arrays([query_ids[found["query"]], found["reference_id"]])
     is_true = pairs.isin(pd.MultiIndex.from_frame(positives))
     return micro_ap(is_true[sort_candidates(found["score"].to_numpy(), is_true)], len(positives))
@@ -579,11 +586,12 @@ def spelled_as(path: str, positives: pd.DataFrame, query_ids: np.ndarray, shards
     return pd.DataFrame({"query_id": query_ids, "reference_id": reference_ids})
 
 
-def timed(shards, queries, args, params=None):
-    """(seconds, answers) of one search in open shards; with params=None an exact one."""
+def timed(shards: Sequence[Shard], queries: np.ndarray, args: argparse.Namespace,
+          params: str | None = None) -> tuple[float, pd.DataFrame]:
+    """(seconds, answers) of one search of queries [n, width] in open shards; with params=None an exact one."""
     seconds, found = 0.0, []
     for shard in shards:
-        shard.set(params)
+        shard.set(params or "")
         how = (args.topk, None if params is None else args.candidates, args.ngpu)
         shard.search(queries[:1], *how)  # what happens once: pages read, threads started
         start = time.monotonic()
@@ -592,12 +600,13 @@ def timed(shards, queries, args, params=None):
     return seconds, merge(found, args.topk, [str(i) for i in range(len(shards))])
 
 
-def curve(args):
+def curve(args: argparse.Namespace) -> None:
     """index.py curve: table and picture of time against AP and recall of the exact answers, over search settings."""
     _, positives = read_ground_truth(args.truth)
     with Descriptors(args.queries) as file:
         query_ids, queries, maker = file["query"].ids, file["query"].read(), made_by(file.attrs)
-    exact, rows = None, []
+    exact: tuple[float, pd.DataFrame] | None = None
+    rows: list[tuple[str, str, float, float, float]] = []
     for folder in args.indexes:
         index = Index(folder)
         index.check_queries(args.queries, maker, queries)
@@ -622,7 +631,7 @@ def curve(args):
     print(table.to_string(index=False, float_format="%.4g"))
 
 
-def draw(table, output):
+def draw(table: pd.DataFrame, output: str) -> None:
     """PNG: fraction of exact search's AP against how many times faster than exact search."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4.5), layout="constrained", dpi=100)
@@ -648,7 +657,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="build|add|search|merge|curve")
 
-    def command(name, text, milvus=True):
+    def command(name: str, text: str, milvus: bool = True) -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=text, description=text)
         where = p.add_mutually_exclusive_group(required=True) if milvus else p
         where.add_argument("--index", required=not milvus, metavar="DIR", help="folder of the index")
@@ -656,7 +665,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             where.add_argument("--milvus", metavar="URI", help="http://host:19530, or FILE.db (Milvus Lite)")
         return p
 
-    def how(p):
+    def how(p: argparse.ArgumentParser) -> None:
         p.add_argument("--topk", type=positive, default=10, metavar="K", help="answers per query (default: 10)")
         p.add_argument("--candidates", type=positive, default=100, metavar="N", help="of each query and shard, to be "
                        "scored exactly (default: 100)")
@@ -691,7 +700,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 COMMANDS = {"build": build, "add": build, "search": search, "merge": merge_parts, "curve": curve}
 
 
-def check_args(args):
+def check_args(args: argparse.Namespace) -> None:
     """What can be wrong before any work; --ngpu becomes the number of GPUs there are."""
     inputs = [getattr(args, "queries", None), getattr(args, "truth", None), *getattr(args, "parts", ())]
     if output := getattr(args, "output", None):
@@ -704,7 +713,7 @@ def check_args(args):
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    def work():
+    def work() -> None:
         check_args(args)
         COMMANDS[args.command](args)
 

@@ -42,13 +42,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from PIL import Image
 
 from copydet.checkpoints import newest_checkpoint
 from copydet.common import ROOT, InputError, OutputFolder, read_json, replacing, run_main
@@ -70,6 +71,9 @@ SAVE_STEPS = 100  # a training that was killed loses no more
 PROBE_STEPS, PROBE_ROW = 20, 5  # steps of the probe and per row of its log; the first row has the start-up in it
 
 
+Row = dict[str, str]  # of ladder.csv: column -> value, "" where there is none
+
+
 class Failed(Exception):
     """A command failed; the text is its last line."""
 
@@ -83,7 +87,7 @@ class Recipe(NamedTuple):
     name: str
     file: Path
     idea: str
-    flags: dict
+    flags: dict[str, str]
     parent: Recipe | None
 
 
@@ -133,11 +137,11 @@ def flags_for(recipe: Recipe, overrides: list[list[str]]) -> list[str]:
     return [word for group in overrides if not (without_memory and group[0] == "--memory-size") for word in group]
 
 
-def last_value(recipe: Recipe, overrides: list[list[str]], *names: str) -> str | None:
-    """Value of a flag, all of whose names are given, or None."""
+def last_value(recipe: Recipe, overrides: list[list[str]], *names: str) -> str:
+    """Value of a flag, all of whose names are given, or ""."""
     given = [values[-1] for flag, *values in overrides if flag.lstrip("-") in names and values]
     found = given or [recipe.flags[name] for name in names if name in recipe.flags]
-    return found[-1] if found else None
+    return found[-1] if found else ""
 
 
 def share_steps(steps: int, epochs: int, longest: int) -> tuple[int, int]:
@@ -154,17 +158,17 @@ def share_steps(steps: int, epochs: int, longest: int) -> tuple[int, int]:
 # Baselines: perceptual hashes as descriptors
 
 
-def pdq_bits(img):
+def pdq_bits(img: Image.Image) -> np.ndarray:
     import pdqhash
     return pdqhash.compute(np.asarray(img))[0]
 
 
-def phash_bits(img):
+def phash_bits(img: Image.Image) -> np.ndarray:
     import imagehash
     return imagehash.phash(img).hash.ravel()
 
 
-HASHES = {"pdq": pdq_bits, "phash": phash_bits}  # PIL image -> bits [n]
+HASHES: dict[str, Callable[[Image.Image], np.ndarray]] = {"pdq": pdq_bits, "phash": phash_bits}  # -> bits [n]
 
 
 def hash_image(name: str, path: Path) -> np.ndarray | str:
@@ -196,15 +200,15 @@ def write_hashes(name: str, benchmark: Path, file: Path) -> None:
 # Running
 
 
-def say(text):
+def say(text: str) -> None:
     print(time.strftime("%H:%M:%S"), text, flush=True)
 
 
-def is_benchmark(folder):
+def is_benchmark(folder: Path) -> bool:
     return (folder / TRUTH).is_file()
 
 
-def source_folders(args):
+def source_folders(args: argparse.Namespace) -> list[str]:
     """Training images, where they lie apart, and images of the benchmark."""
     images, pool = args.images, args.benchmark_images
     if not pool and (images / "train").is_dir() and (images / "pool").is_dir():
@@ -242,7 +246,7 @@ def older_ladder(folder: Path) -> list[str]:
     return sorted(names) if "ladder.json" in names or {".lock", "benchmark.txt"} <= names else []
 
 
-def read_rows(file: Path) -> dict[tuple[str, str], dict[str, str]]:
+def read_rows(file: Path) -> dict[tuple[str, str], Row]:
     """Rows of a ladder.csv by recipe and seed. Raises InputError: not of a ladder."""
     try:
         with open(file, newline="", encoding="utf-8") as lines:
@@ -263,7 +267,7 @@ def has_flags(recipes: object) -> bool:
 class Ladder:
     """The folder of a ladder, and what is done in it.
 
-    Attributes: rows: (recipe, seed) -> row of ladder.csv, all values text; settings: what ladder.json holds.
+    Attributes: rows: (recipe, seed) -> row of ladder.csv; settings: what ladder.json holds.
 
     Raises:
         InputError: the folder was started with other settings, or another ladder runs in it.
@@ -273,9 +277,10 @@ class Ladder:
         self.args, self.out = args, args.output
         self.benchmark = args.images if is_benchmark(args.images) else self.out / "benchmark"
         self.images = self.out / "photos"  # without the ground truth: train.py would score, or refuse to
-        self.settings = {"photos": shlex.join(source_folders(args)), "benchmark": shlex.join(args.benchmark),
-                         "budget": args.steps and f"{args.steps} steps" or f"{args.budget_minutes:g} minutes",
-                         "overrides": shlex.join(itertools.chain(*args.overrides)), "recipes": {}}
+        self.settings: dict[str, Any] = {
+            "photos": shlex.join(source_folders(args)), "benchmark": shlex.join(args.benchmark),
+            "budget": args.steps and f"{args.steps} steps" or f"{args.budget_minutes:g} minutes",
+            "overrides": shlex.join(itertools.chain(*args.overrides)), "recipes": {}}
         with OutputFolder(self.out, "-o", older_ladder, parents=True, shared=True):
             self.check_settings()
         self.lock = open(self.out / ".lock", "w")  # held by the commands too, which can outlive a killed ladder
@@ -286,7 +291,7 @@ class Ladder:
         file = self.out / "ladder.csv"
         self.rows = read_rows(file) if file.is_file() else {}
 
-    def check_settings(self):
+    def check_settings(self) -> None:
         """Take up the settings of ladder.json, if there is one; InputError names the first that differs."""
         file = self.out / "ladder.json"
         stored = read_json(file) if file.is_file() else self.settings
@@ -304,20 +309,20 @@ class Ladder:
                                      "folder with -o")
         self.settings = stored
 
-    def write_settings(self):
+    def write_settings(self) -> None:
         with replacing(self.out / "ladder.json") as temporary:
             temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
 
-    def command(self, log, script, *words, **options):
-        """Run a script, its output added to the file `log`; returns what it printed, if `options` pipe that.
+    def command(self, log: Path, script: Path, *words: object, piped: bool = False) -> str:
+        """Run a script, its output added to the file `log`; with `piped`, what it prints is returned instead.
 
         Raises Failed with its error's last line. An interrupt is passed on, so that a training saves what it has.
         """
-        words = [sys.executable, str(script), *map(str, words)]
+        argv = [sys.executable, str(script), *map(str, words)]
         with open(log, "a+", encoding="utf-8", errors="replace") as out:
-            print("$", shlex.join(words), file=out, flush=True)
+            print("$", shlex.join(argv), file=out, flush=True)
             start, began, (alive, held) = out.tell(), time.time(), os.pipe()
-            process = subprocess.Popen(words, **{"stdout": out, "stderr": out, **options}, text=True,
+            process = subprocess.Popen(argv, stdout=subprocess.PIPE if piped else out, stderr=out, text=True,
                                        pass_fds=[self.lock.fileno(), held], env=os.environ | {"PYTHONUNBUFFERED": "1"})
             os.close(held)
             try:
@@ -334,9 +339,9 @@ class Ladder:
                 lines = re.findall(r"[^\r\n]*\S[^\r\n]*", out.read()) or [f"exit {process.returncode}"]
                 raise Failed(([line for line in lines if line.startswith(f"{script.name}: ")] or lines)[-1])
             print(f"# {time.time() - began:.1f} s", file=out)
-        return printed
+        return printed or ""
 
-    def build_benchmark(self):
+    def build_benchmark(self) -> None:
         """Make the benchmark unless it is there, and links to its images. InputError: what make_benchmark.py says."""
         if not is_benchmark(self.benchmark):
             *training, images = source_folders(self.args)
@@ -353,7 +358,7 @@ class Ladder:
                 (self.images / name).symlink_to(self.benchmark / name)
         self.write_settings()
 
-    def add_row(self, name, seed, idea, work):
+    def add_row(self, name: str, seed: str, idea: str, work: Callable[[Path], tuple[Path, Row]]) -> None:
         """Do `work`: folder -> (descriptor file, values of the row); score the file, write the row. Once only."""
         if self.rows.get((name, seed), {"status": "failed"})["status"] != "failed":
             return
@@ -374,27 +379,27 @@ class Ladder:
             table.writeheader()
             table.writerows(self.rows.values())
 
-    def score(self, file, log):
+    def score(self, file: Path, log: Path) -> Row:
         """Status and scores of a descriptor file, as it is and isolated, as text."""
         isolated, row = file.with_name("isolated.h5"), {"status": "ok"}
         self.command(log, SCRIPTS / "postprocess.py", file, "-o", isolated, "--preset", "v23-isolation")
         for prefix, scored in (("", file), ("isolated_", isolated)):
             result = json.loads(self.command(log, SCRIPTS / "eval_metrics.py", scored, self.benchmark / TRUTH,
-                                             "--allow-contaminated", stdout=subprocess.PIPE))
+                                             "--allow-contaminated", piped=True))
             row[f"{prefix}ap"] = f"{result['average_precision']:.5f}"
             row[f"{prefix}r_p90"] = f"{result['recall_p90']:.5f}"
             if "contaminated" in result:
                 row["status"] = "contaminated"
         return row
 
-    def extract(self, folder, *words):
+    def extract(self, folder: Path, *words: object) -> Path:
         """Descriptors of the benchmark's images -> their file."""
         say(f"{folder.name}: extracting")
         self.command(folder / "output.txt", TRAIN, self.images, "--mode", "extract", *words, "--exp", folder,
                      "--target-set", "qrt")
         return folder / "extract" / "fb-isc-submission.h5"
 
-    def baseline(self, name, folder):
+    def baseline(self, name: str, folder: Path) -> tuple[Path, Row]:
         """`work` of a baseline's row."""
         file = folder / "descriptors.h5"
         if name in HASHES:
@@ -410,7 +415,7 @@ class Ladder:
         self.command(folder / "output.txt", SCRIPTS / "postprocess.py", raw, "-o", file, "center", "l2")
         return file, {}
 
-    def climb(self, recipe, seed, folder):
+    def climb(self, recipe: Recipe, seed: str, folder: Path) -> tuple[Path, Row]:
         """`work` of a recipe's row: train, or go on with it, and extract."""
         overrides = flags_for(recipe, self.args.overrides)
         words = self.training_words(recipe, overrides, seed)
@@ -426,10 +431,10 @@ class Ladder:
         return self.extract(folder, *overrides, "--weight", last), {
             "steps": str(sum(steps for steps, _ in log)), "minutes": f"{sum(seconds for _, seconds in log) / 60:.2f}"}
 
-    def training_words(self, recipe, overrides, seed):
+    def training_words(self, recipe: Recipe, overrides: list[str], seed: str) -> list[object]:
         """What train.py needs but for the folder and the budget. Raises Failed if the parent did."""
         images = self.benchmark if "pairs" in recipe.flags else self.benchmark / FOLDERS["train"]
-        words = [images, "--save-steps", SAVE_STEPS, f"@{recipe.file}", *overrides, "--seed", seed]
+        words: list[object] = [images, "--save-steps", SAVE_STEPS, f"@{recipe.file}", *overrides, "--seed", seed]
         for flag, value in recipe.flags.items():
             if value.startswith("input/"):
                 words += [f"--{flag}", self.benchmark / value.removeprefix("input/")]
@@ -439,7 +444,7 @@ class Ladder:
             words += ["--weight", last_checkpoint(self.out / f"{recipe.parent.name}-s{seed}")]
         return words
 
-    def longest_epoch(self, recipe):
+    def longest_epoch(self, recipe: Recipe) -> int:
         """Steps after which a recipe has seen all its images or pairs."""
         value = partial(last_value, recipe, self.args.overrides)
         if "pairs" in recipe.flags:
@@ -448,7 +453,7 @@ class Ladder:
             images = len(list_images(self.benchmark / FOLDERS["train"])[0])
         return max(1, min(images, int(value("sample-size") or images)) // int(value("b", "batch-size")))
 
-    def steps(self, recipe, words):
+    def steps(self, recipe: Recipe, words: Sequence[object]) -> int:
         """The budget in steps; a budget in minutes becomes steps by a probe, once for all seeds."""
         stored = self.settings["recipes"][recipe.name]
         if "steps" not in stored:
@@ -456,7 +461,7 @@ class Ladder:
             self.write_settings()
         return stored["steps"]
 
-    def probe(self, recipe, words):
+    def probe(self, recipe: Recipe, words: Sequence[object]) -> int:
         """Steps that a recipe does in the budgeted minutes, by the pace of a few steps."""
         folder = self.out / "probe"
         shutil.rmtree(folder, ignore_errors=True)
@@ -483,19 +488,20 @@ class Ladder:
 # Table and picture
 
 
-def by_recipe(rows):
+def by_recipe(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows -> name -> those of its seeds; baselines first."""
-    groups = {}
+    groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["recipe"] not in BASELINES):
         groups.setdefault(row["recipe"], []).append(row)
     return groups
 
 
-def numbers(rows, column):
+def numbers(rows: Iterable[Row], column: str) -> list[float]:
+    """Values of a column, where there are any."""
     return [float(row[column]) for row in rows if row[column]]
 
 
-def mean_and_spread(rows, column):
+def mean_and_spread(rows: Iterable[Row], column: str) -> str:
     """ "0.351 (0.344..0.359)" of several seeds, "0.351" of one, "-" of none."""
     found = numbers(rows, column)
     if not found:
@@ -504,7 +510,7 @@ def mean_and_spread(rows, column):
     return f"{statistics.mean(found):.3f}{spread}"
 
 
-def print_table(rows):
+def print_table(rows: Sequence[Row]) -> None:
     """One line per recipe, means over its seeds."""
     form = "{:<10} {:<48} {:>5} {:>7} {:>7}  {:<21} {:<21} {:<13} {}"
     print(form.format("recipe", "idea", "seeds", "steps", "minutes", "AP", "R@P90", "isolated: AP", "R@P90").rstrip())
@@ -523,7 +529,7 @@ def print_table(rows):
                 print(f"{'':<10} seed {row['seed'] or '-'}, {row['status']}: {what}")
 
 
-def draw(rows, file):
+def draw(rows: Sequence[Row], file: Path) -> None:
     """PNG: AP and recall at 90 % precision of every recipe, a point per seed; the raw features as a line."""
     from matplotlib.figure import Figure
     groups = by_recipe([row for row in rows if row["status"] != "failed"])
@@ -551,7 +557,7 @@ def draw(rows, file):
         fig.savefig(temporary, format="png")
 
 
-def report(ladder):
+def report(ladder: Ladder) -> None:
     """Table and picture of all rows there are."""
     rows = list(ladder.rows.values())
     if rows:
@@ -570,8 +576,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def positive(kind):
-    def parse(text):
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Type of a flag: a number above 0."""
+    def parse(text: str) -> float:
         if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text) or not kind(text) > 0:
             raise argparse.ArgumentTypeError(f"{text}: not a positive number")
         return kind(text)
@@ -626,7 +633,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def choose_baselines(text, flags):
+def choose_baselines(text: str | None, flags: set[str]) -> list[str]:
     """Names of the baselines asked for, or of all that can be had. InputError for what cannot."""
     names = list(BASELINES) if text is None else list(filter(None, text.split(",")))
     for name in names:

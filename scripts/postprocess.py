@@ -35,6 +35,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class StoredRows(BlockRows):
     def __init__(self, file: Path, ids: np.ndarray, dim: int) -> None:
         self.file, self.ids, self.shape = file, ids, (len(ids), dim)
 
-    def read(self, start=0, stop=None):
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         stop = len(self) if stop is None else min(stop, len(self))
         dim = self.shape[1]
         return np.fromfile(self.file, np.float32, (stop - start) * dim, offset=start * dim * 4).reshape(-1, dim)
@@ -83,11 +84,11 @@ class JoinedRows(BlockRows):
         self.members, self.ids = members, members[0].ids
         self.shape = (len(self.ids), sum(member.shape[1] for member in members))
 
-    def read(self, start=0, stop=None):
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         return np.hstack([member.read(start, stop) for member in self.members])
 
 
-def join(files):
+def join(files: Sequence[Descriptors]) -> dict[str, JoinedRows]:
     """Open files -> name -> JoinedRows. InputError where groups, ids, their order or dimensions differ."""
     first, groups = files[0], {}
     for other in files[1:]:
@@ -102,7 +103,7 @@ def join(files):
     return groups
 
 
-def check_same_ids(a, b):
+def check_same_ids(a: Rows, b: Rows) -> None:
     """Raise InputError unless two Rows have the same ids in the same order; it names those that differ."""
     for rows, other in ((a, b), (b, a)):
         if len(missing := np.setdiff1d(rows.ids, other.ids)):
@@ -115,8 +116,13 @@ def check_same_ids(a, b):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Steps: step(groups, parameters, ngpu) -> name -> function of a block [n, d] that gives the new rows [n, d'] and how
-# many of them kept their direction because they would have become zero; groups that are not named stay as they are
+# Steps: what they give changes the groups that it names; the others stay as they are
+
+Groups = Mapping[str, BlockRows]
+Parameters = dict[str, Any]  # numbers and words, of the types of their defaults in STEPS
+# A block [n, d] -> new rows [n, d'], and how many of them kept their direction because they would have become zero
+Change = Callable[[np.ndarray], tuple[np.ndarray, int]]
+Step = Callable[[Groups, Parameters, int], dict[str, Change]]  # the int: GPUs to search on
 
 
 class Pool:
@@ -159,16 +165,17 @@ def normalize(x: np.ndarray, former: np.ndarray | None = None) -> tuple[np.ndarr
     return x, int(zero.sum())
 
 
-def second_moment(rows):
+def second_moment(rows: BlockRows) -> tuple[np.ndarray, np.ndarray]:
     """Mean [d] and mean of x x^T [d, d] of all rows, in float64, read in blocks."""
-    total, outer = 0, 0
+    dim = rows.shape[1]
+    total, outer = np.zeros(dim), np.zeros((dim, dim))
     for _, block in rows.blocks(BLOCK):
         block = block.astype(np.float64)
         total, outer = total + block.sum(axis=0), outer + block.T @ block
     return total / len(rows), outer / len(rows)
 
 
-def largest_eigenvectors(matrix, dim, step):
+def largest_eigenvectors(matrix: np.ndarray, dim: int, step: str) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues [dim] and eigenvectors [d, dim] of a symmetric matrix [d, d], largest first."""
     values, vectors = np.linalg.eigh(matrix)
     rank = int((values > values[-1] * 1e-10).sum())
@@ -177,16 +184,16 @@ def largest_eigenvectors(matrix, dim, step):
     return values[::-1][:dim], vectors[:, ::-1][:, :dim]
 
 
-def l2(groups, p, ngpu):
+def l2(groups: Groups, p: Parameters, ngpu: int) -> dict[str, Change]:
     return dict.fromkeys(groups, normalize)
 
 
-def center(groups, p, ngpu):
+def center(groups: Groups, p: Parameters, ngpu: int) -> dict[str, Change]:
     mean, _ = second_moment(groups["train"])
     return dict.fromkeys(groups, lambda x: (x - mean, 0))
 
 
-def whiten(groups, p, ngpu):
+def whiten(groups: Groups, p: Parameters, ngpu: int) -> dict[str, Change]:
     """x -> diag(l)^(-1/2) V^T (x - mean), with eigenvalues l and eigenvectors V of the covariance (divided by n)."""
     mean, outer = second_moment(groups["train"])
     values, vectors = largest_eigenvectors(outer - np.outer(mean, mean), p["dim"], "whiten")
@@ -194,25 +201,25 @@ def whiten(groups, p, ngpu):
     return dict.fromkeys(groups, lambda x: ((x - mean) @ matrix, 0))
 
 
-def svd(groups, p, ngpu):
+def svd(groups: Groups, p: Parameters, ngpu: int) -> dict[str, Change]:
     """Onto the right singular vectors of the training rows (notes, ea65c07; there a randomised solver)."""
     _, outer = second_moment(groups["train"])
     _, vectors = largest_eigenvectors(outer, p["dim"], "svd")
     return dict.fromkeys(groups, lambda x: (x.astype(np.float64) @ vectors, 0))
 
 
-def dba(groups, p, ngpu):
+def dba(groups: Groups, p: Parameters, ngpu: int) -> dict[str, Change]:
     """t_i <- normalise(sum of t_j <t_i, t_j>^alpha over the k nearest, itself included) (notes, 2d06c76)."""
     pool = Pool(groups["train"].read(), ngpu)
 
-    def smooth(x):
+    def smooth(x: np.ndarray) -> tuple[np.ndarray, int]:
         similarity, rows = pool.search(x, p["k"])
         return normalize(pool.weighted_sum(power(similarity, p["alpha"]), rows), x)
 
     return {"train": smooth}
 
 
-def isolate(groups, p, ngpu):
+def isolate(groups: Groups, p: Parameters, ngpu: int) -> dict[str, Change]:
     """x <- normalise(x - beta * n), n the weighted mean of the nearest training rows (notes, 7cc692d).
 
     Weights are similarity^alpha above the threshold, else 0; their sum is guarded by 1e-9 as in the notes. A row that
@@ -221,7 +228,7 @@ def isolate(groups, p, ngpu):
     rows = groups["train"].read()
     pool = Pool(centroids(rows, p["centroids"]) if p["centroids"] else rows, ngpu)
 
-    def iterate(iterations, x):
+    def iterate(iterations: int, x: np.ndarray) -> tuple[np.ndarray, int]:
         kept = 0
         for _ in range(iterations):
             similarity, near = pool.search(x, p["k"])
@@ -243,11 +250,11 @@ def centroids(rows: np.ndarray, n: int) -> np.ndarray:
     return normalize(kmeans.centroids)[0]
 
 
-def norm(groups, p, ngpu):
+def norm(groups: Groups, p: Parameters, ngpu: int) -> dict[str, Change]:
     """Squared L2 becomes squared L2 + beta * level + norm_constant (notes, d61e3b1; level=distance: d920aad)."""
     pool = Pool(groups["train"].read(), ngpu)
 
-    def with_level(x):
+    def with_level(x: np.ndarray) -> tuple[np.ndarray, int]:
         if abs(np.linalg.norm(x, axis=1) - 1).max() > 1e-3:
             raise InputError("norm: the queries are not of unit length; put l2 before it")
         level = pool.search(x, p["k"])[0].mean(axis=1, dtype=np.float64)
@@ -256,27 +263,27 @@ def norm(groups, p, ngpu):
         column = np.sqrt((p["beta"] * level + norm_constant(p)).clip(0))
         return np.column_stack([x, column.astype(np.float32)]), 0
 
-    def with_zero(x):
+    def with_zero(x: np.ndarray) -> tuple[np.ndarray, int]:
         return np.pad(x, ((0, 0), (0, 1))), 0
 
     return dict.fromkeys(groups, with_zero) | {"query": with_level}
 
 
-def norm_constant(p):
+def norm_constant(p: Parameters) -> float:
     """What makes beta * level positive: the least similarity is -1, the largest squared distance 4."""
     return p["beta"] * (4 if p["level"] == "distance" else 1)
 
 
-STEPS: dict[str, tuple[Any, dict]] = {  # name -> (function, parameters with their defaults)
+STEPS: dict[str, tuple[Step, Parameters]] = {  # name -> (step, parameters with their defaults)
     "l2": (l2, {}), "center": (center, {}), "whiten": (whiten, {"dim": 256}), "svd": (svd, {"dim": 256}),
     "dba": (dba, {"k": 10, "alpha": 3.0}),
     "isolate": (isolate, {"beta": 0.35, "k": 10, "q": 3, "r": 3, "threshold": -1.0, "alpha": 0.0, "centroids": 0}),
     "norm": (norm, {"beta": 0.5, "k": 3, "level": "similarity"}),
-    "concat": (None, {}),
+    "concat": (lambda groups, p, ngpu: {}, {}),  # `join` has put the files side by side
 }
 
 
-def parse_step(text: str) -> tuple[str, dict]:
+def parse_step(text: str) -> tuple[str, Parameters]:
     """"isolate:beta=0.35,k=10" -> (name, parameters, defaults filled in). InputError names what is wrong."""
     name, settings = split_settings(text)
     parameters = dict(STEPS[name][1])
@@ -294,7 +301,7 @@ def parse_step(text: str) -> tuple[str, dict]:
     return name, parameters
 
 
-def step_text(name: str, parameters: dict) -> str:
+def step_text(name: str, parameters: Parameters) -> str:
     """The inverse of parse_step, every parameter named."""
     settings = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
                         for key, value in parameters.items())
@@ -318,12 +325,12 @@ def work_folder(output: Path, inputs: list[str], steps: list[str]) -> Path:
     return folder
 
 
-def apply(function, rows, file, title):
-    """Apply `function` to all rows, in blocks, into `file`; continue after the last whole block that is in it.
+def apply(change: Change, rows: BlockRows, file: Path, title: str) -> tuple[StoredRows, int]:
+    """Apply `change` to all rows, in blocks, into `file`; continue after the last whole block that is in it.
 
     Returns StoredRows, and the number of rows that could not be changed.
     """
-    dim = function(rows.read(0, 1))[0].shape[1]
+    dim = change(rows.read(0, 1))[0].shape[1]
     kept_file = file.with_suffix(".kept.json")
     kept = read_json(kept_file) if kept_file.exists() else {}
     with open(file, "ab") as out:
@@ -332,7 +339,7 @@ def apply(function, rows, file, title):
         out.truncate(done * 4 * dim)
         with tqdm(total=len(rows), initial=done, desc=title, unit=" rows", disable=None) as bar:
             for start in range(done, len(rows), BLOCK):
-                block, unchanged = function(rows.read(start, start + BLOCK))
+                block, unchanged = change(rows.read(start, start + BLOCK))
                 if unchanged:
                     kept[str(start)] = unchanged
                     with replacing(kept_file) as temporary:
@@ -342,25 +349,22 @@ def apply(function, rows, file, title):
     return StoredRows(file, rows.ids, dim), sum(kept.values())
 
 
-def run_steps(groups, steps, folder, ngpu):
+def run_steps(groups: Groups, steps: Sequence[tuple[str, Parameters]], folder: Path, ngpu: int) -> Groups:
     """Apply steps [(name, parameters)] to name -> rows; returns name -> rows."""
     for number, (name, parameters) in enumerate(steps):
-        if name == "concat":
-            continue
-        changed = STEPS[name][0](groups, parameters, ngpu)
         after = dict(groups)
-        for group, function in changed.items():
+        for group, change in STEPS[name][0](groups, parameters, ngpu).items():
             if group not in groups:
                 continue
             title = f"step {number + 1}/{len(steps)} {name} {group}"
-            after[group], kept = apply(function, groups[group], folder / f"{number}-{group}", title)
+            after[group], kept = apply(change, groups[group], folder / f"{number}-{group}", title)
             if kept:
                 print(f"{name}: {kept:,} of `{group}` would have become zero and kept their direction", file=sys.stderr)
         groups = after
     return groups
 
 
-def output_attrs(files, steps):
+def output_attrs(files: Sequence[Descriptors], steps: Sequence[tuple[str, Parameters]]) -> dict:
     """Attributes of the output: those of the first input, the steps, where it all came from, and what taints it."""
     attrs = files[0].attrs | {"steps": files[0].steps() + [step_text(*step) for step in steps]}
     attrs.pop("calibration", None)  # scores have another meaning now
@@ -373,7 +377,8 @@ def output_attrs(files, steps):
     return attrs | ({"contaminated": ", ".join(tainted)} if tainted else {})
 
 
-def write_pairs(output, groups, regions, constant, ngpu, n=10):
+def write_pairs(output: Path, groups: Groups, regions: np.ndarray | None, constant: float, ngpu: int,
+                n: int = 10) -> None:
     """CSV of the n best references of each query, by squared L2; score = -(squared L2) + constant. `regions` of the
     queries' rows, or None."""
     query, reference = groups["query"], groups["reference"]
@@ -387,7 +392,7 @@ def write_pairs(output, groups, regions, constant, ngpu, n=10):
         rows.writerows([images[i], reference.ids[j], score + constant] for i, j, score in found.tolist())
 
 
-def check_steps(steps, files):
+def check_steps(steps: Sequence[tuple[str, Parameters]], files: Sequence[Descriptors]) -> None:
     """InputError where steps do not fit each other, or the inputs."""
     names = [name for name, _ in steps]
     if not steps:
@@ -404,8 +409,8 @@ def check_steps(steps, files):
         file.check_checkpoint()
 
 
-def write_output(output: Path, groups: dict, regions: np.ndarray | None, steps: list[tuple], attrs: dict,
-                 inputs: list[str], ngpu: int) -> None:
+def write_output(output: Path, groups: Groups, regions: np.ndarray | None, steps: Sequence[tuple[str, Parameters]],
+                 attrs: dict, inputs: list[str], ngpu: int) -> None:
     """Do the steps, and write descriptors or pairs. `regions`: of the queries' rows."""
     folder = work_folder(output, inputs, [step_text(*step) for step in steps])
     try:
@@ -438,7 +443,7 @@ def postprocess(args: argparse.Namespace) -> None:
         if output.suffix == ".csv" and "contaminated" in attrs and not args.allow_contaminated:
             raise InputError(f"-o {output}: a CSV cannot say that the checkpoint was trained on "
                              f"{attrs['contaminated']} (write .h5, or --allow-contaminated)")
-        groups = join(files) if len(files) > 1 else files[0].groups
+        groups: Groups = join(files) if len(files) > 1 else files[0].groups
         if output.suffix == ".csv" and not {"query", "reference"} <= set(groups):
             raise InputError(f"{args.inputs[0]}: pairs need `query` and `reference`")
         with locked(output.with_name(f".{output.name}.lock"), f"-o {output}"):
@@ -464,7 +469,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_args(args):
+def check_args(args: argparse.Namespace) -> None:
     """What can be wrong before any work; the steps of a preset become --steps."""
     if args.preset and args.steps:
         raise InputError(f"--preset {args.preset} and steps: {', '.join(args.steps)}")
@@ -480,7 +485,7 @@ def check_args(args):
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    def work():
+    def work() -> None:
         check_args(args)
         postprocess(args)
 

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from copydet.common import InputError, first_three, replacing, run_main
 from copydet.descriptors import Descriptors
-from copydet.images import IMAGE_ENDINGS, id_of, list_images, write_skipped
+from copydet.images import IMAGE_ENDINGS, Odd, id_of, list_images, write_skipped
 from copydet.options import positive
 from copydet.search import search_topk
 from copydet.verification import PER_JOB, Match, Verifier, stamp
@@ -113,9 +113,9 @@ def rows_of(query: str, references: Sequence[str], nearness: Sequence[float], ma
     return sorted(rows, key=lambda row: (-row[2], row[1]))
 
 
-def verify_blocks(candidates, paths, verifier, folder):
+def verify_blocks(candidates: Candidates, query_paths: dict[str, str], reference_paths: dict[str, str],
+                  verifier: Verifier, folder: Path) -> list[Path]:
     """Verify what is not finished, in blocks: -> their files, JSON, each rows of the CSV and unreadable queries."""
-    query_paths, reference_paths = paths
     blocks = [range(i, min(i + PER_JOB, len(candidates.queries))) for i in range(0, len(candidates.queries), PER_JOB)]
     todo = [block for block in blocks if not block_file(folder, block).is_file()]
     jobs = ([(query_paths[candidates.queries[i]], [reference_paths[name] for name in candidates.references[i]])
@@ -134,30 +134,30 @@ def verify_blocks(candidates, paths, verifier, folder):
     return [block_file(folder, block) for block in blocks]
 
 
-def block_file(folder, block):
+def block_file(folder: Path, block: range) -> Path:
     return folder / f"{block.start}-{block.stop}.json"
 
 
-def describe_references(paths, verifier):
+def describe_references(paths: Sequence[str], verifier: Verifier) -> None:
     bar = tqdm(total=len(paths), desc="describing", unit=" references", disable=None)
     for done in verifier.describe(paths):
         bar.update(done)
     bar.close()
 
 
-def write_results(output, files, skipped):
-    """pairs.csv and skipped.csv from the finished blocks."""
+def write_results(output: Path, files: list[Path], skipped: Odd) -> None:
+    """pairs.csv and skipped.csv from the finished blocks; `skipped`: unreadable references."""
     with replacing(output) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(COLUMNS)
         for file in files:
             rows, unreadable = json.loads(file.read_text(encoding="utf-8"))
             writer.writerows(rows)
-            skipped += map(tuple, unreadable)
+            skipped += [(path, reason) for path, reason in unreadable]
     write_skipped(output.with_name("skipped.csv"), skipped)
 
 
-def check_args(args):
+def check_args(args: argparse.Namespace) -> None:
     """Everything about the flags that can be wrong, before any work."""
     if not Path(args.submission).is_file():
         raise InputError(f"no such file: {args.submission}")
@@ -172,25 +172,25 @@ def check_args(args):
         cache.mkdir()
 
 
-def verify_submission(args):
+def verify_submission(args: argparse.Namespace) -> None:
     """Run the command line."""
     check_args(args)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # what the search takes of memory goes with its process
         candidates = pool.submit(find_candidates, args.submission, args.candidates).result()
-    paths = [find_images(Path(args.dir, f"{group}_images"), ids) for group, ids in (
-        ("query", candidates.queries.tolist()), ("reference", np.unique(candidates.references).tolist()))]
+    queries = find_images(Path(args.dir, "query_images"), candidates.queries.tolist())
+    references = find_images(Path(args.dir, "reference_images"), np.unique(candidates.references).tolist())
     output = Path(args.output)
     folder = output.with_name(f"{output.name}.blocks")
     open_folder(folder, {"submission": os.path.realpath(args.submission), "stamp": list(stamp(args.submission)),
                          "dir": os.path.realpath(args.dir), "candidates": args.candidates})
     with Verifier(args.workers, args.cache or folder) as verifier:
-        describe_references(list(paths[1].values()), verifier)
-        files = verify_blocks(candidates, paths, verifier, folder)
-        write_results(output, files, verifier.cache.unreadable(paths[1].values()))
+        describe_references(list(references.values()), verifier)
+        files = verify_blocks(candidates, queries, references, verifier, folder)
+        write_results(output, files, verifier.cache.unreadable(references.values()))
     shutil.rmtree(folder)
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("submission", metavar="SUB.h5", help="descriptors of queries and references")
     parser.add_argument("dir", metavar="DIR", help="folder with query_images and reference_images")
@@ -203,7 +203,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     return run_main(lambda: verify_submission(args), "stopped; the same command goes on")
 
