@@ -54,6 +54,7 @@ from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
 from copydet.images import (BLANK, FOLDERS, IMAGE, IMAGE_ENDINGS, NOT_NOW, Odd, UnreadableImage, beside, id_of,
                             list_images, not_read, open_thumbnail, read_skipped, what_is, write_skipped)
 from copydet.options import Parser, fraction, score
+from copydet.regions import WHOLE, parse_regions
 from copydet.search import count_gpus, search_topk
 
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
@@ -246,10 +247,16 @@ def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[st
 
 
 class Extraction:
-    """Runs of `train.py --mode extract` with one checkpoint and one set of flags, in staging folders below `folder`."""
+    """Runs of `train.py --mode extract` with one checkpoint and one set of flags, in staging folders below `folder`.
 
-    def __init__(self, weights: tuple[str, str], flags: list[str], folder: Path) -> None:
-        self.weights, self.flags, self.folder = weights, flags, folder
+    With several `regions`, as --query-regions has them, an image's row is the rows of its regions one after another.
+    """
+
+    def __init__(self, weights: tuple[str, str], flags: list[str], folder: Path, regions: str = "whole") -> None:
+        self.weights, self.flags, self.folder, self.regions = weights, flags, folder, len(parse_regions(regions))
+        self.group = "reference" if self.regions == 1 else "query"
+        if self.regions > 1:
+            self.flags = [*flags, "--query-regions", regions]
         self.key = self.hash_settings(sha256_of(weights[1]))
         self.prefix = f".chunk-{self.key}-"  # hidden, lest they are taken for images; no other cache has these
 
@@ -269,12 +276,12 @@ class Extraction:
         """
         staging = Path(tempfile.mkdtemp(prefix=self.prefix, dir=self.folder))
         try:
-            images, out = staging / "reference_images", staging / "extract"
+            images, out = staging / FOLDERS[self.group], staging / "extract"
             images.mkdir()
             for i, file in enumerate(files):
                 os.symlink(file, images / f"{i:08d}.jpg")
-            code = subprocess.run([sys.executable, ROOT / "train.py", "--mode", "extract", "--target-set", "r",
-                                   "--exp", staging, "-b", "128", *self.weights, *self.flags,
+            code = subprocess.run([sys.executable, ROOT / "train.py", "--mode", "extract", "--target-set",
+                                   self.group[0], "--exp", staging, "-b", "128", *self.weights, *self.flags,
                                    *([] if calibrate else ["--calibrate", "0"]), staging],
                                   stdout=subprocess.DEVNULL).returncode
             described = {int(Path(path).stem): Described(None, why) for path, why in read_skipped(out / "skipped.csv")}
@@ -291,10 +298,11 @@ class Extraction:
     def read_rows(self, file: Path) -> tuple[dict[int, Described], dict]:
         """The rows of a descriptor file by number of the image, and the attributes to keep."""
         with Descriptors(file) as descriptors:
-            rows = descriptors["reference"]
+            rows = descriptors[self.group]
             blank = {int(id_of(path)) for path, _ in read_skipped(beside(file, "blank"))}
             described = {i: Described(row, BLANK if i in blank else None)
-                         for i, row in zip(rows.ids.astype(int).tolist(), rows.read())}
+                         for i, row in zip(rows.images.astype(int).tolist(),
+                                           rows.read().reshape(len(rows.images), -1))}
             return described, {name: descriptors.attrs[name] if name == "calibration" else str(descriptors.attrs[name])
                                for name in ("calibration", *COMPARABLE) if name in descriptors.attrs}
 
@@ -324,7 +332,8 @@ class ArrayRows(BlockRows):
 class Collection:
     """n images: ids [n] as pairs.csv has them, names [n] as people read them, files [n] or None where there is no image
     to show, what all names of a file have in common [n], or None, rows [n, dim], whether they are blank bool [n],
-    attributes of their descriptor file, [(path, reason)] of skipped images."""
+    attributes of their descriptor file, [(path, reason)] of skipped images; image_of: the image of each row where they
+    are of regions, several of an image one after another, else None."""
     source: str
     ids: list
     names: list
@@ -334,6 +343,7 @@ class Collection:
     blank: np.ndarray
     attrs: dict
     skipped: Odd = field(default_factory=list)
+    image_of: np.ndarray | None = None
 
     def only(self, kept: list[int]) -> Collection:
         """Those of the images."""
@@ -359,8 +369,10 @@ def read_folder(source: str, cache: Cache, extraction: Extraction, args: argpars
                          f"{Path(args.output) / 'skipped.csv'}")
     names = [shown(os.path.relpath(path, root) if path != root else os.path.basename(path)) for path in paths]
     ids = [shown(os.path.join(source, os.path.relpath(path, root)) if path != root else source) for path in paths]
+    image_of = np.repeat(np.arange(len(paths)), extraction.regions)
     return Collection(source, ids, names, paths, [stamps[path].inode for path in paths],
-                      ArrayRows(rows, np.array(ids)), blank, cache.attrs(root), skipped)
+                      ArrayRows(rows.reshape(len(image_of), -1), np.array(ids)[image_of]), blank, cache.attrs(root),
+                      skipped, image_of if extraction.regions > 1 else None)
 
 
 def read_file(file: Descriptors, preference: Sequence[str], images: str | None) -> Collection:
@@ -372,12 +384,13 @@ def read_file(file: Descriptors, preference: Sequence[str], images: str | None) 
     if images:
         folder = Path(images).resolve() / f"{name}_images"
         by_id = {id_of(path): str(folder / path) for path in list_images(folder)[0]}
-    ids = rows.ids.tolist()
+    ids = rows.images.tolist()
     files = [by_id.get(name) for name in ids]
     inodes = [file and os.path.exists(file) and inode_of(file, os.stat(file)) or None for file in files]
     blank = [id_of(path) for path, _ in read_skipped(beside(Path(file.path), "blank"))
              if FOLDERS[name] in Path(path).parts]
-    return Collection(str(file.path), ids, ids, files, inodes, rows, np.isin(rows.ids, blank), file.attrs)
+    return Collection(str(file.path), ids, ids, files, inodes, rows, np.isin(ids, blank), file.attrs,
+                      image_of=rows.image_of)
 
 
 def check_comparable(queries: Collection, archive: Collection) -> None:
@@ -442,7 +455,8 @@ def find_pairs(queries: Collection, archive: Collection, k: int, ngpu: int) -> n
     shared = set(filter(None, queries.inodes)).intersection(archive.inodes)
     overlap = max(Counter(inode for inode in archive.inodes if inode in shared).values(), default=0)
     k_search = min(k + max(within, overlap), len(archive.rows))
-    found = search_topk(queries.rows.read(), archive.rows, k_search, np.empty(0, np.int64), ngpu, progress=True)
+    found = search_topk(queries.rows.read(), archive.rows, k_search, np.empty(0, np.int64), ngpu, progress=True,
+                        image_of=queries.image_of)
     found = found.astype(PAIRS)[np.lexsort((found["reference"], -found["score"], found["query"]))]
     if within:
         found = found[found["query"] != found["reference"]]
@@ -621,6 +635,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"{shown(source)}: {what or neither}")
     if args.threshold is not None and args.precision is not None:
         raise InputError("--threshold and --precision: give one")
+    if parse_regions(args.query_regions) != [WHOLE] and not args.archive:
+        raise InputError("--query-regions: within one collection whole images are compared")
     if args.topk < 1 or not 0 < args.pairs <= MOST_PAIRS:
         raise InputError(f"--topk is at least 1, --pairs from 1 to {MOST_PAIRS:,}")
     ours = {"--mode", "--exp", "--target-set", "--weight", "--backbone-weights", "--dryrun", "--eval-subset"}
@@ -646,12 +662,18 @@ def older_cache(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.sqlite", name)]
 
 
-def open_cache(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Cache, Extraction]:
-    """What describes the folders on the command line, and where that is kept. What a killed run with the same flags
-    left there is removed."""
-    weights, folder = pick_weights(args), Path(args.cache or Path(args.output) / "cache").resolve()
+def open_cache_folder(args: argparse.Namespace, stack: contextlib.ExitStack) -> Path:
+    """The folder of what is kept for later runs."""
+    folder = Path(args.cache or Path(args.output) / "cache").resolve()
     stack.enter_context(OutputFolder(folder, "--cache", older_cache, parents=True, shared=True))
-    extraction = Extraction(weights, args.flags, folder)
+    return folder
+
+
+def open_cache(folder: Path, args: argparse.Namespace, regions: str,
+               stack: contextlib.ExitStack) -> tuple[Cache, Extraction]:
+    """What describes the folders on the command line, and where in `folder` that is kept. What a killed run with the
+    same flags left there is removed."""
+    extraction = Extraction(pick_weights(args), args.flags, folder, regions)
     file = folder / f"{extraction.key}.sqlite"
     try:
         cache = Cache(file)
@@ -671,17 +693,21 @@ def open_sources(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[
             for source in (args.queries, args.archive) if source]
 
 
-def read_collections(sources: list, args: argparse.Namespace,
+def read_collections(sources: list[str | Descriptors], folder: Path, args: argparse.Namespace,
                      stack: contextlib.ExitStack) -> tuple[Collection, Collection, list[tuple[str, str, str]]]:
     """Collections of QUERIES and ARCHIVE: the same one twice where a collection is searched within itself; and what
-    is one file under two names."""
-    if any(isinstance(source, str) for source in sources):
-        through = open_cache(args, stack)
-    elif len(sources) == 1 and {"query", "reference"} <= set(sources[0].groups):
+    is one file under two names. What describes them is kept in `folder`."""
+    if len(sources) == 1 and isinstance(sources[0], Descriptors) and {"query", "reference"} <= set(sources[0].groups):
         sources = sources * 2
-    preferences = ("query", "reference", "train"), ("reference", "query", "train")
-    collections = [read_folder(source, *through, args) if isinstance(source, str) else
-                   read_file(source, names, args.images) for source, names in zip(sources, preferences)]
+    caches: dict[str, tuple[Cache, Extraction]] = {}
+    collections, preferences = [], (("query", "reference", "train"), ("reference", "query", "train"))
+    for source, names, regions in zip(sources, preferences, (args.query_regions, "whole")):
+        if isinstance(source, str):
+            if regions not in caches:
+                caches[regions] = open_cache(folder, args, regions, stack)
+            collections.append(read_folder(source, *caches[regions], args))
+        else:
+            collections.append(read_file(source, names, args.images))
     queries, archive = collections[0], collections[-1]
     same = same_files(queries, archive)
     names = told(queries, archive, same)
@@ -699,7 +725,8 @@ def find_copies(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         sources = open_sources(args, stack)
         stack.enter_context(report).add("index.html", "pairs.csv", "skipped.csv")
-        queries, archive, same = read_collections(sources, args, stack)
+        folder = open_cache_folder(args, stack)
+        queries, archive, same = read_collections(sources, folder, args, stack)
         check_comparable(queries, archive)
         calibration, threshold = read_calibration(args, queries, archive), args.threshold
         if calibration and args.precision is not None:
@@ -726,6 +753,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave out images and folders of "
                    "this name, or of this path below the folder, such as '*_small.jpg'; can be given again")
     g.add_argument("--hash", action="store_true", help="tell changed images by their content, not by size and time")
+    g.add_argument("--query-regions", default="whole", metavar="WHICH", help="describe each query in several regions, "
+                   "for copies that fill a part of it: whole, 7, 19, or boxes as train.py takes them (default: whole)")
     g = parser.add_argument_group("pairs")
     g.add_argument("--topk", type=int, default=10, metavar="K", help="answers per query (default: %(default)s)")
     g.add_argument("--threshold", type=score, metavar="SCORE", help="pairs.csv holds pairs from this score on, 0 "

@@ -44,6 +44,7 @@ from copydet.common import (InputError, OutputFolder, check_file, check_output, 
 from copydet.descriptors import BLOCK, COMPARABLE, Descriptors, Rows
 from copydet.metrics import micro_ap, read_ground_truth, respell, sort_candidates
 from copydet.options import positive
+from copydet.regions import images_of
 from copydet.search import count_gpus, search_topk, squared_distances
 
 if TYPE_CHECKING:
@@ -433,8 +434,16 @@ def merge(found: Sequence[pd.DataFrame], k: int, names: Sequence[str]) -> pd.Dat
     return best(together, k)[["query", "reference_id", "score"]]
 
 
-def write_pairs(output: str, query_ids: np.ndarray, found: pd.DataFrame) -> None:
-    """CSV of the answers to queries of these ids [n]."""
+def of_images(found: pd.DataFrame, image_of: np.ndarray, k: int) -> pd.DataFrame:
+    """Answers to rows, each a region of the image image_of[row] -> the k best of each image."""
+    found = found.assign(query=image_of[found["query"]]).sort_values("score", ascending=False, kind="stable")
+    return best(found.drop_duplicates(["query", "reference_id"]), k)
+
+
+def write_pairs(output: str, row_ids: np.ndarray, found: pd.DataFrame, k: int) -> None:
+    """CSV of the k best answers to each query, of answers to rows of these ids [n]."""
+    query_ids, image_of = images_of(row_ids)
+    found = of_images(found, image_of, k)
     found = found.assign(query_id=query_ids[found["query"]])
     with replacing(output) as temporary:
         found[["query_id", "reference_id", "score"]].to_csv(temporary, index=False)
@@ -523,7 +532,7 @@ def search(args: argparse.Namespace) -> None:
     if args.milvus:
         store = Milvus(args.milvus, maker)
         with milvus_errors(args.milvus):
-            return write_pairs(args.output, query_ids, store.search(queries, args))
+            return write_pairs(args.output, query_ids, store.search(queries, args), args.topk)
     index = Index(args.index)
     index.check_queries(args.queries, maker, queries)
     if args.shard is not None and not 0 <= args.shard < len(index.shards):
@@ -538,7 +547,7 @@ def search(args: argparse.Namespace) -> None:
     if args.shard is not None:
         key = part_key(index, query_ids, queries, args)
         return Part(key, args.shard, args.topk, query_ids, found[0]).write(args.output)
-    write_pairs(args.output, query_ids, merge(found, args.topk, index.names()))
+    write_pairs(args.output, query_ids, merge(found, args.topk, index.names()), args.topk)
 
 
 def merge_parts(args: argparse.Namespace) -> None:
@@ -554,7 +563,7 @@ def merge_parts(args: argparse.Namespace) -> None:
         if number not in parts:
             raise InputError(f"shard {number} of {len(index.shards)} is missing: no part of {name}")
     found = [parts[number].found for number in range(len(index.shards))]
-    write_pairs(args.output, first.query_ids, merge(found, first.topk, index.names()))
+    write_pairs(args.output, first.query_ids, merge(found, first.topk, index.names()), first.topk)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -586,9 +595,10 @@ def spelled_as(path: str, positives: pd.DataFrame, query_ids: np.ndarray, shards
     return pd.DataFrame({"query_id": query_ids, "reference_id": reference_ids})
 
 
-def timed(shards: Sequence[Shard], queries: np.ndarray, args: argparse.Namespace,
+def timed(shards: Sequence[Shard], queries: np.ndarray, image_of: np.ndarray, args: argparse.Namespace,
           params: str | None = None) -> tuple[float, pd.DataFrame]:
-    """(seconds, answers) of one search of queries [n, width] in open shards; with params=None an exact one."""
+    """(seconds, answers) of one search in open shards of queries [n, width], regions of the images image_of [n]; with
+    params=None an exact one."""
     seconds, found = 0.0, []
     for shard in shards:
         shard.set(params or "")
@@ -597,14 +607,16 @@ def timed(shards: Sequence[Shard], queries: np.ndarray, args: argparse.Namespace
         start = time.monotonic()
         found.append(shard.search(queries, *how))
         seconds += time.monotonic() - start
-    return seconds, merge(found, args.topk, [str(i) for i in range(len(shards))])
+    found = merge(found, args.topk, [str(i) for i in range(len(shards))])
+    return seconds, of_images(found, image_of, args.topk)
 
 
 def curve(args: argparse.Namespace) -> None:
     """index.py curve: table and picture of time against AP and recall of the exact answers, over search settings."""
     _, positives = read_ground_truth(args.truth)
     with Descriptors(args.queries) as file:
-        query_ids, queries, maker = file["query"].ids, file["query"].read(), made_by(file.attrs)
+        queries, maker = file["query"].read(), made_by(file.attrs)
+        query_ids, image_of = images_of(file["query"].ids)
     exact: tuple[float, pd.DataFrame] | None = None
     rows: list[tuple[str, str, float, float, float]] = []
     for folder in args.indexes:
@@ -612,12 +624,12 @@ def curve(args: argparse.Namespace) -> None:
         index.check_queries(args.queries, maker, queries)
         with contextlib.ExitStack() as stack:
             shards = [stack.enter_context(Shard(index, number)) for number in range(len(index.shards))]
-            exact = exact or timed(shards, queries, args)
+            exact = exact or timed(shards, queries, image_of, args)
             if not rows:
                 positives = spelled_as(args.truth, positives, query_ids, shards)
                 rows.append(("exact", "", exact[0], 1.0, average_precision(query_ids, exact[1], positives)))
             for params in parameter_range(shards[0].faiss) if shards[0].faiss else []:
-                seconds, found = timed(shards, queries, args, params)
+                seconds, found = timed(shards, queries, image_of, args, params)
                 recall = len(found.merge(exact[1], on=["query", "reference_id"])) / len(exact[1])
                 rows.append((index.about["factory"], params, seconds, recall,
                              average_precision(query_ids, found, positives)))

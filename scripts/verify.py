@@ -8,9 +8,8 @@
 The images are those of DIR/query_images and DIR/reference_images, by id. pairs.csv holds a row for each candidate:
 
     query_id, reference_id
-    score                    above 0 where local features match: their number, times the fraction that agrees of what
-                             overlaps, and less than 1 for the descriptors' nearness; else from -1 to 0, by the
-                             descriptors alone. Comparable between queries
+    score                    above 0, up to 1, where local features say copy; else the descriptors' alone, minus their
+                             squared distance. Comparable between queries
     inliers                  pairs of local features that agree with one affine transform
     coverage_query, coverage_reference   the part of each image that overlaps and is alike there
     verdict                  copy; shares a part (a logo, text, frame or texture); none; not verifiable (blank, tiny,
@@ -43,7 +42,7 @@ from copydet.descriptors import Descriptors
 from copydet.images import IMAGE_ENDINGS, Odd, id_of, list_images, write_skipped
 from copydet.options import positive
 from copydet.search import search_topk
-from copydet.verification import PER_JOB, Match, Verifier, stamp
+from copydet.verification import PER_JOB, Match, Verifier, score, stamp
 
 COLUMNS = ("query_id", "reference_id", "score", "inliers", "coverage_query", "coverage_reference", "verdict", "outline")
 MEMORY = 2**27  # bytes for the search
@@ -95,12 +94,6 @@ def open_folder(folder: Path, settings: dict) -> None:
     folder.mkdir()
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(settings), encoding="utf-8")
-
-
-def score(match: Match, nearness: float) -> float:
-    """Score of a match whose descriptors have the score `nearness`, minus the squared distance."""
-    verified = 1 + match.inliers * match.agreement if match.inliers else 0
-    return verified + nearness / (1 - nearness)
 
 
 def rows_of(query: str, references: Sequence[str], nearness: Sequence[float], matches: Sequence[Match]) -> list[tuple]:

@@ -52,6 +52,7 @@ CONTRAST = 4.0  # standard deviation of grey levels in a window from which it sh
 ALIKE, UNLIKE = 0.6, 0.4  # correlation of windows that show the same, and of those that differ
 FEW = 15  # inliers
 LEAST_COVERAGE, WITH_FEW = 0.55, 0.75  # of a copy: of the query or of the reference; with FEW inliers
+EVIDENCE = 20  # inliers that agree, at which the score is 0.5
 LARGEST_HOLE = 0.15  # of a copy: the largest part where both images show something else, of what they share
 
 PER_JOB = 32  # images or queries that a process does at a time
@@ -130,6 +131,15 @@ class Match:
 
 
 ABSTAINED = Match(ABSTAIN)
+
+
+def score(match: Match, nearness: float) -> float:
+    """One score for a pair whose descriptors have the score `nearness`, minus the squared distance: that, up to 0,
+    where local features do not say COPY; where they do, above 0, and nearer to 1 the more inliers agree."""
+    if match.verdict != COPY:
+        return nearness
+    evidence = match.inliers * match.agreement + 1 / (1 - nearness)
+    return evidence / (evidence + EVIDENCE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
