@@ -26,6 +26,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -53,13 +54,15 @@ from copydet.common import ROOT, InputError, OutputFolder, WorkError, is_page, m
 from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
 from copydet.images import (BLANK, FOLDERS, IMAGE, IMAGE_ENDINGS, NOT_NOW, Odd, UnreadableImage, beside, id_of,
                             list_images, not_read, open_thumbnail, read_skipped, what_is, write_skipped)
-from copydet.options import Parser, fraction, score
+from copydet.options import Parser, fraction, positive, score
 from copydet.regions import WHOLE, parse_regions
 from copydet.search import count_gpus, search_topk
+from copydet.verification import ABSTAIN, COPY, PER_JOB, Match, Verifier, batches, pair_score
 
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 CHUNKS = 2048, 65536  # least and most images per run of train.py; in between as many as are described already
 THUMBNAIL = 256  # px
+CANDIDATES = 10  # of a query, whose local features are compared
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
 
 
@@ -419,7 +422,7 @@ def read_calibration(args: argparse.Namespace, queries: Collection, archive: Col
 # ---------------------------------------------------------------------------------------------------------------------
 # Search
 
-PAIRS = np.dtype([("query", int), ("reference", int), ("score", float)])
+PAIRS = np.dtype([("query", int), ("reference", int), ("score", float), ("match", int)])
 
 
 def same_files(queries: Collection, archive: Collection) -> list[tuple[int, int]]:
@@ -449,20 +452,21 @@ def told(queries: Collection, archive: Collection, same: list[tuple[int, int]]) 
 
 
 def find_pairs(queries: Collection, archive: Collection, k: int, ngpu: int) -> np.ndarray:
-    """The k nearest of each query, exactly: PAIRS, best first. An image is no copy of itself, under no name; within one
-    collection a pair is listed once."""
+    """The k nearest of each query, exactly: PAIRS, best first, their match -1: none yet. An image is no copy of itself,
+    under no name; within one collection a pair is listed once."""
     within = archive is queries
     shared = set(filter(None, queries.inodes)).intersection(archive.inodes)
     overlap = max(Counter(inode for inode in archive.inodes if inode in shared).values(), default=0)
     k_search = min(k + max(within, overlap), len(archive.rows))
     found = search_topk(queries.rows.read(), archive.rows, k_search, np.empty(0, np.int64), ngpu, progress=True,
                         image_of=queries.image_of)
-    found = found.astype(PAIRS)[np.lexsort((found["reference"], -found["score"], found["query"]))]
+    found = found[np.lexsort((found["reference"], -found["score"], found["query"]))]
+    found = np.rec.fromarrays([found["query"], found["reference"], found["score"], np.full(len(found), -1)], PAIRS)
     if within:
         found = found[found["query"] != found["reference"]]
     elif overlap:
         found = found[[queries.inodes[i] is None or queries.inodes[i] != archive.inodes[j]
-                       for i, j, _ in found.tolist()]]
+                       for i, j in found[["query", "reference"]].tolist()]]
     found["score"] += 0.0  # no -0.0
     first = np.searchsorted(found["query"], found["query"])
     found = found[np.arange(len(found)) - first < k]
@@ -471,6 +475,29 @@ def find_pairs(queries: Collection, archive: Collection, k: int, ngpu: int) -> n
         found["query"], found["reference"] = np.minimum(a, b), np.maximum(a, b)
         found = found[np.unique(found[["query", "reference"]], return_index=True)[1]]
     return found[np.lexsort((found["reference"], found["query"], -found["score"]))]
+
+
+def verify_pairs(queries: Collection, archive: Collection, pairs: np.ndarray, folder: Path,
+                 workers: int) -> tuple[np.ndarray, list[Match]]:
+    """Compare the images of the CANDIDATES best pairs of each query -> PAIRS with their new scores and the numbers of
+    their matches, best first; and the matches. Local features of the archive are kept in `folder`."""
+    pairs = pairs[np.lexsort((pairs["reference"], -pairs["score"], pairs["query"]))]
+    rank = np.arange(len(pairs)) - np.searchsorted(pairs["query"], pairs["query"])
+    chosen = [n for n in np.flatnonzero(rank < CANDIDATES).tolist()
+              if queries.files[pairs["query"][n]] and archive.files[pairs["reference"][n]]]
+    by_query = [list(part) for _, part in itertools.groupby(chosen, lambda n: pairs["query"][n])]
+    matches: list[Match] = []
+    with Verifier(workers, folder) as verifier:
+        verifier.describe(sorted({archive.files[j] for j in pairs["reference"][chosen]}))
+        jobs = ([(queries.files[pairs["query"][part[0]]], [archive.files[j] for j in pairs["reference"][part]])
+                 for part in block] for block in batches(by_query, PER_JOB))
+        with tqdm(total=len(by_query), desc="verifying", unit=" queries", disable=None, delay=1) as bar:
+            for done in verifier.verify(jobs):
+                matches += [match for query in done for match in query.matches]
+                bar.update(len(done))
+    pairs["match"][chosen] = np.arange(len(chosen))
+    pairs["score"][chosen] = [pair_score(match, near) for match, near in zip(matches, pairs["score"][chosen])]
+    return pairs[np.lexsort((pairs["reference"], pairs["query"], -pairs["score"]))], matches
 
 
 def group_numbers(pairs: np.ndarray) -> np.ndarray:
@@ -488,22 +515,46 @@ def group_numbers(pairs: np.ndarray) -> np.ndarray:
 # Report
 
 
+def are_linked(pairs: np.ndarray, matches: list[Match] | None, threshold: float | None) -> np.ndarray:
+    """bool [n]: pairs that make a group: all of them, or, where local features were compared, those that show a copy
+    and, at or above a threshold, those of which they cannot tell."""
+    if matches is None:
+        return np.ones(len(pairs), bool)
+    verdicts = [ABSTAIN if n < 0 else matches[n].verdict for n in pairs["match"].tolist()]
+    return np.array([verdict == COPY or threshold is not None and verdict == ABSTAIN for verdict in verdicts], bool)
+
+
 def are_blank(queries: Collection, archive: Collection, pairs: np.ndarray) -> np.ndarray:
     """bool [n]: pairs with an image that shows one flat colour. Their scores tell nothing."""
     return queries.blank[pairs["query"]] | archive.blank[pairs["reference"]]
 
 
-def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.ndarray, same: list[tuple],
-                calibration: Calibration | None, grouped: bool) -> None:
-    """pairs.csv: the pairs, then those of `same`, which `told` made, with nothing to act on."""
+def match_columns(matches: Sequence[Match | None]) -> dict[str, list]:
+    """Columns of pairs.csv: what local features say of each pair, nothing where they were not compared."""
+    def text(value: Callable[[Match], object]) -> list:
+        return ["" if match is None else value(match) for match in matches]
+
+    return {"inliers": text(lambda m: m.inliers), "coverage_query": text(lambda m: f"{m.coverage_query:.3f}"),
+            "coverage_reference": text(lambda m: f"{m.coverage_reference:.3f}"), "verdict": text(lambda m: m.verdict),
+            "outline": text(lambda m: "" if m.outline is None else " ".join(f"{x:.1f}" for x in m.outline.ravel()))}
+
+
+def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.ndarray, matches: list[Match] | None,
+                same: list[tuple], calibration: Calibration | None, linked: np.ndarray | None) -> None:
+    """pairs.csv: the pairs, then those of `same`, which `told` made, with nothing to act on. `linked`: bool [n], pairs
+    that make a group, if there are groups."""
     blank = are_blank(queries, archive, pairs)
     columns = {"query_id": [queries.ids[i] for i in pairs["query"]],
                "reference_id": [archive.ids[j] for j in pairs["reference"]],
                "score": map(repr, pairs["score"].tolist()), "blank": np.where(blank, "yes", "").tolist()}
+    if matches is not None:
+        columns |= match_columns([None if n < 0 else matches[n] for n in pairs["match"].tolist()])
     if calibration:
         columns["precision"] = ["" if b else f"{p:.4f}" for b, p in zip(blank, calibration.at(pairs["score"]))]
-    if grouped:
-        columns["group"] = group_numbers(pairs).tolist()
+    if linked is not None:
+        columns["group"] = [""] * len(pairs)
+        for i, number in zip(np.flatnonzero(linked).tolist(), group_numbers(pairs[linked]).tolist()):
+            columns["group"][i] = number
     columns["same_file"] = [""] * len(pairs)
     nothing = [""] * (len(columns) - 3)
     with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
@@ -570,7 +621,8 @@ def image_table(queries: Collection, archive: Collection, pairs: np.ndarray, rep
 
 
 def write_report(report: OutputFolder, queries: Collection, archive: Collection, pairs: np.ndarray, same: list[tuple],
-                 threshold: float | None, calibration: Calibration | None, most: int) -> None:
+                 matches: list[Match] | None, threshold: float | None, calibration: Calibration | None,
+                 most: int) -> None:
     """thumbs/, pairs.csv, skipped.csv and, last, index.html, each under its final name only when it is whole."""
     within, skipped = archive is queries, queries.skipped + (archive.skipped if archive is not queries else [])
     kept, folder = pairs if threshold is None else pairs[pairs["score"] >= threshold], report.path
@@ -586,7 +638,9 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
                                             "copies_ratio": calibration.copies_ratio}}
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can close the script element
     page = (Path(copydet.__file__).with_name("page.html")).read_text(encoding="utf-8").replace("{{data}}", text)
-    write_pairs(folder / "pairs.csv", queries, archive, kept, same, calibration, within and threshold is not None)
+    grouped = within and (threshold is not None or matches is not None)
+    write_pairs(folder / "pairs.csv", queries, archive, kept, matches, same, calibration,
+                are_linked(kept, matches, threshold) if grouped else None)
     write_skipped(folder / "skipped.csv", skipped)
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -693,7 +747,7 @@ def open_sources(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[
             for source in (args.queries, args.archive) if source]
 
 
-def read_collections(sources: list[str | Descriptors], folder: Path, args: argparse.Namespace,
+def read_collections(sources: list[str | Descriptors], folder: Path | None, args: argparse.Namespace,
                      stack: contextlib.ExitStack) -> tuple[Collection, Collection, list[tuple[str, str, str]]]:
     """Collections of QUERIES and ARCHIVE: the same one twice where a collection is searched within itself; and what
     is one file under two names. What describes them is kept in `folder`."""
@@ -702,11 +756,11 @@ def read_collections(sources: list[str | Descriptors], folder: Path, args: argpa
     caches: dict[str, tuple[Cache, Extraction]] = {}
     collections, preferences = [], (("query", "reference", "train"), ("reference", "query", "train"))
     for source, names, regions in zip(sources, preferences, (args.query_regions, "whole")):
-        if isinstance(source, str):
+        if isinstance(source, str) and folder:
             if regions not in caches:
                 caches[regions] = open_cache(folder, args, regions, stack)
             collections.append(read_folder(source, *caches[regions], args))
-        else:
+        elif isinstance(source, Descriptors):
             collections.append(read_file(source, names, args.images))
     queries, archive = collections[0], collections[-1]
     same = same_files(queries, archive)
@@ -725,14 +779,18 @@ def find_copies(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         sources = open_sources(args, stack)
         stack.enter_context(report).add("index.html", "pairs.csv", "skipped.csv")
-        folder = open_cache_folder(args, stack)
+        verify = not args.no_verify and all(isinstance(source, str) or args.images for source in sources)
+        keeps = verify or any(isinstance(source, str) for source in sources)
+        folder = open_cache_folder(args, stack) if keeps else None
         queries, archive, same = read_collections(sources, folder, args, stack)
         check_comparable(queries, archive)
         calibration, threshold = read_calibration(args, queries, archive), args.threshold
         if calibration and args.precision is not None:
             threshold = calibration.threshold(args.precision, "--precision")
-        pairs = find_pairs(queries, archive, args.topk, args.ngpu)
-        write_report(report, queries, archive, pairs, same, threshold, calibration, args.pairs)
+        pairs, matches = find_pairs(queries, archive, args.topk, args.ngpu), None
+        if folder and verify:
+            pairs, matches = verify_pairs(queries, archive, pairs, folder, args.workers)
+        write_report(report, queries, archive, pairs, same, matches, threshold, calibration, args.pairs)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -763,6 +821,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "checkpoint's calibration for an archive of this size")
     g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy, for "
                    "the precision (default: the calibration's)")
+    g.add_argument("--no-verify", action="store_true", help="do not compare the images of the best pairs by local "
+                   "features and geometry")
+    g.add_argument("-j", "--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes that do so "
+                   "(default: number of CPUs)")
     g.add_argument("--pairs", type=int, default=20_000, metavar="N", help="the best N pairs are on the page (default: "
                    "%(default)s)")
     g.add_argument("--images", "--photos", metavar="DIR", help="folder with query_images and reference_images, for "

@@ -42,7 +42,7 @@ from copydet.descriptors import Descriptors
 from copydet.images import IMAGE_ENDINGS, Odd, id_of, list_images, write_skipped
 from copydet.options import positive
 from copydet.search import search_topk
-from copydet.verification import PER_JOB, Match, Verifier, score, stamp
+from copydet.verification import PER_JOB, Match, Verifier, pair_score, stamp
 
 COLUMNS = ("query_id", "reference_id", "score", "inliers", "coverage_query", "coverage_reference", "verdict", "outline")
 MEMORY = 2**27  # bytes for the search
@@ -101,7 +101,7 @@ def rows_of(query: str, references: Sequence[str], nearness: Sequence[float], ma
     rows = []
     for reference, near, match in zip(references, nearness, matches):
         outline = "" if match.outline is None else " ".join(f"{x:.1f}" for x in match.outline.ravel())
-        rows.append((query, reference, round(score(match, near), 6), match.inliers, round(match.coverage_query, 3),
+        rows.append((query, reference, round(pair_score(match, near), 6), match.inliers, round(match.coverage_query, 3),
                      round(match.coverage_reference, 3), match.verdict, outline))
     return sorted(rows, key=lambda row: (-row[2], row[1]))
 
@@ -129,13 +129,6 @@ def verify_blocks(candidates: Candidates, query_paths: dict[str, str], reference
 
 def block_file(folder: Path, block: range) -> Path:
     return folder / f"{block.start}-{block.stop}.json"
-
-
-def describe_references(paths: Sequence[str], verifier: Verifier) -> None:
-    bar = tqdm(total=len(paths), desc="describing", unit=" references", disable=None)
-    for done in verifier.describe(paths):
-        bar.update(done)
-    bar.close()
 
 
 def write_results(output: Path, files: list[Path], skipped: Odd) -> None:
@@ -177,7 +170,7 @@ def verify_submission(args: argparse.Namespace) -> None:
     open_folder(folder, {"submission": os.path.realpath(args.submission), "stamp": list(stamp(args.submission)),
                          "dir": os.path.realpath(args.dir), "candidates": args.candidates})
     with Verifier(args.workers, args.cache or folder) as verifier:
-        describe_references(list(references.values()), verifier)
+        verifier.describe(list(references.values()))
         files = verify_blocks(candidates, queries, references, verifier, folder)
         write_results(output, files, verifier.cache.unreadable(references.values()))
     shutil.rmtree(folder)

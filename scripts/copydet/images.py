@@ -342,7 +342,7 @@ class ImageFile:
         self.shrinks: list[float] = []
         with reading(path):
             try:
-                if not (simplejpeg and draft) or exif_transpose:
+                if not (simplejpeg and draft) or exif_transpose and b"Exif" in self.data[:2**16]:
                     raise ValueError
                 self.size = simplejpeg.decode_jpeg_header(self.data)[1::-1]
                 self.fast = True

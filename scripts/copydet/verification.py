@@ -9,7 +9,7 @@ refined to affine transforms. Nothing is drawn at random, and descriptors are mu
 exact in float32 in any order: the same features always give the same match. What the transform lays upon each other is
 compared then: two photos with one logo, caption, watermark or screen around them have many inliers, and differ.
 
-Coordinates are in px of the original image, which covers [0, width] x [0, height]; the y axis points down.
+Coordinates are in px of the original image, upright, which covers [0, width] x [0, height]; the y axis points down.
 """
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from copydet.common import WorkError
 from copydet.images import ImageFile, UnreadableImage
@@ -117,6 +118,7 @@ class Match:
         agreement: fraction, of what the images show where they overlap, that is alike.
         coverage_query, coverage_reference: the part of each that overlaps, times the agreement.
         outline: float64 [4, 2], the reference's corners in the query: top left, top right, bottom right, bottom left.
+        sizes: (width, height) of the query and of the reference.
         points: float32 [inliers, 4], x and y in the query, x and y in the reference.
     """
     verdict: str
@@ -128,12 +130,19 @@ class Match:
     coverage_reference: float = 0.0
     outline: np.ndarray | None = None
     points: np.ndarray | None = None
+    sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    @property
+    def part(self) -> np.ndarray:
+        """float64 [4, 2], the query's corners in the reference: what the outline is for the reference."""
+        assert self.transform is not None and self.sizes is not None
+        return corners(self.sizes[0], cv2.invertAffineTransform(self.transform))
 
 
 ABSTAINED = Match(ABSTAIN)
 
 
-def score(match: Match, nearness: float) -> float:
+def pair_score(match: Match, nearness: float) -> float:
     """One score for a pair whose descriptors have the score `nearness`, minus the squared distance: that, up to 0,
     where local features do not say COPY; where they do, above 0, and nearer to 1 the more inliers agree."""
     if match.verdict != COPY:
@@ -147,8 +156,8 @@ def score(match: Match, nearness: float) -> float:
 
 
 def describe_file(path: str) -> Features:
-    """Features of an image file, decoded no larger than needed. Raises UnreadableImage."""
-    image = ImageFile(path)
+    """Features of an image file, upright and decoded no larger than needed. Raises UnreadableImage."""
+    image = ImageFile(path, exif_transpose=True)
     image.shrink(max(image.size) / SIDES[1])
     return describe(image.pixels, image.size)
 
@@ -331,7 +340,7 @@ def verify(query: Features, reference: Features) -> Match:
         transform, points = transform * [[-1], [1]] + [[0, 0, query.size[0]], [0, 0, 0]], points * [-1, 1, 1, 1]
         points[:, 0] += query.size[0]
     return Match(COPY if is_copy else PART, inliers, transform, mirrored, overlap.agreement, *coverage,
-                 corners(reference.size, transform), points)
+                 corners(reference.size, transform), points, (query.size, reference.size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,13 +434,14 @@ class Verifier:
             os.environ.pop(name)
             os.environ.update({name: value} if value is not None else {})
 
-    def describe(self, paths: Sequence[str]) -> Iterator[int]:
-        """Describe what of the references is not in the cache; yields how many of them are done, again and again."""
+    def describe(self, paths: Sequence[str]) -> None:
+        """Describe what of the references is not in the cache."""
         missing = self.cache.missing(paths)
-        yield len(paths) - len(missing)
-        for described in self.run(describe_files, batches(missing, PER_JOB)):
-            self.cache.write(described)
-            yield len(described)
+        with tqdm(total=len(paths), initial=len(paths) - len(missing), desc="describing", unit=" references",
+                  disable=None, delay=1) as bar:
+            for described in self.run(describe_files, batches(missing, PER_JOB)):
+                self.cache.write(described)
+                bar.update(len(described))
 
     def verify(self, jobs: Iterable[Sequence[tuple[str, Sequence[str]]]]) -> Iterator[list[Verified]]:
         """Each job, [(path of a query, paths of its references)] -> a Verified for each of its queries, in order."""
