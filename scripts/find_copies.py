@@ -63,6 +63,7 @@ H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 CHUNKS = 2048, 65536  # least and most images per run of train.py; in between as many as are described already
 THUMBNAIL = 256  # px
 CANDIDATES = 10  # of a query, whose local features are compared
+POINTS = 60  # of a match, that the page shows
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
 
 
@@ -598,9 +599,20 @@ def write_thumbnail(path: str, file: Path | None) -> str | None:
     return file.name
 
 
-def image_table(queries: Collection, archive: Collection, pairs: np.ndarray, report: OutputFolder) -> tuple[list, list]:
+def match_on_page(match: Match) -> dict:
+    """What the page shows of a match; places are whole thousandths of the images' sides."""
+    shown_match = {"verdict": match.verdict, "inliers": match.inliers}
+    if match.sizes is None or match.outline is None or match.points is None:
+        return shown_match
+    thousandths = lambda points, sizes: (1000 * points / np.ravel(sizes)).round().astype(int).ravel().tolist()
+    outlines = [thousandths(corners, size) for corners, size in zip((match.outline, match.part), match.sizes)]
+    return shown_match | {"outlines": outlines, "points": thousandths(match.points[:POINTS], match.sizes)}
+
+
+def image_table(queries: Collection, archive: Collection, pairs: np.ndarray, matches: list[Match] | None,
+                report: OutputFolder) -> tuple[list, list]:
     """What the page shows of the images in pairs: [[name, URI or None, thumbnail or None, 1 if blank]], and pairs as
-    rows of it: [[query, reference, score]]."""
+    rows of it: [[query, reference, score, match or None]]."""
     rows: dict[tuple[int, int], int] = {}
     entries: list[tuple[str, str | None, int]] = []
     for collection, column in ((queries, "query"), (archive, "reference")):
@@ -617,7 +629,9 @@ def image_table(queries: Collection, archive: Collection, pairs: np.ndarray, rep
                            total=len(entries), desc="thumbnails", unit="image", disable=None, delay=1))
     images = [[name, file and "file://" + quote(os.fsencode(file)), thumb, blank]
               for (name, file, blank), thumb in zip(entries, thumbs)]
-    return images, [[rows[id(queries), i], rows[id(archive), j], score] for i, j, score in pairs.tolist()]
+    on_page = [None if matches is None or n < 0 else match_on_page(matches[n]) for n in pairs["match"].tolist()]
+    return images, [[rows[id(queries), i], rows[id(archive), j], score, match]
+                    for (i, j, score, _), match in zip(pairs.tolist(), on_page)]
 
 
 def write_report(report: OutputFolder, queries: Collection, archive: Collection, pairs: np.ndarray, same: list[tuple],
@@ -628,7 +642,7 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     kept, folder = pairs if threshold is None else pairs[pairs["score"] >= threshold], report.path
     blank = are_blank(queries, archive, kept)
     kept = kept if threshold is None else kept[~blank]
-    images, on_page = image_table(queries, archive, pairs[:most], report)
+    images, on_page = image_table(queries, archive, pairs[:most], matches, report)
     data = {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
             "count": [len(queries.ids), len(archive.ids)], "skipped": len(skipped), "same_files": len(same),
             "threshold": threshold,
@@ -764,11 +778,11 @@ def read_collections(sources: list[str | Descriptors], folder: Path | None, args
             collections.append(read_file(source, names, args.images))
     queries, archive = collections[0], collections[-1]
     same = same_files(queries, archive)
-    names = told(queries, archive, same)
+    links = told(queries, archive, same)
     if same and queries is archive:
         again = {i for i, _ in same}
         queries = archive = archive.only([i for i in range(len(archive.ids)) if i not in again])
-    return queries, archive, names
+    return queries, archive, links
 
 
 def find_copies(args: argparse.Namespace) -> None:

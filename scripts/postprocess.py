@@ -108,8 +108,8 @@ def check_same_ids(a: Rows, b: Rows) -> None:
     for rows, other in ((a, b), (b, a)):
         if len(missing := np.setdiff1d(rows.ids, other.ids)):
             raise InputError(f"{other.path}: `{a.name}` lacks ids of {rows.path}: {first_three(missing)}")
-    if len(a.ids) != len(b.ids) or (a.regions is None) != (b.regions is None) or (
-            a.regions is not None and not np.array_equal(a.regions, b.regions)):
+    here, there = (np.zeros(0) if rows.regions is None else rows.regions for rows in (a, b))
+    if not np.array_equal(here, there):
         raise InputError(f"{a.path} and {b.path}: `{a.name}` in other regions")
     if len(moved := a.ids[a.ids != b.ids]):
         raise InputError(f"{a.path} and {b.path}: `{a.name}` in another order, from id {first_three(moved)}")

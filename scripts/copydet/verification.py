@@ -143,11 +143,13 @@ ABSTAINED = Match(ABSTAIN)
 
 
 def pair_score(match: Match, nearness: float) -> float:
-    """One score for a pair whose descriptors have the score `nearness`, minus the squared distance: that, up to 0,
-    where local features do not say COPY; where they do, above 0, and nearer to 1 the more inliers agree."""
+    """One score for a pair whose descriptors have the score `nearness`, minus the squared distance: above 0, and nearer
+    to 1 the more inliers agree, where local features say COPY; where they do not, at most 0: the nearness, and nearer
+    to 0 where the images share a part."""
+    evidence = match.inliers * match.agreement
     if match.verdict != COPY:
-        return nearness
-    evidence = match.inliers * match.agreement + 1 / (1 - nearness)
+        return nearness / (1 + evidence / 2)
+    evidence += 1 / (1 - nearness)
     return evidence / (evidence + EVIDENCE)
 
 
