@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib.util
 import itertools
 import json
 import math
@@ -31,10 +30,11 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -42,32 +42,45 @@ from PIL import Image
 from copydet.common import ROOT, InputError, check_output, replacing, run_main
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.images import ImageFile, list_images, open_image
+from copydet.options import Args
 from copydet.options import parse_args as parse_train_args
 
+if TYPE_CHECKING:  # imported where they are used: sections that do without them start at once
+    import torch
 
-@functools.cache
-def train_script():
-    """train.py as a module: what is measured is what it runs."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = sys.modules["train"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from copydet.augmentations import Augmentation
+    from copydet.distributed import Rank
+    from copydet.views import Views
+    from train import Trainer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+View = Callable[[Image.Image], "torch.Tensor"]  # float32 [3, s, s]
 
 
-def plain_pair(size, q=0.2, mean=(0.5,) * 3, std=(0.5,) * 3):
-    """Two functions, image -> view: moderate and hard of the notes' v31, as written there (AugLy, torchvision)."""
+class Figure(NamedTuple):
+    """What a section measures: a line of the table."""
+    what: str
+    value: float
+    unit: str
+    floor: float | None = None
+
+
+def plain_pair(size: int, q: float = 0.2, mean: Sequence[float] = (0.5,) * 3,
+               std: Sequence[float] = (0.5,) * 3) -> tuple[View, View]:
+    """Moderate and hard views of the notes' v31, as written there (AugLy, torchvision)."""
     import augly.image as A
     import augly.utils
     import torchvision.transforms as T
     web, mobile = (os.path.join(augly.utils.SCREENSHOT_TEMPLATES_DIR, name) for name in ("web.png", "mobile.png"))
     emoji = augly.utils.SMILEY_EMOJI_DIR
 
-    def text(img):
+    def text(img: Image.Image) -> Image.Image:
         return A.overlay_text(img, text=[random.randrange(1, 1000) for _ in range(5)],
                               font_size=random.uniform(0.1, 0.3), color=tuple(random.choices(range(256), k=3)),
                               x_pos=random.uniform(0, 0.5), y_pos=random.uniform(0, 0.5))
 
-    def smiley(img):
+    def smiley(img: Image.Image) -> Image.Image:
         return A.overlay_emoji(img, emoji_path=os.path.join(emoji, random.choice(os.listdir(emoji))),
                                emoji_size=random.uniform(0.1, 0.3), x_pos=random.uniform(0, 1),
                                y_pos=random.uniform(0, 1))
@@ -83,7 +96,7 @@ def plain_pair(size, q=0.2, mean=(0.5,) * 3, std=(0.5,) * 3):
     before = T.Compose([A.RandomRotation(p=q), screenshot, T.RandomResizedCrop(size, (0.2, 1))])
     after = T.Compose([to_tensor, T.RandomErasing(q, value="random"), normalize])
 
-    def hard(img):
+    def hard(img: Image.Image) -> torch.Tensor:
         img = before(img)
         for op in random.sample(shuffled, len(shuffled)):
             img = op(img)
@@ -104,16 +117,17 @@ def in_turns(repeats: int, *works: Callable) -> np.ndarray:
     return np.median([[timed(work) for work in works] for _ in range(repeats + 1)][1:], axis=0)
 
 
-def recipe(bench, *flags):
+def recipe(bench: argparse.Namespace, *flags: object) -> Args:
     """Arguments of train.py for the recipe of --recipe and the flags given."""
     lines = (ROOT / "exp" / f"{bench.recipe}.args").read_text(encoding="utf-8").splitlines()
     file = bench.work / "recipe.args"
     file.write_text("\n".join(line for line in lines if not line.startswith(("--weight", "--pairs"))) + "\n")
-    return parse_train_args([f"@{file}", "--exp", bench.work / "run", *bench.flags, *flags, "--seed", "1",
-                             str(bench.folder)])
+    words = f"@{file}", "--exp", bench.work / "run", *bench.flags, *flags, "--seed", 1, bench.folder
+    return parse_train_args([str(word) for word in words])
 
 
-def dataset(bench):
+def dataset(bench: argparse.Namespace) -> Views:
+    """Two views of each image, by --recipe."""
     from copydet.views import Preprocessing, Views, parse_ops
     args = recipe(bench)
     pipelines = [parse_ops(text, args.op_prob) for text in (args.view0, args.view1)]
@@ -121,7 +135,7 @@ def dataset(bench):
                                                           args.exif_transpose, args.decode), pipelines, args.seed)
 
 
-def bench_views(bench):
+def bench_views(bench: argparse.Namespace) -> Iterator[Figure]:
     """Pairs of views per second of one core, and the fraction of each operation."""
     import cv2
     import torch
@@ -132,29 +146,30 @@ def bench_views(bench):
     data = dataset(bench)
     moderate, hard = plain_pair(data.size)
 
-    def plain():
+    def plain() -> None:
         for name in bench.names:
             img = Image.open(bench.folder / name)
             torch.stack([moderate(img), hard(img)])
 
-    def ours():
+    def ours() -> None:
         for i in range(len(data)):
             data[(0, i)]
 
     random.seed(0), torch.manual_seed(0)
     slow, fast = len(data) / in_turns(bench.repeats, plain, ours)
-    yield f"{bench.recipe} pairs of views, {data.size} px", fast, "pairs/s", slow
+    yield Figure(f"{bench.recipe} pairs of views, {data.size} px", fast, "pairs/s", slow)
     spent: dict[str, float] = {}
     with watched(ImageFile, spent, {"pixels": "decode"}), watched(augmentations, spent, {"resize": "resize"}), \
-            watched(views, spent, {"resize": "resize"}), watched_entries(augmentations.OPS, spent):
+            watched(views, spent, {"resize": "resize"}), watched_operations(augmentations.OPS, spent):
         total = timed(ours)
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         if seconds > 0.005 * total:
-            yield f"  of which {name}", 100 * seconds / total, "%", None
+            yield Figure(f"  of which {name}", 100 * seconds / total, "%")
 
 
-def timing(function, spent, name):
-    def wrapped(*args, **kwargs):
+def timing(function: Callable[P, R], spent: dict[str, float], name: str) -> Callable[P, R]:
+    """The function, whose seconds are added to spent[name]."""
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         began = time.perf_counter()
         result = function(*args, **kwargs)
         spent[name] = spent.get(name, 0) + time.perf_counter() - began
@@ -163,7 +178,7 @@ def timing(function, spent, name):
 
 
 @contextlib.contextmanager
-def watched(owner, spent, names):
+def watched(owner: Any, spent: dict[str, float], names: dict[str, str]) -> Iterator[None]:
     """Meanwhile the functions `names`, or a cached property, of a module or class add their time to `spent`."""
     before = {name: vars(owner)[name] for name in names}
     for name, what in names.items():
@@ -181,35 +196,35 @@ def watched(owner, spent, names):
 
 
 @contextlib.contextmanager
-def watched_entries(table, spent):
-    """The same of all entries of a table."""
+def watched_operations(table: dict[str, Augmentation], spent: dict[str, float]) -> Iterator[None]:
+    """The same of all operations of a table."""
     before = dict(table)
-    table.update({name: timing(function, spent, name) for name, function in before.items()})
+    table.update({name: replace(op, apply=timing(op.apply, spent, name)) for name, op in before.items()})
     try:
         yield
     finally:
         table.update(before)
 
 
-def bench_decode(bench):
+def bench_decode(bench: argparse.Namespace) -> Iterator[Figure]:
     """Images decoded per second of one core, whole and as small as a 224 px input allows."""
-    def decode(side):
+    def decode(side: float) -> None:
         for name in bench.names:
             image = ImageFile(bench.folder / name)
             image.shrink(min(image.size) / side)
             image.pixels
 
-    def with_pillow():
+    def with_pillow() -> None:
         for name in bench.names:
             np.asarray(open_image(bench.folder / name))
 
     pillow, whole, least = len(bench.names) / in_turns(
         bench.repeats, with_pillow, lambda: decode(math.inf), lambda: decode(256))
-    yield "decode whole", whole, "images/s", pillow
-    yield "decode for 224 px", least, "images/s", pillow
+    yield Figure("decode whole", whole, "images/s", pillow)
+    yield Figure("decode for 224 px", least, "images/s", pillow)
 
 
-def single_process(args):
+def single_process(args: Args) -> Rank:
     """The only rank, its device ready."""
     from copydet.distributed import Rank, pick_device, prepare_device
     device = pick_device(args)
@@ -217,13 +232,15 @@ def single_process(args):
     return Rank(device=device)
 
 
-def trainer(bench):
-    train = train_script()
-    args, data = train.prepare_training(recipe(bench, "--sample-size", len(bench.names)))
-    return train.Trainer(args, data, single_process(args))
+def trainer(bench: argparse.Namespace) -> Trainer:
+    """train.py's own: what is measured is what it runs."""
+    sys.path.insert(0, str(ROOT))
+    from train import Trainer, prepare_training
+    args, data = prepare_training(recipe(bench, "--sample-size", len(bench.names)))
+    return Trainer(args, data, single_process(args))
 
 
-def bench_train(bench):
+def bench_train(bench: argparse.Namespace) -> Iterator[Figure]:
     """Images per second of a training step with a full memory, and of the bare network with the same optimizer."""
     import torch
 
@@ -239,22 +256,23 @@ def bench_train(bench):
         run.criterion(torch.randn(len(images), run.net.dim, device=device), labels.to(device) + start)
     run.objective.train()
 
-    def step():
+    def step() -> None:
         run.train_step(images, labels)
         done(device)
 
     floor, ours = len(images) / in_turns(bench.repeats, bare_step(run), step)
-    yield f"training step, {args.arch}, {args.input_size} px, memory {args.memory_size:,}", ours, "images/s", floor
+    yield Figure(f"training step, {args.arch}, {args.input_size} px, memory {args.memory_size:,}", ours, "images/s",
+                 floor)
 
 
-def bare_step(run):
+def bare_step(run: Trainer) -> Callable[[], None]:
     """Forward, backward and optimizer of the network alone, on a batch that is on the device."""
     import torch
     args, device = run.args, run.device
     ready = torch.randn(args.batch_size * args.ncrops, 3, args.input_size, args.input_size, device=device)
     ready = ready.to(memory_format=torch.channels_last)
 
-    def step():
+    def step() -> None:
         run.optimizer.zero_grad()
         run.net(ready).square().mean().backward()
         run.optimizer.step()
@@ -262,7 +280,7 @@ def bare_step(run):
     return step
 
 
-def bench_loop(bench):
+def bench_loop(bench: argparse.Namespace) -> Iterator[Figure]:
     """Images per second of training from files to the optimizer's step, beside the bare network."""
     from copydet.batches import PREFETCHED
     run = trainer(bench)
@@ -271,7 +289,7 @@ def bench_loop(bench):
     batches = run.load(run.batches.after(0, 0, (bench.repeats + 1) * (1 + math.ceil(ready / steps))))
     run.objective.train()
 
-    def loop(n):
+    def loop(n: int) -> None:
         for images, labels, *_ in itertools.islice(batches, n):
             run.train_step(images, labels)
         done(run.device)
@@ -279,16 +297,18 @@ def bench_loop(bench):
     floor, _, ours = args.batch_size * args.ncrops / (in_turns(
         bench.repeats, bare_step(run), lambda: loop(ready),  # what was loaded meanwhile
         lambda: loop(steps)) / [1, 1, steps])
-    yield f"{steps} steps from files, {args.arch}, {args.input_size} px, -j {args.workers}", ours, "images/s", floor
+    yield Figure(f"{steps} steps from files, {args.arch}, {args.input_size} px, -j {args.workers}", ours, "images/s",
+                 floor)
 
 
-def done(device):
+def done(device: torch.device) -> None:
+    """Wait until what was asked of it is."""
     import torch
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def bench_extract(bench):
+def bench_extract(bench: argparse.Namespace) -> Iterator[Figure]:
     """Images per second of extraction, beside decoding alone and forward alone, and beside a plain loop."""
     import torch
     import torchvision.transforms as T
@@ -296,7 +316,7 @@ def bench_extract(bench):
     from copydet.batches import collate_images, make_loader
     from copydet.checkpoints import load_net, take_source
     from copydet.distributed import pick_precision
-    from copydet.extraction import describe_images
+    from copydet.extraction import Block, Blocks, Noted, describe_images
     from copydet.views import Preprocessing, WholeImages
     args, source = take_source(recipe(bench, "--mode", "extract", "--input-size", 224, "--resize", "square",
                                       "--batch-size", 64), None)
@@ -305,45 +325,53 @@ def bench_extract(bench):
     preprocessing = Preprocessing.of(args, net)
     net.amp_dtype = pick_precision(args, device)
     faster = copy.deepcopy(net).folded(224)  # as extraction does
-    net, faster = (n.to(device, memory_format=torch.channels_last) for n in (net, faster))
+    net, faster = (n.to(device).to(memory_format=torch.channels_last) for n in (net, faster))
     paths = [str(bench.folder / name) for name in bench.names]
     batches = [range(i, min(i + 64, len(paths))) for i in range(0, len(paths), 64)]
-    found, plain_rows = {}, []
-    blocks = SimpleNamespace(name="images", todo=[batches], write=lambda block, rows, indices, bad: found.update(
-        zip(indices.tolist(), rows)))
+    found: dict[int, np.ndarray] = {}
+    plain_rows: list[torch.Tensor] = []
+
+    class Kept(Blocks):
+        """In memory, and never finished."""
+
+        def write(self, block: Block, rows: np.ndarray, indices: np.ndarray, bad: Noted) -> None:
+            found.update(zip(indices.tolist(), rows))
+
+    blocks = Kept(bench.work, "images", len(paths), 64, rank)
     data = WholeImages(paths, preprocessing)
     transform = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize(net.mean, net.std)])
     ready = torch.randn(64, 3, 224, 224).to(device, memory_format=torch.channels_last)
 
-    def decode():
+    def decode() -> None:
         for _ in make_loader(data, batches, collate_images, args.workers, rank):
             pass
 
     @torch.inference_mode()
-    def forward():
+    def forward() -> None:
         for batch in batches:
             faster(ready[:len(batch)]).float().cpu()
 
     @torch.inference_mode()
-    def plain():
+    def plain() -> None:
         plain_rows[:] = [net(torch.stack([transform(Image.open(paths[i]).convert("RGB")) for i in batch]).to(
             device)).float().cpu() for batch in batches]
 
     @torch.inference_mode()
-    def extract():
+    def extract() -> None:
         describe_images(faster, faster.dim, blocks, paths, preprocessing, args.workers, rank)
 
     decoding, network, loop, ours = in_turns(bench.repeats, decode, forward, plain, extract)
-    yield "extraction, beside the longer of the two", len(paths) / ours, "images/s", len(paths) / max(decoding, network)
-    yield "  decoding alone", len(paths) / decoding, "images/s", None
-    yield "  forward alone", len(paths) / network, "images/s", None
-    yield "extraction, beside a plain loop", len(paths) / ours, "images/s", len(paths) / loop
+    yield Figure("extraction, beside the longer of the two", len(paths) / ours, "images/s",
+                 len(paths) / max(decoding, network))
+    yield Figure("  decoding alone", len(paths) / decoding, "images/s")
+    yield Figure("  forward alone", len(paths) / network, "images/s")
+    yield Figure("extraction, beside a plain loop", len(paths) / ours, "images/s", len(paths) / loop)
     rows, expected = np.stack([found[i] for i in range(len(paths))]), torch.cat(plain_rows).numpy()
     cosines = (rows * expected).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(expected, axis=1)
-    yield "  median cosine to the plain loop's descriptors", float(np.median(cosines)), "", None
+    yield Figure("  median cosine to the plain loop's descriptors", float(np.median(cosines)), "")
 
 
-def bench_start(bench):
+def bench_start(bench: argparse.Namespace) -> Iterator[Figure]:
     """Seconds of train.py with one step over --links images, which are hard links in folders of a thousand."""
     folder, files, count = bench.work / "links", [bench.folder / name for name in bench.names], bench.links
     for i in range(count):
@@ -352,21 +380,21 @@ def bench_start(bench):
         os.link(files[i % len(files)], folder / f"{i // 1000:03d}" / f"{i:06d}.jpg")
     walk, listing = in_turns(bench.repeats, lambda: sum(len(names) for *_, names in os.walk(folder)),
                              lambda: list_images(folder))
-    yield f"list {count:,} images, beside os.walk", count / listing, "files/s", count / walk
+    yield Figure(f"list {count:,} images, beside os.walk", count / listing, "files/s", count / walk)
     tracemalloc.start()
     paths, _ = list_images(folder)
     memory = tracemalloc.get_traced_memory()[0] / 2**20
     tracemalloc.stop()
-    yield f"  memory of {len(paths):,} paths", memory, "MiB", None
+    yield Figure(f"  memory of {len(paths):,} paths", memory, "MiB")
     command = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--input-size", 64, "-b", 32, "--memory-size",
                64, "--sample-size", count, "--epoch-steps", 1, "--epochs", 1, "--exp", bench.work / "out",
                "--overwrite", *bench.flags]
     run = lambda: subprocess.run([sys.executable, *map(str, command), folder], cwd=ROOT, check=True,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    yield "  train.py with one step, from start to exit", in_turns(bench.repeats, run)[0], "s", None
+    yield Figure("  train.py with one step, from start to exit", in_turns(bench.repeats, run)[0], "s")
 
 
-def bench_search(bench):
+def bench_search(bench: argparse.Namespace) -> Iterator[Figure]:
     """Queries per second: exact top 10 of eval_metrics.py, beside one faiss search of the same arrays."""
     import faiss
 
@@ -380,14 +408,15 @@ def bench_search(bench):
         ours, floor = 1000 / in_turns(
             bench.repeats, lambda: search_topk(queries, descriptors["reference"], 10, np.empty(0, np.int64)),
             lambda: faiss.knn(queries, references, 10))
-    yield "exact top 10 of 50,000 references", ours, "queries/s", floor
+    yield Figure("exact top 10 of 50,000 references", ours, "queries/s", floor)
 
 
-SECTIONS = {"views": bench_views, "decode": bench_decode, "train": bench_train, "loop": bench_loop,
-            "extract": bench_extract, "start": bench_start, "search": bench_search}
+SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Figure]]] = {
+    "views": bench_views, "decode": bench_decode, "train": bench_train, "loop": bench_loop,
+    "extract": bench_extract, "start": bench_start, "search": bench_search}
 
 
-def copy_images(bench):
+def copy_images(bench: argparse.Namespace) -> None:
     """`--count` images of `--images`, again from the first where there are fewer."""
     paths = list_images(bench.images)[0][:bench.count]
     if not paths:
@@ -408,7 +437,7 @@ def copy_image(path: str, to: Path, side: int) -> None:
     img.resize([max(1, round(side * scale)) for side in img.size], Image.Resampling.LANCZOS).save(to, quality=90)
 
 
-def show(rows, old):
+def show(rows: list[dict], old: list[dict]) -> None:
     """The table; `old` are the rows of an earlier run."""
     before = {(row["section"], row["what"]): row["value"] for row in old}
     print(f"{'':60}{'figure':>10} {'':9}{'floor':>10}{'ratio':>7}" + f"{'before':>10}{'change':>8}" * bool(old))
@@ -435,7 +464,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure(bench):
+def measure(bench: argparse.Namespace) -> list[dict]:
     """Rows {section, what, value, unit, floor} of the sections asked for."""
     if set(bench.sections) != {"search"} and not bench.images:
         raise InputError("--images DIR is needed")
@@ -448,14 +477,16 @@ def measure(bench):
                 for name in bench.sections for what, value, unit, floor in SECTIONS[name](bench)]
 
 
-def read_rows(file):
+def read_rows(file: str) -> list[dict]:
+    """Those of an earlier run. Raises InputError: not written by -o."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--compare {file}: not written by -o ({error})") from None
 
 
-def write_rows(bench, rows):
+def write_rows(bench: argparse.Namespace, rows: list[dict]) -> None:
+    """-o: the rows, and what they were measured on."""
     settings = {name: getattr(bench, name) for name in ("side", "count", "links", "repeats", "recipe", "flags")}
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     with replacing(bench.output) as temporary:
@@ -463,7 +494,8 @@ def write_rows(bench, rows):
         Path(temporary).write_text(text + "\n", encoding="utf-8")
 
 
-def bench_all(bench):
+def bench_all(bench: argparse.Namespace) -> None:
+    """Run the command line."""
     if bench.output:
         check_output("-o", bench.output)
     old = read_rows(bench.compare) if bench.compare else []

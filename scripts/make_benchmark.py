@@ -30,11 +30,12 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol, TypeVar
 
 import faiss
 import imagehash
@@ -46,7 +47,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
 from tqdm import tqdm
 
 from copydet.common import MANIFEST, InputError, WorkError, locked, run_main, shown
-from copydet.images import (IMAGE_ENDINGS, UnreadableImage, kind_of, list_images, not_read, open_image, read_file,
+from copydet.images import (IMAGE_ENDINGS, Odd, UnreadableImage, kind_of, list_images, not_read, open_image, read_file,
                             write_skipped)
 
 SMALLEST, LARGEST = 64, 1024  # pixels: shorter side of a usable image, longer side of a query
@@ -55,20 +56,26 @@ DULL = 8  # standard deviation of grey levels (0..255) below which an image show
 DONORS = 4  # other images that one query can need: three in a collage, one blended in
 
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Donors = Iterator[Image.Image]  # other images, RGB, without end
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
 class Edit(NamedTuple):
     """One kind of edit: `apply(image, amount, generator, donors)` returns the edited image."""
     group: str
-    apply: Callable
+    apply: Callable[[Image.Image, float, np.random.Generator, Donors], Image.Image]
     amount: str = ""  # what the amount is; it is drawn uniformly from the range of the chosen strength
-    mild: tuple = ()
-    medium: tuple = ()
-    hard: tuple = ()
+    mild: tuple[float, float] | tuple[()] = ()
+    medium: tuple[float, float] | tuple[()] = ()
+    hard: tuple[float, float] | tuple[()] = ()
 
 
 class Source(NamedTuple):
-    """An image, or the tile (left, top, right, bottom) of one."""
+    """An image, or the tile of one."""
     path: str
-    tile: tuple = ()
+    tile: Box | tuple[()] = ()
 
     def open(self) -> Image.Image:
         """The image or tile, as RGB."""
@@ -81,9 +88,15 @@ class Query(NamedTuple):
     id: str
     source: Source
     reference_id: str
-    edits: list
-    donors: list
+    edits: list[str]
+    donors: list[Source]
     rng: np.random.Generator
+
+
+class Run(Protocol):
+    """Results of function(item) for each of the items, in order, under a progress bar."""
+
+    def __call__(self, function: Callable[[Item], Result], items: Sequence[Item], title: str) -> list[Result]: ...
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,41 +104,41 @@ class Query(NamedTuple):
 # pixel shuffling are not used: the first does not run on numpy 2, the others seed numpy's global generator.
 
 
-def crop(img, area, rng, donors):
+def crop(img: Image.Image, area: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Cut out `area` of the image at a ratio near its own; where possible a part that shows something."""
     for _ in range(10):
         stretch = math.sqrt(math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
         w = min(img.width, round(img.width * math.sqrt(area) * stretch))
         h = min(img.height, round(img.height * math.sqrt(area) / stretch))
-        left, top = rng.integers(img.width - w + 1), rng.integers(img.height - h + 1)
+        left, top = int(rng.integers(img.width - w + 1)), int(rng.integers(img.height - h + 1))
         part = img.crop((left, top, left + w, top + h))
         if contrast(part) >= 2 * DULL:
             break
     return part
 
 
-def change_aspect(img, stretch, rng, donors):
+def change_aspect(img: Image.Image, stretch: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     factor = math.sqrt(stretch) ** rng.choice([-1, 1])
     return img.resize((round(img.width * factor), round(img.height / factor)), Image.Resampling.BICUBIC)
 
 
-def rotate(img, degrees, rng, donors):
+def rotate(img: Image.Image, degrees: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Rotate and keep the largest upright rectangle without empty corners."""
     return imaugs.rotate(img, degrees=float(degrees * rng.choice([-1, 1])))
 
 
-def perspective(img, shift, rng, donors):
+def perspective(img: Image.Image, shift: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Move each corner inwards by up to `shift` of the side; the outside gets a random colour."""
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], float)
     moved = corners + rng.uniform(shift / 3, shift, (4, 2)) * (1 - 2 * corners)
     rows = [row for (x, y), (u, v) in zip(corners * img.size, moved * img.size)
             for row in ([u, v, 1, 0, 0, 0, -x * u, -x * v], [0, 0, 0, u, v, 1, -y * u, -y * v])]
     coefficients = np.linalg.solve(rows, (corners * img.size).ravel())
-    return img.transform(img.size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BICUBIC,
+    return img.transform(img.size, Image.Transform.PERSPECTIVE, coefficients.tolist(), Image.Resampling.BICUBIC,
                          fillcolor=random_color(rng))
 
 
-def jitter_color(img, strength, rng, donors):
+def jitter_color(img: Image.Image, strength: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Brightness, contrast and saturation by factors of 1 +- strength, hue by +- strength / 4 of the circle."""
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
     img = imaugs.color_jitter(img, brightness_factor=brightness, contrast_factor=contrast, saturation_factor=saturation)
@@ -134,11 +147,11 @@ def jitter_color(img, strength, rng, donors):
     return Image.merge("HSV", (hue.point(lambda h: (h + turn) % 256), s, v)).convert("RGB")
 
 
-def change_brightness(img, factor, rng, donors):
+def change_brightness(img: Image.Image, factor: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     return ImageEnhance.Brightness(img).enhance(factor ** rng.choice([-1, 1]))
 
 
-def apply_filter(img, fraction, rng, donors):
+def apply_filter(img: Image.Image, fraction: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Blend in a filtered image: sharpened, edges, relief, few colours, inverted lights or stretched contrast."""
     filters = [lambda: img.filter(ImageFilter.UnsharpMask(4, 300, 0)),
                lambda: img.filter(ImageFilter.EDGE_ENHANCE_MORE),
@@ -150,20 +163,20 @@ def apply_filter(img, fraction, rng, donors):
     return Image.blend(img, filters[rng.integers(len(filters))](), fraction)
 
 
-def blur(img, fraction, rng, donors):
+def blur(img: Image.Image, fraction: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     return imaugs.blur(img, radius=fraction * min(img.size))
 
 
-def pixelize(img, ratio, rng, donors):
+def pixelize(img: Image.Image, ratio: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     return imaugs.pixelization(img, ratio=max(ratio, 8 / min(img.size)))
 
 
-def add_noise(img, sigma, rng, donors):
+def add_noise(img: Image.Image, sigma: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     noise = rng.normal(0, 255 * sigma, (img.height, img.width, 3))
     return Image.fromarray((np.asarray(img) + noise).clip(0, 255).astype(np.uint8))
 
 
-def shuffle_pixels(img, fraction, rng, donors):
+def shuffle_pixels(img: Image.Image, fraction: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Permute a fraction of the pixels among themselves."""
     pixels = np.array(img).reshape(-1, 3)
     chosen = rng.choice(len(pixels), int(fraction * len(pixels)), replace=False)
@@ -171,7 +184,7 @@ def shuffle_pixels(img, fraction, rng, donors):
     return Image.fromarray(pixels.reshape(img.height, img.width, 3))
 
 
-def overlay_text(img, size, rng, donors):
+def overlay_text(img: Image.Image, size: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Write one to three lines of random letters of a random font of AugLy; its default font where that one fails."""
     fonts = sorted(Path(augly_utils.FONTS_DIR).rglob("*.ttf"))
     text = [rng.integers(1, 1000, rng.integers(4, 13)).tolist() for _ in range(rng.integers(1, 4))]
@@ -183,31 +196,31 @@ def overlay_text(img, size, rng, donors):
         return imaugs.overlay_text(img, **options)
 
 
-def overlay_emoji(img, size, rng, donors):
+def overlay_emoji(img: Image.Image, size: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     emojis = sorted(Path(augly_utils.SMILEY_EMOJI_DIR).glob("*.png"))
     x_pos, y_pos = rng.uniform(0, 1 - size, 2)
     return imaugs.overlay_emoji(img, emoji_path=str(emojis[rng.integers(len(emojis))]), emoji_size=size, x_pos=x_pos,
                                 y_pos=y_pos)
 
 
-def overlay_stripes(img, opacity, rng, donors):
+def overlay_stripes(img: Image.Image, opacity: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     return imaugs.overlay_stripes(img, line_width=rng.uniform(0.2, 0.5), line_color=random_color(rng),
                                   line_angle=rng.uniform(-90, 90), line_density=rng.uniform(0.3, 0.8),
                                   line_type=str(rng.choice(["solid", "dashed", "dotted"])), line_opacity=opacity)
 
 
-def blend(img, opacity, rng, donors):
+def blend(img: Image.Image, opacity: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Show another image through."""
     return Image.blend(img, next(donors).resize(img.size), opacity)
 
 
-def pad(img, fraction, rng, donors):
+def pad(img: Image.Image, fraction: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Add a border in one colour: on all sides, beside, or above and below."""
     sides = [(fraction, fraction), (fraction, 0), (0, fraction)][rng.integers(3)]
     return imaugs.pad(img, w_factor=sides[0], h_factor=sides[1], color=random_color(rng))
 
 
-def overlay_onto_image(img, size, rng, donors):
+def overlay_onto_image(img: Image.Image, size: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Paste the image onto another image: the query then mostly shows that one."""
     background = next(donors)
     stretch = img.width / img.height * background.height / background.width
@@ -216,7 +229,7 @@ def overlay_onto_image(img, size, rng, donors):
                                 y_pos=rng.uniform(0, 1 - size))
 
 
-def make_collage(img, cells, rng, donors):
+def make_collage(img: Image.Image, cells: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Put the image beside one other image or two by two with three, all cut to the same size."""
     columns, rows = (2, 2) if cells >= 3 else [(2, 1), (1, 2)][rng.integers(2)]
     own = rng.integers(columns * rows)
@@ -227,7 +240,7 @@ def make_collage(img, cells, rng, donors):
     return canvas
 
 
-def make_screenshot(img, margin, rng, donors):
+def make_screenshot(img: Image.Image, margin: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     """Show the image in a web page or phone app of AugLy and keep `margin` of what surrounds it there."""
     template = os.path.join(augly_utils.SCREENSHOT_TEMPLATES_DIR, str(rng.choice(["web.png", "mobile.png"])))
     page, box = get_template_and_bbox(template, augly_utils.BBOXES_PATH)
@@ -237,15 +250,15 @@ def make_screenshot(img, margin, rng, donors):
     return imaugs.overlay_onto_screenshot(img, template_filepath=template).crop([round(side) for side in kept])
 
 
-def encode_jpeg(img, quality, rng, donors):
+def encode_jpeg(img: Image.Image, quality: float, rng: np.random.Generator, donors: Donors) -> Image.Image:
     return imaugs.encoding_quality(img, quality=round(quality))
 
 
-def random_color(rng):
+def random_color(rng: np.random.Generator) -> tuple[int, ...]:
     return tuple(rng.integers(0, 256, 3).tolist())
 
 
-def contrast(img):
+def contrast(img: Image.Image) -> float:
     """Standard deviation of the grey levels, 0..128."""
     return ImageStat.Stat(img.convert("L")).stddev[0]
 
@@ -283,7 +296,8 @@ NEED_DONORS = ("blend", "overlay", "collage")
 # Source images
 
 
-def find_images(folder, sample_size, seed, exclude=()):
+def find_images(folder: str, sample_size: int | None, seed: int,
+                exclude: Sequence[str] = ()) -> tuple[list[str], Odd]:
     """Paths of the images below `folder`, at most `sample_size` if given, and [(path, reason)] of what is none.
 
     Raises InputError where the folder does not exist or holds no image.
@@ -299,8 +313,8 @@ def find_images(folder, sample_size, seed, exclude=()):
     return [os.path.join(folder, path) for path in paths], [(os.path.join(folder, path), why) for path, why in odd]
 
 
-def examine(path, tile=None):
-    """Find what of an image can be used: [(source, perceptual hash as 8 bytes)] and [(path, reason)] for the rest."""
+def examine(path: str, tile: int | None = None) -> tuple[list[tuple[Source, np.ndarray]], Odd]:
+    """Find what of an image can be used: [(source, perceptual hash uint8 [8])] and [(path, reason)] for the rest."""
     try:
         img = open_image(path)
     except UnreadableImage as error:
@@ -310,8 +324,9 @@ def examine(path, tile=None):
         return [], [(path, f"{img.width} x {img.height} pixels: smaller than {smallest}")]
     if not tile and max(img.size) > MOST_SLENDER * min(img.size):
         return [], [(path, f"{img.width} x {img.height} pixels: more than {MOST_SLENDER} times longer than wide")]
-    boxes = [(x, y, x + tile, y + tile) for y in range(0, img.height - tile + 1, tile)
-             for x in range(0, img.width - tile + 1, tile)] if tile else [()]
+    boxes: list[Box | tuple[()]] = [
+        (x, y, x + tile, y + tile) for y in range(0, img.height - tile + 1, tile)
+        for x in range(0, img.width - tile + 1, tile)] if tile else [()]
     found, dull = [], []
     for box in boxes:
         part = img.crop(box) if box else img
@@ -332,7 +347,7 @@ def near_duplicates(hashes: np.ndarray, bits: int) -> np.ndarray:
     return np.where(earliest < np.arange(len(hashes)), earliest, -1)
 
 
-def collect(folders, args, run):
+def collect(folders: Sequence[str], args: argparse.Namespace, run: Run) -> tuple[list[list[Source]], Odd]:
     """Usable sources of each folder, without near-duplicates in or across folders, and [(path, reason)] of the rest.
 
     Prints the counts. Raises InputError where a folder has none.
@@ -345,8 +360,9 @@ def collect(folders, args, run):
             found += [(number, *part) for part in parts]
             skipped += rest
     unusable = len(skipped)
-    usable = [[] for _ in folders]
-    earlier = near_duplicates(np.array([h for _, _, h in found]), args.duplicate_bits) if found else []
+    usable: list[list[Source]] = [[] for _ in folders]
+    hashes = np.array([h for _, _, h in found])
+    earlier = near_duplicates(hashes, args.duplicate_bits) if found else np.empty(0, int)
     for (number, source, _), twin in zip(found, earlier):
         if twin < 0:
             usable[number].append(source)
@@ -365,7 +381,7 @@ def collect(folders, args, run):
 # Benchmark
 
 
-def share_out(args, images, others):
+def share_out(args: argparse.Namespace, images: int, others: int | None) -> tuple[int, int, int, int]:
     """Numbers of training images, references, distractors and queries with an original, from flags and defaults.
 
     `images`: usable ones in IMAGES; `others`: usable ones in --training-images, None without. Raises InputError where
@@ -393,7 +409,7 @@ def share_out(args, images, others):
     return training, references, distractors, queries
 
 
-def deal(args, usable):
+def deal(args: argparse.Namespace, usable: list[list[Source]]) -> tuple[list[Source], list[Source], list[Source], int]:
     """Deal the sources out at random: (training, references, distractors, number of queries with an original)."""
     images, *others = usable
     rng = np.random.default_rng(args.seed)
@@ -407,9 +423,10 @@ def deal(args, usable):
     return pool[:training], refs, spare[:distractors], queries
 
 
-def draw_edits(names, strength, rng):
+def draw_edits(names: Sequence[str], strength: str, rng: np.random.Generator) -> list[str]:
     """Random edits out of `names`, in the order of GROUPS, so that a frame does not hide a later crop's content."""
-    wanted, chosen = rng.integers(*STRENGTHS[strength], endpoint=True), []
+    wanted = rng.integers(*STRENGTHS[strength], endpoint=True)
+    chosen: list[str] = []
     for name in rng.permutation(names).tolist():
         group = EDITS[name].group
         if len(chosen) < wanted and sum(EDITS[other].group == group for other in chosen) < GROUPS[group]:
@@ -417,7 +434,8 @@ def draw_edits(names, strength, rng):
     return sorted(chosen, key=lambda name: list(GROUPS).index(EDITS[name].group))
 
 
-def plan_queries(args, training, references, distractors, queries):
+def plan_queries(args: argparse.Namespace, training: list[Source], references: list[Source], distractors: list[Source],
+                 queries: int) -> list[Query]:
     """Queries of the first `queries` references and of all distractors, under shuffled ids."""
     donors = training or distractors
     names = [name for name in args.edits if name not in NEED_DONORS or len(donors) > 1]
@@ -443,29 +461,30 @@ def make_query(query: Query, strength: str, quality: int, folder: Path) -> dict[
     amounts = {}
     for name in query.edits:
         edit = EDITS[name]
-        amounts[name] = round(query.rng.uniform(*getattr(edit, strength)), 4) if edit.amount else None
-        img = edit.apply(img, amounts[name], query.rng, donors).convert("RGB")
+        amount = round(query.rng.uniform(*getattr(edit, strength)), 4) if edit.amount else 0
+        img = edit.apply(img, amount, query.rng, donors).convert("RGB")
+        amounts[name] = amount if edit.amount else None
     img.thumbnail((LARGEST, LARGEST))
     img.save(Path(folder, query.id + ".jpg"), quality=quality)
     return amounts
 
 
-def store(job, quality):
+def store(job: tuple[Source, Path], quality: int) -> None:
     """Write a source as JPEG; whole JPEG files are copied as they are."""
     source, file = job
     content = read_file(source.path)
     if kind_of(content) == "JPEG" and not source.tile:
-        Path(file).write_bytes(content)
+        file.write_bytes(content)
     else:
         source.open().save(file, quality=quality)
 
 
-def write_csv(file, header, rows):
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     with open(file, "w", newline="", encoding="utf-8") as out:
         csv.writer(out, lineterminator="\n").writerows([header, *rows])
 
 
-def build(args, out, run):
+def build(args: argparse.Namespace, out: Path, run: Run) -> None:
     """Make the whole benchmark in the new folder `out`. Raises InputError before anything is written."""
     folders = [args.images] + ([args.training_images] if args.training_images else [])
     usable, skipped = collect(folders, args, run)
@@ -501,9 +520,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def number(smallest, largest=math.inf):
+def number(smallest: int, largest: float = math.inf) -> Callable[[str], int]:
     """Type of a flag: a whole number from `smallest` to `largest`."""
-    def parse(text):
+    def parse(text: str) -> int:
         if not text.isdecimal() or not smallest <= int(text) <= largest:
             limits = f"from {smallest}" + ("" if largest == math.inf else f" to {largest}")
             raise argparse.ArgumentTypeError(f"{text}: not a whole number {limits}")
@@ -511,7 +530,8 @@ def number(smallest, largest=math.inf):
     return parse
 
 
-def edit_names(text):
+def edit_names(text: str) -> list[str]:
+    """Type of a flag: names of edits, each once."""
     names = list(dict.fromkeys(text.split(",")))
     unknown = [name for name in names if name not in EDITS]
     if unknown:
@@ -520,7 +540,7 @@ def edit_names(text):
 
 
 class ListEdits(argparse.Action):
-    def __call__(self, parser, *_):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"{'edit':<12}{'group':<10}{'mild':<14}{'medium':<14}{'hard':<14}amount")
         for name, edit in EDITS.items():
             ranges = [f"{r[0]:g} .. {r[1]:g}" if r else "-" for r in (edit.mild, edit.medium, edit.hard)]
@@ -586,16 +606,16 @@ def check_out(args: argparse.Namespace) -> Path:
 
 
 @contextlib.contextmanager
-def progress_map(workers):
-    """A function (function, items, title) -> results in order, computed by `workers` processes under a progress bar."""
+def progress_map(workers: int) -> Iterator[Run]:
+    """A Run in `workers` processes."""
     with ProcessPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool:
-        def run(function, items, title):
+        def run(function: Callable[[Item], Result], items: Sequence[Item], title: str) -> list[Result]:
             results = pool.map(function, items, chunksize=8) if pool else map(function, items)
             return list(tqdm(results, title, len(items), unit=" images", smoothing=0))
         yield run
 
 
-def make_benchmark(args):
+def make_benchmark(args: argparse.Namespace) -> None:
     """Run the command line: OUT appears when it is whole."""
     out = check_out(args)
     partial_out = out.with_name(out.name + ".partial")
