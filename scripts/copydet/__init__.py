@@ -20,6 +20,7 @@ In the order the data flows:
     calibration     scores to precision
     export          the network for other programs
     search          exact nearest neighbours
+    edits           that make a copy of an image, for benchmarks and calibration
     verification    local features of two images, geometry, pixels: a copy, and where
     metrics         ground truths, micro-AP, recall at 90 % precision
     report          HTML page and picture of a score
