@@ -48,13 +48,14 @@ import numpy as np
 from tqdm import tqdm
 
 import copydet
-from copydet.calibration import Calibration
+from copydet.calibration import DUPLICATE, Calibration, measure_answers
 from copydet.checkpoints import newest_checkpoint
 from copydet.common import ROOT, InputError, OutputFolder, WorkError, is_page, manifest_of, replacing, run_main, shown
 from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
+from copydet.edits import Source, make_copies, plan_copies
 from copydet.images import (BLANK, FOLDERS, IMAGE, IMAGE_ENDINGS, NOT_NOW, Odd, UnreadableImage, beside, id_of,
                             list_images, not_read, open_thumbnail, read_skipped, what_is, write_skipped)
-from copydet.options import Parser, fraction, positive, score
+from copydet.options import LEAST_CALIBRATED, Parser, fraction, positive, score
 from copydet.regions import WHOLE, parse_regions
 from copydet.search import count_gpus, search_topk
 from copydet.verification import ABSTAIN, COPY, PER_JOB, Match, Verifier, batches, pair_score
@@ -62,6 +63,7 @@ from copydet.verification import ABSTAIN, COPY, PER_JOB, Match, Verifier, batche
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 CHUNKS = 2048, 65536  # least and most images per run of train.py; in between as many as are described already
 THUMBNAIL = 256  # px
+COPIES = 300  # edited copies on which precision is measured
 CANDIDATES = 10  # of a query, whose local features are compared
 POINTS = 60  # of a match, that the page shows
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
@@ -145,6 +147,18 @@ class Cache:
                                     (os.fsencode(root), json.dumps(value)))
                 else:
                     self.db.execute("INSERT OR REPLACE INTO attrs VALUES (?, ?)", (name, json.dumps(value)))
+
+    def measured(self, root: str, settings: str) -> dict | None:
+        """The calibration of the answers found with these settings in this root, if there is one."""
+        row = self.db.execute("SELECT value FROM calibrations WHERE root = ?",
+                              (os.fsencode(root) + f"\0{settings}".encode(),)).fetchone()
+        return row and json.loads(row[0])
+
+    def keep_measured(self, root: str, settings: str, calibration: dict) -> None:
+        """Write such a calibration."""
+        with self.db:
+            self.db.execute("INSERT OR REPLACE INTO calibrations VALUES (?, ?)",
+                            (os.fsencode(root) + f"\0{settings}".encode(), json.dumps(calibration)))
 
     def touch(self, root: str, stamps: dict[str, Stamp]) -> None:
         """Write new stamps, path -> Stamp, of images whose content is still the same."""
@@ -239,7 +253,7 @@ def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[st
         size = min(most, max(least, cache.count()))
         chunk, new = new[:size], new[size:]
         print(f"describing {len(chunk):,} of {len(chunk) + len(new):,} new images in {shown(root)}", file=sys.stderr)
-        described, attrs = extraction.describe(chunk, calibrate=len(chunk) > done)  # at each doubling
+        described, attrs = extraction.describe(chunk, extraction.calibrates and len(chunk) > done)  # at each doubling
         done += len(chunk)
         failed = {path: reason for path, (row, reason) in zip(chunk, described)
                   if row is None and reason and reason.startswith(NOT_NOW)}
@@ -259,6 +273,7 @@ class Extraction:
     def __init__(self, weights: tuple[str, str], flags: list[str], folder: Path, regions: str = "whole") -> None:
         self.weights, self.flags, self.folder, self.regions = weights, flags, folder, len(parse_regions(regions))
         self.group = "reference" if self.regions == 1 else "query"
+        self.calibrates = True  # on the images it describes, as train.py does
         if self.regions > 1:
             self.flags = [*flags, "--query-regions", regions]
         self.key = self.hash_settings(sha256_of(weights[1]))
@@ -408,8 +423,11 @@ def check_comparable(queries: Collection, archive: Collection) -> None:
             raise InputError(f"{queries.source} and {archive.source} are of different {name}: {a[:12]}, {b[:12]}")
 
 
-def read_calibration(args: argparse.Namespace, queries: Collection, archive: Collection) -> Calibration | None:
-    """Calibration that one of the collections carries, or None, which is an error with --precision."""
+def read_calibration(args: argparse.Namespace, queries: Collection, archive: Collection,
+                     measured: str | None) -> Calibration | None:
+    """Calibration that was measured, or one of the collections carries, or None, which is an error with --precision."""
+    if measured:
+        return Calibration(measured, archive.source, len(archive.ids), args.copies_ratio)
     for collection in (archive, queries):
         if "calibration" in collection.attrs:
             return Calibration(collection.attrs["calibration"], collection.source, len(archive.ids), args.copies_ratio)
@@ -499,6 +517,66 @@ def verify_pairs(queries: Collection, archive: Collection, pairs: np.ndarray, fo
     pairs["match"][chosen] = np.arange(len(chosen))
     pairs["score"][chosen] = [pair_score(match, near) for match, near in zip(matches, pairs["score"][chosen])]
     return pairs[np.lexsort((pairs["reference"], pairs["query"], -pairs["score"]))], matches
+
+
+def calibrate(archive: Collection, cache: Cache, extraction: Extraction, folder: Path,
+              args: argparse.Namespace) -> str | None:
+    """The calibration of answers in an archive, JSON: as it was measured when the archive was at least half as large,
+    or measured now, on edited copies of some of its images that go the way of all queries. None for too small an
+    archive."""
+    settings = f"{args.query_regions}{', local features' * (not args.no_verify)}"
+    root, n_references = os.path.realpath(archive.source), len(archive.ids)
+    known = cache.measured(root, settings)
+    if known and n_references <= 2 * known["references"]:
+        return json.dumps(known)
+    usable = [i for i in range(n_references) if archive.files[i] and not archive.blank[i]]
+    n = min(COPIES, len(usable) // 2)
+    if n < LEAST_CALIBRATED:
+        return None
+    print(f"measuring precision on {n} edited copies of images in {shown(archive.source)}", file=sys.stderr)
+    chosen = np.sort(np.random.default_rng(0).choice(usable, n, replace=False))
+    plan = plan_copies([archive.files[i] for i in chosen], "hard")
+    with tempfile.TemporaryDirectory(prefix=extraction.prefix, dir=folder) as copies:
+        files = make_copies(plan, "hard", Path(copies), args.workers)
+        made = [k for k, file in enumerate(files) if file]
+        described = extraction.describe([str(files[k]) for k in made], False)[0]
+        rows = [(k, one.row) for k, one in zip(made, described) if one.row is not None]
+        queries = of_copies([(str(files[k]), row) for k, row in rows], extraction.regions)
+        pairs = find_pairs(queries, archive, CANDIDATES, args.ngpu)
+        if not args.no_verify:
+            pairs, _ = verify_pairs(queries, archive, pairs, folder, args.workers)
+    made = [k for k, _ in rows]
+    is_true, counted = judge(pairs, archive, queries, chosen[made], [plan[k].donors for k in made])
+    measured = measure_answers(pairs["score"][counted], is_true[counted], len(made), n_references)
+    cache.keep_measured(root, settings, measured | {"references": n_references})
+    return json.dumps(measured)
+
+
+def of_copies(copies: Sequence[tuple[str, np.ndarray]], regions: int) -> Collection:
+    """Collection of copies [(file, row of all its regions)]."""
+    names, image_of = [file for file, _ in copies], np.repeat(np.arange(len(copies)), regions)
+    rows = np.array([row for _, row in copies]).reshape(len(image_of), -1)
+    return Collection("copies", names, names, names, [None] * len(names), ArrayRows(rows, np.array(names)[image_of]),
+                      np.zeros(len(names), bool), {}, [], image_of if regions > 1 else None)
+
+
+def judge(pairs: np.ndarray, archive: Collection, queries: Collection, originals: np.ndarray,
+          donors: Sequence[Sequence[Source]]) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each of the PAIRS [n] is of a copy and its original, and whether it counts: not with an image that an
+    edit may have pasted in, nor with one as near to the original as the nearest tenth of the copies are, its duplicate.
+
+    `originals`: of the queries, as rows of the archive [m]; `donors`: of the edits of each.
+    """
+    rows, found = archive.rows.read(), pairs["reference"]
+    source = originals[pairs["query"]]
+    is_true = found == source
+    image_of = np.arange(len(originals)) if queries.image_of is None else queries.image_of
+    near = np.einsum("ij,ij->i", queries.rows.read(), rows[originals[image_of]])
+    nearest = np.maximum.reduceat(near, np.searchsorted(image_of, np.arange(len(originals))))
+    duplicate = np.einsum("ij,ij->i", rows[source], rows[found]) >= np.quantile(nearest, DUPLICATE)
+    pasted = np.array([any(archive.files[j] == donor.path for donor in donors[i])
+                       for i, j in pairs[["query", "reference"]].tolist()], bool)
+    return is_true, is_true | ~(duplicate | pasted)
 
 
 def group_numbers(pairs: np.ndarray) -> np.ndarray:
@@ -742,6 +820,7 @@ def open_cache(folder: Path, args: argparse.Namespace, regions: str,
     """What describes the folders on the command line, and where in `folder` that is kept. What a killed run with the
     same flags left there is removed."""
     extraction = Extraction(pick_weights(args), args.flags, folder, regions)
+    extraction.calibrates = args.no_verify and args.query_regions == "whole"
     file = folder / f"{extraction.key}.sqlite"
     try:
         cache = Cache(file)
@@ -761,13 +840,16 @@ def open_sources(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[
             for source in (args.queries, args.archive) if source]
 
 
+Describer = tuple[Cache, Extraction]
+
+
 def read_collections(sources: list[str | Descriptors], folder: Path | None, args: argparse.Namespace,
-                     stack: contextlib.ExitStack) -> tuple[Collection, Collection, list[tuple[str, str, str]]]:
-    """Collections of QUERIES and ARCHIVE: the same one twice where a collection is searched within itself; and what
-    is one file under two names. What describes them is kept in `folder`."""
+                     stack: contextlib.ExitStack) -> tuple[Collection, Collection, list, Describer | None]:
+    """Collections of QUERIES and ARCHIVE: the same one twice where a collection is searched within itself; what is one
+    file under two names; and, where both are folders, what describes queries. It is kept in `folder`."""
     if len(sources) == 1 and isinstance(sources[0], Descriptors) and {"query", "reference"} <= set(sources[0].groups):
         sources = sources * 2
-    caches: dict[str, tuple[Cache, Extraction]] = {}
+    caches: dict[str, Describer] = {}
     collections, preferences = [], (("query", "reference", "train"), ("reference", "query", "train"))
     for source, names, regions in zip(sources, preferences, (args.query_regions, "whole")):
         if isinstance(source, str) and folder:
@@ -782,7 +864,8 @@ def read_collections(sources: list[str | Descriptors], folder: Path | None, args
     if same and queries is archive:
         again = {i for i, _ in same}
         queries = archive = archive.only([i for i in range(len(archive.ids)) if i not in again])
-    return queries, archive, links
+    return queries, archive, links, None if any(isinstance(s, Descriptors) for s in sources) else caches.get(
+        args.query_regions)
 
 
 def find_copies(args: argparse.Namespace) -> None:
@@ -796,9 +879,12 @@ def find_copies(args: argparse.Namespace) -> None:
         verify = not args.no_verify and all(isinstance(source, str) or args.images for source in sources)
         keeps = verify or any(isinstance(source, str) for source in sources)
         folder = open_cache_folder(args, stack) if keeps else None
-        queries, archive, same = read_collections(sources, folder, args, stack)
+        queries, archive, same, describer = read_collections(sources, folder, args, stack)
         check_comparable(queries, archive)
-        calibration, threshold = read_calibration(args, queries, archive), args.threshold
+        measured = None
+        if folder and describer and not describer[1].calibrates:
+            measured = calibrate(archive, describer[0], describer[1], folder, args)
+        calibration, threshold = read_calibration(args, queries, archive, measured), args.threshold
         if calibration and args.precision is not None:
             threshold = calibration.threshold(args.precision, "--precision")
         pairs, matches = find_pairs(queries, archive, args.topk, args.ngpu), None

@@ -59,6 +59,21 @@ def measure(copies: np.ndarray, originals: np.ndarray, others: Iterable[np.ndarr
             "false_rate": false_rates(false, pairs, at).tolist(), "copies_ratio": COPIES_RATIO, "photos": images}
 
 
+def measure_answers(scores: np.ndarray, is_true: np.ndarray, copies: int, references: int) -> dict:
+    """Calibration of the answers [n] to edited copies of some images of an archive of so many references: their scores,
+    and whether they are the copies' originals.
+
+    Half a false answer more than there were is counted: that none was seen among some hundred copies does not mean that
+    none will be. It stands for the answers that were looked at alone, of which each query has the same number.
+    """
+    at = np.unique(np.concatenate([np.quantile(part, np.linspace(0, 1, POINTS)) for part in
+                                   (scores[is_true], scores[~is_true]) if len(part)]))
+    true, false = (len(part) - np.searchsorted(np.sort(part), at) for part in (scores[is_true], scores[~is_true]))
+    return {"scores": at.tolist(), "recall": (true / copies).tolist(),
+            "false_rate": ((false + 0.5) / (copies * references)).tolist(), "copies_ratio": COPIES_RATIO,
+            "photos": "references"}
+
+
 class Calibration:
     """Precision at a score, for an archive of `references` images, from the attribute `text` of the file `source`.
 

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +20,7 @@ from augly.image import functional as imaugs
 from augly.image.utils import get_template_and_bbox
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
 
-from copydet.images import open_image
+from copydet.images import UnreadableImage, open_image
 
 LARGEST = 1024  # pixels, longer side of a query
 DULL = 8  # standard deviation of grey levels (0..255) below which an image shows almost nothing
@@ -282,3 +285,29 @@ def make_query(query: Query, strength: str, quality: int, folder: Path) -> dict[
     img.thumbnail((LARGEST, LARGEST))
     img.save(Path(folder, query.id + ".jpg"), quality=quality)
     return amounts
+
+
+def plan_copies(paths: Sequence[str], strength: str) -> list[Query]:
+    """A query of each image, with edits of `strength` out of all, and others of the images as donors."""
+    queries = []
+    for i, path in enumerate(paths):
+        rng = np.random.default_rng([0, i])
+        others = [paths[j] for j in rng.permutation(len(paths))[:DONORS + 1] if j != i]
+        names = draw_edits([name for name in EDITS if others or name not in NEED_DONORS], strength, rng)
+        queries.append(Query(f"{i:08d}", Source(path), "", names, [Source(other) for other in others], rng))
+    return queries
+
+
+def make_copy(query: Query, strength: str, folder: Path) -> Path | None:
+    """`make_query`, for images that may have changed since they were listed: the copy's file, None without."""
+    try:
+        make_query(query, strength, 90, folder)
+    except (UnreadableImage, OSError, ValueError, RuntimeError, ZeroDivisionError):  # some are too small for some edits
+        return None
+    return folder / f"{query.id}.jpg"
+
+
+def make_copies(queries: Sequence[Query], strength: str, folder: Path, workers: int) -> list[Path | None]:
+    """The copies' files, made in `folder` by so many processes."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(partial(make_copy, strength=strength, folder=folder), queries, chunksize=8))
