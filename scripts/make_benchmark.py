@@ -45,9 +45,10 @@ from augly.image.utils import get_template_and_bbox
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
 from tqdm import tqdm
 
-from copydet.common import MANIFEST, InputError, WorkError, locked, run_main, shown
+from copydet.common import MANIFEST, InputError, WorkError, check_name, locked, make_folder, naming, run_main, shown
 from copydet.images import (IMAGE_ENDINGS, UnreadableImage, kind_of, list_images, not_read, open_image, read_file,
                             write_skipped)
+from copydet.options import MOST_PROCESSES
 
 SMALLEST, LARGEST = 64, 1024  # pixels: shorter side of a usable image, longer side of a query
 MOST_SLENDER = LARGEST // SMALLEST  # times longer than wide
@@ -557,8 +558,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--quality", type=number(1, 100), default=95, metavar="Q", help="JPEG quality of what is encoded "
                    "anew: queries, tiles, images that are not JPEG (default: %(default)s)")
     p.add_argument("--seed", type=number(0), default=0, metavar="N", help="(default: %(default)s)")
-    p.add_argument("-j", "--workers", type=number(1), default=os.cpu_count(), metavar="N", help="processes (default: "
-                   "number of CPUs)")
+    p.add_argument("-j", "--workers", type=number(1, MOST_PROCESSES), default=os.cpu_count(), metavar="N",
+                   help="processes (default: number of CPUs)")
     return p
 
 
@@ -574,6 +575,7 @@ def make_partial(folder: Path) -> None:
 
 def check_out(args: argparse.Namespace) -> Path:
     """OUT, links followed. Raises InputError where it is in use or inside a source folder."""
+    check_name(args.out, "OUT")
     out = Path(os.path.realpath(args.out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{args.out}: exists already; give a new folder or remove it")
@@ -599,11 +601,11 @@ def make_benchmark(args):
     """Run the command line: OUT appears when it is whole."""
     out = check_out(args)
     partial_out = out.with_name(out.name + ".partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with locked(out.with_name(f".{out.name}.lock"), args.out):
         check_out(args)  # another run may have made it in the meantime
         try:
-            with progress_map(args.workers) as run:
+            with naming(args.out), progress_map(args.workers) as run:
                 build(args, partial_out, run)
         except BrokenProcessPool as error:
             raise WorkError(str(error)) from None

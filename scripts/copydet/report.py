@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from copydet.common import OutputFolder, is_page, replacing, shown
-from copydet.images import UnreadableImage, id_of, list_images, open_thumbnail
-from copydet.metrics import composed
+from copydet.images import UnreadableImage, find_image, images_by_id, open_thumbnail
 
 FIGURES = ("precision_recall", "scores", "recall")
 FILES = ("index.html", *(f"{name}.png" for name in FIGURES))
@@ -28,8 +27,8 @@ class Thumbnails:
         file = root / f"{name}.jpg"
         if not os.path.isfile(file):  # nested, or of another kind: list the folder once
             if kind not in self.listed:
-                self.listed[kind] = {composed(id_of(path)): root / path for path in list_images(root)[0]}
-            file = self.listed[kind].get(composed(name))
+                self.listed[kind] = images_by_id(root)
+            file = find_image(self.listed[kind], name)
         if file is None:
             return None
         try:
