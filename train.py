@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
-from copydet.common import InputError, OutputFolder, WorkError, locked, manifest_of, replacing, run_main
+from copydet.common import (InputError, OutputFolder, WorkError, locked, make_folder, manifest_of, open_folder,
+                            replacing, run_main)
 from copydet.options import Args, parse_args
 
 if __name__ == "__main__":
@@ -58,8 +59,8 @@ from copydet.calibration import measure
 from copydet.checkpoints import find_source, load_net, load_weights, newest_checkpoint, read_checkpoint
 from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
 from copydet.export import ENDINGS, FORMATS, INPUT, check_target
-from copydet.extraction import (Blocks, describe_images, describe_views, extract, load_descriptor, open_folder,
-                                output_folder, prepare_extraction, settings_of, versions)
+from copydet.extraction import (Blocks, describe_images, describe_views, extract, load_descriptor, output_folder,
+                                prepare_extraction, settings_of, versions)
 from copydet.images import IMAGE_ENDINGS, list_images, list_negatives, list_pairs, not_read, write_skipped
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
@@ -603,12 +604,14 @@ def export(args: Args) -> None:
     """Write the network as --format. Raises InputError: no checkpoint, a package that is missing."""
     args, source = find_source(args)
     path = Path(args.output or args.out / f"descriptor{ENDINGS[args.format]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     check_target(args.format, path, source.file)
     net = load_net(args, source)
     config = settings_of(args, source) | {"mean": net.mean, "std": net.std, "dim": net.dim, "input": INPUT,
                                           "output": "descriptors: float32 [n, dim], unit length"}
-    FORMATS[args.format](net, config, path)
+    with locked(path.with_name(".config.json.lock"), path.parent, wait=True):  # weights and config.json are a pair
+        check_target(args.format, path, source.file)
+        FORMATS[args.format](net, config, path)
     print(f"=> wrote {path}")
 
 

@@ -39,11 +39,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 from PIL import Image
 
-from copydet.common import ROOT, InputError, check_output, replacing, run_main
+from copydet.common import ROOT, InputError, WorkError, check_file, check_output, replacing, run_main, warn
 from copydet.descriptors import Descriptors, write_descriptors
-from copydet.images import ImageFile, list_images, open_image
+from copydet.images import ImageFile, UnreadableImage, list_images, not_read, open_image
 from copydet.options import Args
 from copydet.options import parse_args as parse_train_args
+from copydet.options import positive
 
 if TYPE_CHECKING:  # imported where they are used: sections that do without them start at once
     import torch
@@ -119,7 +120,9 @@ def in_turns(repeats: int, *works: Callable) -> np.ndarray:
 
 def recipe(bench: argparse.Namespace, *flags: object) -> Args:
     """Arguments of train.py for the recipe of --recipe and the flags given."""
-    lines = (ROOT / "exp" / f"{bench.recipe}.args").read_text(encoding="utf-8").splitlines()
+    source = ROOT / "exp" / f"{bench.recipe}.args"
+    check_file(source, "--recipe")
+    lines = source.read_text(encoding="utf-8").splitlines()
     file = bench.work / "recipe.args"
     file.write_text("\n".join(line for line in lines if not line.startswith(("--weight", "--pairs"))) + "\n")
     words = f"@{file}", "--exp", bench.work / "run", *bench.flags, *flags, "--seed", 1, bench.folder
@@ -389,8 +392,12 @@ def bench_start(bench: argparse.Namespace) -> Iterator[Figure]:
     command = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--input-size", 64, "-b", 32, "--memory-size",
                64, "--sample-size", count, "--epoch-steps", 1, "--epochs", 1, "--exp", bench.work / "out",
                "--overwrite", *bench.flags]
-    run = lambda: subprocess.run([sys.executable, *map(str, command), folder], cwd=ROOT, check=True,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def run() -> None:
+        if (code := subprocess.run([sys.executable, *map(str, command), folder], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL).returncode):
+            raise WorkError(f"train.py ended with {code}, see above")
+
     yield Figure("  train.py with one step, from start to exit", in_turns(bench.repeats, run)[0], "s")
 
 
@@ -418,23 +425,31 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Figure]]] = {
 
 def copy_images(bench: argparse.Namespace) -> None:
     """`--count` images of `--images`, again from the first where there are fewer."""
-    paths = list_images(bench.images)[0][:bench.count]
-    if not paths:
-        raise InputError(f"no images in {bench.images}")
+    paths, odd = list_images(bench.images)
+    paths = paths[:bench.count]
     bench.folder.mkdir()
     copy = lambda i: copy_image(os.path.join(bench.images, paths[i]), bench.folder / f"{i:06d}.jpg", bench.side)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(copy, range(len(paths))))
-    for i in range(len(paths), bench.count):
-        os.link(bench.folder / f"{i % len(paths):06d}.jpg", bench.folder / f"{i:06d}.jpg")
+        skipped = [error for error in pool.map(copy, range(len(paths))) if error]
+    names = sorted(os.listdir(bench.folder))
+    if not names:
+        raise InputError(f"no images in {bench.images}{not_read(odd)}" + "".join(f"; {error}" for error in skipped[:1]))
+    if skipped:
+        warn(f"{len(skipped)} images left out, first: {skipped[0]}")
+    for i in range(len(names), bench.count):
+        os.link(bench.folder / names[i % len(names)], bench.folder / f"more-{i:06d}.jpg")
     bench.names = sorted(file.name for file in bench.folder.iterdir())
 
 
-def copy_image(path: str, to: Path, side: int) -> None:
-    """A JPEG of quality 90 with the longer side at `side` px."""
-    img = open_image(path)
+def copy_image(path: str, to: Path, side: int) -> UnreadableImage | None:
+    """A JPEG of quality 90 with the longer side at `side` px; or why not."""
+    try:
+        img = open_image(path)
+    except UnreadableImage as error:
+        return error
     scale = side / max(img.size)
     img.resize([max(1, round(side * scale)) for side in img.size], Image.Resampling.LANCZOS).save(to, quality=90)
+    return None
 
 
 def show(rows: list[dict], old: list[dict]) -> None:
@@ -452,10 +467,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="+", choices=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--images", "--photos", metavar="DIR", help="images for all sections but search")
-    parser.add_argument("--side", type=int, default=1000, metavar="PX", help="longer side (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=200, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--links", type=int, default=1_000_000, metavar="N", help="of start (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--side", type=positive, default=1000, metavar="PX", help="longer side (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=200, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument("--links", type=positive, default=1_000_000, metavar="N",
+                        help="of start (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--recipe", default="v31", metavar="NAME", help="exp/NAME.args (default: %(default)s)")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--compare", metavar="FILE", help="show the figures of an earlier -o beside these")

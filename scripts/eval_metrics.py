@@ -46,8 +46,8 @@ def open_descriptors(path: str, allow_contaminated: bool) -> Descriptors:
     file = Descriptors(path)
     try:
         file.check_checkpoint()
-        if file.attrs.get("contaminated") and not allow_contaminated:
-            raise InputError(f"{path}: its checkpoint was trained on {file.attrs['contaminated']}: a score on that is "
+        if file.contaminated and not allow_contaminated:
+            raise InputError(f"{path}: its checkpoint was trained on {file.contaminated}: a score on that is "
                              "no measurement (--allow-contaminated shows it, marked)")
     except InputError:
         file.file.close()
@@ -58,7 +58,7 @@ def open_descriptors(path: str, allow_contaminated: bool) -> Descriptors:
 def shown_attrs(file: Descriptors) -> dict:
     """What the output shows of a descriptor file's attributes: steps of post-processing, what taints its score."""
     shown = {"steps": file.steps()} if "steps" in file.attrs else {}
-    return shown | ({"contaminated": str(file.attrs["contaminated"])} if file.attrs.get("contaminated") else {})
+    return shown | ({"contaminated": file.contaminated} if file.contaminated else {})
 
 
 class Evaluation:

@@ -50,12 +50,14 @@ from tqdm import tqdm
 import copydet
 from copydet.calibration import DUPLICATE, Calibration, measure_answers
 from copydet.checkpoints import newest_checkpoint
-from copydet.common import ROOT, InputError, OutputFolder, WorkError, is_page, manifest_of, replacing, run_main, shown
+from copydet.common import (ROOT, InputError, OutputFolder, WorkError, is_page, manifest_of, replacing, run_main, shown,
+                            time_of)
 from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
 from copydet.edits import Source, make_copies, plan_copies
-from copydet.images import (BLANK, FOLDERS, IMAGE, IMAGE_ENDINGS, NOT_NOW, Odd, UnreadableImage, beside, id_of,
-                            list_images, not_read, open_thumbnail, read_skipped, what_is, write_skipped)
-from copydet.options import LEAST_CALIBRATED, Parser, fraction, positive, score
+from copydet.images import (BLANK, FOLDERS, IMAGE, IMAGE_ENDINGS, NOT_NOW, Odd, UnreadableImage, beside, find_image,
+                            id_of, images_by_id, list_images, not_read, open_thumbnail, read_skipped, what_is,
+                            write_skipped)
+from copydet.options import LEAST_CALIBRATED, Parser, fraction, processes, score
 from copydet.regions import WHOLE, parse_regions
 from copydet.search import count_gpus, search_topk
 from copydet.verification import ABSTAIN, COPY, PER_JOB, Match, Verifier, batches, pair_score
@@ -77,14 +79,13 @@ MOST_PAIRS = 50_000  # what a page can be as high as in every browser
 class Stamp:
     """What tells that a file has changed."""
     size: int
-    mtime: int  # nanoseconds, in 64 bits as SQLite has them: of a time after 2262 the lowest ones
+    mtime: int  # nanoseconds
     sha256: str | None = None  # with --hash
     inode: tuple | str | None = field(default=None, compare=False)  # equal for all names of a file
 
     @classmethod
     def of(cls, path: str, info: os.stat_result, with_hash: bool) -> Stamp:
-        mtime = (info.st_mtime_ns + 2**63) % 2**64 - 2**63
-        return cls(info.st_size, mtime, sha256_of(path) if with_hash else None, inode_of(path, info))
+        return cls(info.st_size, time_of(info), sha256_of(path) if with_hash else None, inode_of(path, info))
 
     def same(self, other: Stamp) -> bool:
         if self.sha256 and other.sha256:
@@ -401,10 +402,9 @@ def read_file(file: Descriptors, preference: Sequence[str], images: str | None) 
     name = next(name for name in preference if name in file.groups)
     rows, by_id = file[name], {}
     if images:
-        folder = Path(images).resolve() / f"{name}_images"
-        by_id = {id_of(path): str(folder / path) for path in list_images(folder)[0]}
+        by_id = images_by_id(Path(images).resolve() / FOLDERS[name])
     ids = rows.images.tolist()
-    files = [by_id.get(name) for name in ids]
+    files = [find_image(by_id, name) for name in ids]
     inodes = [file and os.path.exists(file) and inode_of(file, os.stat(file)) or None for file in files]
     blank = [id_of(path) for path, _ in read_skipped(beside(Path(file.path), "blank"))
              if FOLDERS[name] in Path(path).parts]
@@ -785,6 +785,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--query-regions: within one collection whole images are compared")
     if args.topk < 1 or not 0 < args.pairs <= MOST_PAIRS:
         raise InputError(f"--topk is at least 1, --pairs from 1 to {MOST_PAIRS:,}")
+    if args.images and not any((Path(args.images) / folder).is_dir() for folder in FOLDERS.values()):
+        raise InputError(f"--images {args.images}: none of {', '.join(FOLDERS.values())} in it")
     ours = {"--mode", "--exp", "--target-set", "--weight", "--backbone-weights", "--dryrun", "--eval-subset"}
     if taken := ours & set(args.flags):
         raise InputError(f"{', '.join(sorted(taken))} cannot be given to train.py after --")
@@ -923,7 +925,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "the precision (default: the calibration's)")
     g.add_argument("--no-verify", action="store_true", help="do not compare the images of the best pairs by local "
                    "features and geometry")
-    g.add_argument("-j", "--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes that do so "
+    g.add_argument("-j", "--workers", type=processes, default=os.cpu_count(), metavar="N", help="processes that do so "
                    "(default: number of CPUs)")
     g.add_argument("--pairs", type=int, default=20_000, metavar="N", help="the best N pairs are on the page (default: "
                    "%(default)s)")

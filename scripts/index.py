@@ -39,8 +39,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from copydet.common import (InputError, OutputFolder, check_file, check_output, first_three, read_json, replacing,
-                            run_main)
+from copydet.common import (InputError, OutputFolder, WorkError, check_file, check_output, first_three, read_json,
+                            replacing, run_main)
 from copydet.descriptors import BLOCK, COMPARABLE, Descriptors, Rows
 from copydet.metrics import micro_ap, read_ground_truth, respell, sort_candidates
 from copydet.options import positive
@@ -231,6 +231,8 @@ def faiss_errors(what: object) -> Iterator[None]:
         yield
     except RuntimeError as error:
         why = re.sub(r".* at \S+:\d+: (Error: )?", "", " ".join(str(error).split()))
+        if found := re.search(r"write error in .*[(](.+)[)]", why):
+            raise WorkError(f"{what}: cannot be written: {found[1]}") from None
         raise InputError(f"{what}: {why}") from None
 
 
@@ -716,6 +718,9 @@ def check_args(args: argparse.Namespace) -> None:
     """What can be wrong before any work; --ngpu becomes the number of GPUs there are."""
     inputs = [getattr(args, "queries", None), getattr(args, "truth", None), *getattr(args, "parts", ())]
     if output := getattr(args, "output", None):
+        if args.command == "curve" and Path(output).suffix == ".csv":
+            raise InputError(f"-o {output}: the table's name; give the picture's, such as "
+                             f"{Path(output).with_suffix('.png')}")
         for file in [output] + [Path(output).with_suffix(".csv")] * (args.command == "curve"):
             check_output("-o", file, filter(None, inputs))
     if hasattr(args, "ngpu"):

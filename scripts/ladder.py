@@ -52,7 +52,7 @@ import numpy as np
 from PIL import Image
 
 from copydet.checkpoints import newest_checkpoint
-from copydet.common import ROOT, InputError, OutputFolder, read_json, replacing, run_main
+from copydet.common import ROOT, InputError, OutputFolder, first_three, read_json, replacing, run_main
 from copydet.descriptors import write_descriptors
 from copydet.images import FOLDERS, UnreadableImage, id_of, list_images, open_image, write_skipped
 from copydet.metrics import read_ground_truth
@@ -104,19 +104,31 @@ def split_flags(words: list[str]) -> list[list[str]]:
     return groups
 
 
-def read_recipe(name: str) -> Recipe:
-    """Recipe of exp/NAME.args, or of a file that ends in .args, with its parents. InputError if one is missing."""
+def read_recipe(name: str, children: Sequence[Path] = ()) -> Recipe:
+    """Recipe of exp/NAME.args, or of a file that ends in .args, with its parents. InputError if one is missing, or has
+    one of the files of its `children` for a parent."""
     file = Path(name) if name.endswith(".args") else ROOT / "exp" / f"{name}.args"
     if not file.is_file():
         raise InputError(f"no such recipe: {file}")
+    if file.resolve() in children:
+        raise InputError(f"{file}: continues itself (--weight), by way of {first_three(list(children))}")
     lines = file.read_text(encoding="utf-8-sig").splitlines()
     flags = {flag.lstrip("-"): " ".join(values) for flag, *values in split_flags(recipe_words(file))}
     if not {"epochs", "batch-size"} <= set(flags):
         raise InputError(f"{file}: needs --epochs and --batch-size")
+    check_numbers(flags.items(), file)
     idea = next((line.lstrip("# ").removeprefix(f"{file.stem}: ") for line in lines if line.startswith("#")), "")
     found = re.search(r"(?:^|/)exp/([^/]+)/train/", flags.get("weight", ""))
-    parent = read_recipe(str(file.with_name(f"{found[1]}.args"))) if found else None
+    parent = read_recipe(str(file.with_name(f"{found[1]}.args")), [*children, file.resolve()]) if found else None
     return Recipe(file.stem, file.resolve(), idea, flags, parent)
+
+
+def check_numbers(flags: Iterable[tuple[str, str]], where: object) -> None:
+    """Raise InputError, after `where` the flags (name without dashes, value) are from, for one that the ladder counts
+    with and that is no number above 0."""
+    for name, value in flags:
+        if name in ("epochs", "b", "batch-size", "sample-size") and not re.fullmatch(r"0*[1-9]\d{0,9}", value):
+            raise InputError(f"{where}: --{name} {value}: not a positive number")
 
 
 def with_parents(names: Iterable[str]) -> list[Recipe]:
@@ -464,6 +476,8 @@ class Ladder:
     def probe(self, recipe: Recipe, words: Sequence[object]) -> int:
         """Steps that a recipe does in the budgeted minutes, by the pace of a few steps."""
         folder = self.out / "probe"
+        if folder.is_dir() and set(os.listdir(folder)) - {"train"}:
+            raise InputError(f"{folder}: is in the way, and not of this program; rename it")
         shutil.rmtree(folder, ignore_errors=True)
         say(f"{recipe.name}: {PROBE_STEPS} steps to measure its pace")
         epochs, each = share_steps(PROBE_STEPS, 1, self.longest_epoch(recipe))
@@ -622,6 +636,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise InputError(f"{flag}: the ladder sets it")
         if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", known):
             raise InputError(f"{flag}: a flag of neither ladder.py nor train.py")
+    check_numbers([(flag.lstrip("-"), " ".join(values)) for flag, *values in args.overrides], "train.py's flags")
     args.recipes = with_parents(args.recipes.split(","))
     args.baselines = choose_baselines(args.baselines, flags)
     args.benchmark = [f"--{flag}={getattr(args, flag)}" for flag in BENCHMARK_FLAGS if getattr(args, flag)]

@@ -41,11 +41,12 @@ import imagehash
 import numpy as np
 from tqdm import tqdm
 
-from copydet.common import MANIFEST, InputError, WorkError, locked, run_main, shown
+from copydet.common import MANIFEST, InputError, WorkError, check_name, locked, make_folder, naming, run_main, shown
 from copydet.edits import (DONORS, DULL, EDITS, LARGEST, NEED_DONORS, STRENGTHS, Box, Query, Source, contrast,
                            draw_edits, make_query)
 from copydet.images import (IMAGE_ENDINGS, Odd, UnreadableImage, kind_of, list_images, not_read, open_image, read_file,
                             write_skipped)
+from copydet.options import MOST_PROCESSES
 
 SMALLEST = 64  # pixels, shorter side of a usable image
 MOST_SLENDER = LARGEST // SMALLEST  # times longer than wide
@@ -317,8 +318,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--quality", type=number(1, 100), default=95, metavar="Q", help="JPEG quality of what is encoded "
                    "anew: queries, tiles, images that are not JPEG (default: %(default)s)")
     p.add_argument("--seed", type=number(0), default=0, metavar="N", help="(default: %(default)s)")
-    p.add_argument("-j", "--workers", type=number(1), default=os.cpu_count(), metavar="N", help="processes (default: "
-                   "number of CPUs)")
+    p.add_argument("-j", "--workers", type=number(1, MOST_PROCESSES), default=os.cpu_count(), metavar="N",
+                   help="processes (default: number of CPUs)")
     return p
 
 
@@ -334,6 +335,7 @@ def make_partial(folder: Path) -> None:
 
 def check_out(args: argparse.Namespace) -> Path:
     """OUT, links followed. Raises InputError where it is in use or inside a source folder."""
+    check_name(args.out, "OUT")
     out = Path(os.path.realpath(args.out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{args.out}: exists already; give a new folder or remove it")
@@ -359,11 +361,11 @@ def make_benchmark(args: argparse.Namespace) -> None:
     """Run the command line: OUT appears when it is whole."""
     out = check_out(args)
     partial_out = out.with_name(out.name + ".partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with locked(out.with_name(f".{out.name}.lock"), args.out):
         check_out(args)  # another run may have made it in the meantime
         try:
-            with progress_map(args.workers) as run:
+            with naming(args.out), progress_map(args.workers) as run:
                 build(args, partial_out, run)
         except BrokenProcessPool as error:
             raise WorkError(str(error)) from None

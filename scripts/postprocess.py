@@ -31,6 +31,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -44,7 +45,8 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from copydet.common import InputError, check_file, check_output, first_three, locked, read_json, replacing, run_main
+from copydet.common import (InputError, check_file, check_output, first_three, locked, naming, read_json, replacing,
+                            run_main)
 from copydet.descriptors import BlockRows, Descriptors, Rows, write_descriptors
 from copydet.options import split_settings
 from copydet.regions import images_of
@@ -294,6 +296,8 @@ def parse_step(text: str) -> tuple[str, Parameters]:
             parameters[key] = type(parameters[key])(value)
         except ValueError:
             raise InputError(f"{text}: {key} should be {type(parameters[key]).__name__}, is {value!r}") from None
+        if isinstance(parameters[key], float) and not math.isfinite(parameters[key]):
+            raise InputError(f"{text}: {key}={value} is not a number")
         if key in ("k", "dim") and parameters[key] < 1 or key in ("q", "r", "centroids") and parameters[key] < 0:
             raise InputError(f"{text}: {key}={value} is too small")
     if parameters.get("level") not in (None, "similarity", "distance"):
@@ -333,7 +337,7 @@ def apply(change: Change, rows: BlockRows, file: Path, title: str) -> tuple[Stor
     dim = change(rows.read(0, 1))[0].shape[1]
     kept_file = file.with_suffix(".kept.json")
     kept = read_json(kept_file) if kept_file.exists() else {}
-    with open(file, "ab") as out:
+    with naming(file), open(file, "ab") as out:
         done = out.tell() // (4 * dim)
         done = done if done == len(rows) else done // BLOCK * BLOCK
         out.truncate(done * 4 * dim)
@@ -344,7 +348,7 @@ def apply(change: Change, rows: BlockRows, file: Path, title: str) -> tuple[Stor
                     kept[str(start)] = unchanged
                     with replacing(kept_file) as temporary:
                         temporary.write_text(json.dumps(kept))
-                np.asarray(block, np.float32).tofile(out)
+                out.write(np.ascontiguousarray(block, np.float32).data)  # tofile would not tell why it could not
                 bar.update(len(block))
     return StoredRows(file, rows.ids, dim), sum(kept.values())
 
@@ -373,7 +377,7 @@ def output_attrs(files: Sequence[Descriptors], steps: Sequence[tuple[str, Parame
         hashes = [str(file.attrs["checkpoint_sha256"]) for file in files if "checkpoint_sha256" in file.attrs]
         if hashes:
             attrs["checkpoint_sha256"] = "+".join(hashes)
-    tainted = sorted({str(file.attrs["contaminated"]) for file in files if file.attrs.get("contaminated")})
+    tainted = sorted({file.contaminated for file in files if file.contaminated})
     return attrs | ({"contaminated": ", ".join(tainted)} if tainted else {})
 
 
@@ -415,14 +419,13 @@ def write_output(output: Path, groups: Groups, regions: np.ndarray | None, steps
     folder = work_folder(output, inputs, [step_text(*step) for step in steps])
     try:
         groups = run_steps(groups, steps, folder, ngpu)
+        if output.suffix == ".csv":
+            write_pairs(output, groups, regions, sum(norm_constant(p) for name, p in steps if name == "norm"), ngpu)
+        else:
+            write_descriptors(output, {name: (rows, rows.ids) for name, rows in groups.items()}, attrs, regions=regions)
     except InputError:
         shutil.rmtree(folder)
         raise
-    if output.suffix == ".csv":
-        write_pairs(output, groups, regions, sum(norm_constant(p) for name, p in steps if name == "norm"), ngpu)
-    else:
-        write_descriptors(output, {name: (rows, rows.ids) for name, rows in groups.items()}, attrs,
-                          regions=regions)
     shutil.rmtree(folder)
 
 

@@ -10,27 +10,31 @@ subset are higher than those on all references, and comparable only between runs
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from copydet.common import InputError, check_output, first_three, replacing, run_main
+from copydet.common import InputError, check_output, first_three, replacing, run_main, warn
 from copydet.descriptors import Descriptors
-from copydet.images import id_of, list_images
+from copydet.images import id_of, list_images, not_read
 from copydet.metrics import read_ground_truth, respell
-from copydet.options import positive
+from copydet.options import natural, positive
 
 DISC21 = 1_000_000  # references R000000 to R999999
 
 
 def reference_ids(source: str) -> np.ndarray:
     """Ids [n], sorted, from a number (of DISC21's ids), a folder of images, or a descriptor file."""
-    if source.isdecimal():
+    if re.fullmatch(r"\d{1,10}", source, re.ASCII):
         return np.char.mod("R%06d", np.arange(int(source)))
     path = Path(source)
     if path.is_dir():
-        return np.unique([id_of(name) for name in list_images(path)[0]])
+        paths, odd = list_images(path)
+        if odd:
+            warn(f"{len(odd):,} files in {source} look like images and are none that can be used{not_read(odd)}")
+        return np.unique([id_of(name) for name in paths])
     with Descriptors(path) as file:
         return np.sort(file["reference"].ids)
 
@@ -52,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "default: %(default)s), the images in a folder, or the references of a descriptor file")
     parser.add_argument("--size", type=positive, default=100_000, metavar="N", help="draws (default: %(default)s)")
     parser.add_argument("--replacement", action="store_true", help="draw with replacement, as in the notes")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=natural, default=0, help="default: %(default)s")
     return parser
 
 
@@ -61,7 +65,9 @@ def write_subset(args: argparse.Namespace) -> None:
     check_output("-o", args.output, (args.ground_truth, args.references))
     positives, ids = read_ground_truth(args.ground_truth)[1].reference_id.to_numpy(str), reference_ids(args.references)
     positives, = respell(args.ground_truth, (positives, ids.tolist()))
-    subset = select(positives, ids, args.size, args.seed, args.replacement)
+    if len(broken := positives[np.char.find(positives, "\n") >= 0]):
+        raise InputError(f"{args.ground_truth}: an id with a line break fits into no list of lines: {broken[0]!r}")
+    subset = select(positives, ids[np.char.find(ids, "\n") < 0], args.size, args.seed, args.replacement)
     with replacing(args.output) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in subset), encoding="utf-8")
     print(f"{args.output}: {len(subset):,} references, {len(np.unique(positives)):,} of them of true pairs")

@@ -18,15 +18,18 @@ The images are those of DIR/query_images and DIR/reference_images, by id. pairs.
 
 Only images that are asked for are opened. References' features are kept in --cache, and computed again if an image's
 file changes. A run that was killed goes on where it was, in OUTPUT.blocks; the result is the same, whatever -j is.
-Images that cannot be read are listed in skipped.csv beside the output.
+Images that cannot be read are listed beside the output, in pairs.skipped.csv.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
+import re
 import shutil
+import sqlite3
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -37,10 +40,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from copydet.common import InputError, first_three, replacing, run_main
+from copydet.common import (InputError, OutputFolder, WorkError, check_file, check_output, first_three, locked,
+                            open_folder, replacing, run_main, settings_in)
 from copydet.descriptors import Descriptors
-from copydet.images import IMAGE_ENDINGS, Odd, id_of, list_images, write_skipped
-from copydet.options import positive
+from copydet.images import IMAGE_ENDINGS, Odd, find_image, images_by_id, read_skipped, write_skipped
+from copydet.options import positive, processes
 from copydet.search import search_topk
 from copydet.verification import PER_JOB, Match, Verifier, pair_score, stamp
 
@@ -75,25 +79,14 @@ def find_images(folder: Path, ids: Iterable[str]) -> dict[str, str]:
     """
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
-    on_top = lambda name: filter(os.path.exists, (f"{folder}/{name}{ending}" for ending in IMAGE_ENDINGS))
-    found: dict[str, str | Path | None] = {name: next(on_top(name), None) for name in ids}
+    on_top = lambda name: filter(os.path.isfile, (f"{folder}/{name}{ending}" for ending in IMAGE_ENDINGS))
+    found: dict[str, str | None] = {name: next(on_top(name), None) for name in ids}
     if None in found.values():
-        below = {id_of(path): path for path in list_images(folder)[0]}
-        found |= {name: folder / below[name] for name, path in found.items() if path is None and name in below}
+        below = images_by_id(folder)
+        found |= {name: find_image(below, name) for name, path in found.items() if path is None}
     if absent := [name for name, path in found.items() if path is None]:
         raise InputError(f"{folder}: no image of {first_three(absent)}")
     return {name: os.path.realpath(path) for name, path in found.items() if path}
-
-
-def open_folder(folder: Path, settings: dict) -> None:
-    """The folder of finished blocks: as it is if it was begun with these settings, else empty."""
-    file = folder / "settings.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == settings:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def rows_of(query: str, references: Sequence[str], nearness: Sequence[float], matches: Sequence[Match]) -> list[tuple]:
@@ -132,7 +125,7 @@ def block_file(folder: Path, block: range) -> Path:
 
 
 def write_results(output: Path, files: list[Path], skipped: Odd) -> None:
-    """pairs.csv and skipped.csv from the finished blocks; `skipped`: unreadable references."""
+    """pairs.csv and pairs.skipped.csv from the finished blocks; `skipped`: unreadable references."""
     with replacing(output) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -140,40 +133,41 @@ def write_results(output: Path, files: list[Path], skipped: Odd) -> None:
             rows, unreadable = json.loads(file.read_text(encoding="utf-8"))
             writer.writerows(rows)
             skipped += [(path, reason) for path, reason in unreadable]
-    write_skipped(output.with_name("skipped.csv"), skipped)
+    write_skipped(skipped_file(output), skipped)
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Everything about the flags that can be wrong, before any work."""
-    if not Path(args.submission).is_file():
-        raise InputError(f"no such file: {args.submission}")
-    output = Path(args.output)
-    if not output.resolve().parent.is_dir():
-        raise InputError(f"-o {output}: no such folder: {output.parent}")
-    if output.is_dir():
-        raise InputError(f"-o {output}: is a folder")
-    if args.cache and not (cache := Path(args.cache)).is_dir():
-        if cache.exists() or not cache.resolve().parent.is_dir():
-            raise InputError(f"--cache {cache}: " + ("is no folder" if cache.exists() else "its folder does not exist"))
-        cache.mkdir()
+def skipped_file(output: Path) -> Path:
+    """Where what could not be read is listed."""
+    return output.with_name(f"{output.stem}.skipped.csv")
+
+
+def older_cache(folder: Path) -> list[str]:
+    """What a version that listed nothing wrote in a folder: OutputFolder's `older`."""
+    return [name for name in os.listdir(folder) if re.fullmatch(r"features-[0-9a-f]{12}\.sqlite", name)]
 
 
 def verify_submission(args: argparse.Namespace) -> None:
     """Run the command line."""
-    check_args(args)
+    check_file(args.submission)
+    output = Path(args.output)
+    for file in (output, skipped_file(output)):
+        check_output("-o", file, [args.submission])
+    read_skipped(skipped_file(output))  # where it is there it is ours
+    cache = OutputFolder(args.cache, "--cache", older_cache, shared=True) if args.cache else contextlib.nullcontext()
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # what the search takes of memory goes with its process
         candidates = pool.submit(find_candidates, args.submission, args.candidates).result()
     queries = find_images(Path(args.dir, "query_images"), candidates.queries.tolist())
     references = find_images(Path(args.dir, "reference_images"), np.unique(candidates.references).tolist())
-    output = Path(args.output)
     folder = output.with_name(f"{output.name}.blocks")
-    open_folder(folder, {"submission": os.path.realpath(args.submission), "stamp": list(stamp(args.submission)),
-                         "dir": os.path.realpath(args.dir), "candidates": args.candidates})
-    with Verifier(args.workers, args.cache or folder) as verifier:
-        verifier.describe(list(references.values()))
-        files = verify_blocks(candidates, queries, references, verifier, folder)
-        write_results(output, files, verifier.cache.unreadable(references.values()))
-    shutil.rmtree(folder)
+    settings = {"submission": os.path.realpath(args.submission), "stamp": list(stamp(args.submission)),
+                "dir": os.path.realpath(args.dir), "candidates": args.candidates}
+    with locked(output.with_name(f".{output.name}.lock"), f"-o {output}"), cache:
+        open_folder(folder, settings, settings_in(folder) == settings)
+        with Verifier(args.workers, args.cache or folder) as verifier:
+            passing = verifier.describe(list(references.values()))
+            files = verify_blocks(candidates, queries, references, verifier, folder)
+            write_results(output, files, verifier.cache.unreadable(references.values()) + passing)
+        shutil.rmtree(folder)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -184,14 +178,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--candidates", type=positive, default=10, metavar="K", help="nearest references of each query "
                         "that are verified (default: %(default)s)")
     parser.add_argument("--cache", metavar="DIR", help="keep the references' features in this folder for the next run")
-    parser.add_argument("-j", "--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes "
+    parser.add_argument("-j", "--workers", type=processes, default=os.cpu_count(), metavar="N", help="processes "
                         "(default: number of CPUs)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return run_main(lambda: verify_submission(args), "stopped; the same command goes on")
+
+    def work() -> None:
+        try:
+            verify_submission(args)
+        except sqlite3.Error as error:
+            raise WorkError(f"{args.cache or f'{args.output}.blocks'}: {error}; what was verified before is "
+                            "kept") from None
+
+    return run_main(work, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -131,6 +131,8 @@ GREYS = {  # what must look like GREY
     "8 bits in 16, png": saved(Image.fromarray(GREY.astype(np.uint16)), "PNG"),
     "8 bits in 16, tif": tiff(GREY.astype("<u2")), "12 bits in 16": tiff(GREY.astype("<u2") * 16),
     "16 bits": tiff(GREY.astype("<u2") * 257),
+    "16 bits, 0 is white": tiff(65535 - GREY.astype("<u2") * 257).replace(*(
+        struct.pack("<HHII", 262, 3, 1, value) for value in (1, 0))),
     "16 bits, jp2": saved(Image.fromarray(GREY * np.uint16(257)), "JPEG2000"),
     "pgm": b"P5 80 60 65535\n" + (GREY.astype(int) * 257).astype(">u2").tobytes(),
     "pgm of 10 bits": b"P5 80 60 1023\n" + (GREY.astype(int) * 4).astype(">u2").tobytes(),

@@ -22,14 +22,15 @@ import merge_shards
 import postprocess
 import select_ref_subset
 import train
-from copydet.common import MANIFEST, InputError, OutputFolder, locked, run_main
+import verify
+from copydet.common import MANIFEST, InputError, OutputFolder, locked, open_folder, run_main, settings_in
 from copydet.descriptors import write_descriptors
 from copydet.options import parse_args
 from helpers import ROOT, draw_images, fake_describe
 
 MODULES = {"find_copies": fc, "eval_metrics": eval_metrics, "index": index, "ladder": ladder,
            "postprocess": postprocess, "make_benchmark": make_benchmark, "merge_shards": merge_shards,
-           "select_ref_subset": select_ref_subset}
+           "select_ref_subset": select_ref_subset, "verify": verify}
 
 
 def table(file):
@@ -104,6 +105,16 @@ REFUSED = [
      "extract: holds what is not of this"),
     ("train", ["exp/extract/fb-isc-submission.h5"], "--mode extract --exp {exp} --no-pretrained -a test_efficientnet "
      "--target-set r bench", "not an HDF5 file"),
+    ("verify", ["o.skipped.csv"], "all.h5 . -o o.csv", "o.skipped.csv: not as this program writes it"),
+    ("verify", [], "all.h5 . -o all.h5", "-o all.h5 is an input"),
+    ("verify", ["pix/a.jpg"], "all.h5 . -o o.csv --cache pix", "--cache pix: holds what is not of this program"),
+    ("verify", ["dev |"], "all.h5 . -o dev", "is not a file"),
+    ("make_benchmark", [], "ph gt.csv/b -j 1", "gt.csv: File exists"),
+    ("train", ["exp/extract/fb-isc-submission.h5/a.jpg"], "--mode extract --exp {exp} --no-pretrained -a "
+     "test_efficientnet --target-set r bench", "fb-isc-submission.h5: is a folder"),
+    ("train", ["exp/extract/fb-isc-submission.blocks/a.jpg"], "--mode extract --exp {exp} --no-pretrained -a "
+     "test_efficientnet --target-set r -j 0 bench", "fb-isc-submission.blocks is in the way, and not of this program"),
+    ("train", [], "--mode export --weight net.pth.tar -o gt.csv/n.onnx", "gt.csv: File exists"),
     ("train", ["config.json"], "--mode export --weight net.pth.tar --format safetensors -o net.safetensors",
      "config.json is there already"),
 ]
@@ -153,6 +164,23 @@ def test_what_is_somebody_elses_is_refused_and_stays(tmp_path, monkeypatch, caps
     said = capsys.readouterr().err.strip().splitlines()
     assert words in said[-1], said
     assert contents(tmp_path) == before
+
+
+def test_work_in_progress_is_taken_up_and_nothing_else_is_deleted(tmp_path):
+    lay(tmp_path, ["a/b.jpg", "c/.settings.json.0.tmp"])
+    with pytest.raises(InputError, match="a is in the way, and not of this program .b.jpg."):
+        open_folder(tmp_path / "a", {}, resume=False)
+    open_folder(tmp_path / "c", {"n": 1}, resume=True)  # what a run left that was killed at once
+    lay(tmp_path, ["c/block"])
+    open_folder(tmp_path / "c", {"n": 1}, resume=True)
+    assert settings_in(tmp_path / "c") == {"n": 1} and (tmp_path / "c" / "block").exists()
+    open_folder(tmp_path / "c", {"n": 2}, resume=False)
+    assert os.listdir(tmp_path / "c") == ["settings.json"] and (tmp_path / "a" / "b.jpg").exists()
+    for content in ("[]", "{", ""):
+        (tmp_path / "c" / "settings.json").write_text(content)
+        assert settings_in(tmp_path / "c") in (None, [])
+        with pytest.raises(InputError, match="settings.json is broken"):
+            open_folder(tmp_path / "c", {}, resume=True)
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path):
@@ -449,6 +477,8 @@ print(json.dumps(codes))
 """
 REFUSALS = ("another run is writing it", "is in use by another run", "exists already", "holds checkpoints of another")
 TRAINING = "--exp {exp} -a test_efficientnet --no-pretrained --input-size 32 -b 4 --memory-size 0 --epochs 1 -j 0 ph"
+EXPORT = "--mode export --weight net.pth.tar --format safetensors -o z/n.safetensors"
+VERIFICATION = "shown.h5 bench -j 1 --candidates 2"
 EXTRACTION = "--mode extract --exp {exp} -a test_efficientnet --no-pretrained --seed 1 --input-size 32 -j 0 bench"
 
 
@@ -492,6 +522,7 @@ def check_training_and_extraction(folder, codes):
     assert (trained / "checkpoint_0000.pth.tar").is_file() and codes[1] == [2, 2]
     for code, group, count in zip(codes[2], ("query", "reference"), (3, 5)):
         assert code or groups_in(extracted / "fb-isc-submission.h5")[group] == count
+    assert codes[4] == [0, 0] and {"n.safetensors", "config.json"} == set(os.listdir(folder / "z"))
     assert codes[3] == [0, 0] and len(list(extracted.glob("skipped.shard-*-of-2.csv"))) == 1
     assert not [*trained.glob(".*.tmp"), *extracted.glob("*.blocks"), *extracted.glob(".*.lock")]
 
@@ -507,6 +538,11 @@ CONCURRENT = [  # tool, rounds of command lines, check(folder, exit codes)
      and (folder / "rep/index.html").read_text().rstrip().endswith("</html>")),
     ("postprocess", [[f"{OUT} l2", f"{OUT} center l2", f"{OUT} isolate"]] * 4, lambda folder, codes: groups_in(
         folder / "out.h5") == {"query": 40, "reference": 40, "train": 40} and not list(folder.glob(".out.h5*"))),
+    ("select_ref_subset", [["gt.csv --references all.h5 --size 5 -o s.txt"] * 3] * 3, lambda folder, codes: codes
+     == [[0] * 3] * 3 and 20 <= len((folder / "s.txt").read_text().split()) <= 25),
+    ("verify", [[f"{VERIFICATION} -o v.csv"] * 2 + [f"{VERIFICATION} -o w{i}.csv --cache c" for i in range(2)]],
+     lambda folder, codes: codes[0][2:] == [0, 0] and not [*folder.glob("*.blocks"), *folder.glob(".*.lock")]
+     and {len(table(folder / f"{name}.csv")) for name in ("v", "w0", "w1")} == {6}),
     ("merge_shards", [["shard-0.h5 shard-1.h5 -o out.h5"] * 2] * 2, lambda folder, codes: codes == [[0, 0]] * 2
      and groups_in(folder / "out.h5") == {"reference": 40}),
     ("make_benchmark", [[f"ph b{i} --references 2 --training 1 --queries 1 -j 1"] * 3 for i in range(3)],
@@ -515,7 +551,7 @@ CONCURRENT = [  # tool, rounds of command lines, check(folder, exit codes)
     ("index", [[f"build --index i{i} --factory IVF1,Flat shard-0.h5 shard-1.h5",
                 f"build --index i{i} --factory IVF1,Flat shard-1.h5 shard-0.h5"] for i in range(4)], check_index),
     ("train", [[TRAINING, TRAINING + " --seed 3"]] * 2 + [[EXTRACTION + " --target-set q", EXTRACTION +
-     " --target-set r"], [EXTRACTION + f" --target-set r --shard {i}/2" for i in range(2)]],
+     " --target-set r"], [EXTRACTION + f" --target-set r --shard {i}/2" for i in range(2)], [EXPORT] * 2],
      check_training_and_extraction),
 ]
 
@@ -528,6 +564,8 @@ def test_runs_at_the_same_time_lose_nothing(tmp_path, weights, tool, rounds, che
     (tmp_path / "bench" / "reference_images" / "bad.jpg").write_text("no image")
     draw_images(tmp_path / "bench" / "query_images", 3)
     (tmp_path / "w").write_bytes(b"any")
+    write_descriptors(tmp_path / "shown.h5", {"query": (unit(3, 0), ["0000", "0001", "0002"]), "reference": (
+        unit(3, 1), ["0000", "0001", "bad"])}, {})
     shutil.copy(weights, tmp_path / "net.pth.tar")
     rounds = [[command.replace("{exp}", str(tmp_path / "exp")) for command in commands] for commands in rounds]
     codes = together(tmp_path, tool, rounds)

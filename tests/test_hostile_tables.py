@@ -3,6 +3,7 @@ not. Each row of a table is an input, what reads it and what it comes to."""
 import errno
 import fcntl
 import gzip
+import importlib
 import io
 import json
 import os
@@ -18,7 +19,9 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+import bench
 import eval_metrics
 import find_copies
 import index
@@ -26,12 +29,15 @@ import ladder
 import merge_shards
 import postprocess
 import select_ref_subset
+from copydet.checkpoints import read_checkpoint
 from copydet.common import InputError, in_a_line, replacing, run_main
 from copydet.descriptors import Descriptors, write_descriptors
+from copydet.images import list_group, list_pairs, read_subset
 from copydet.metrics import read_ground_truth, read_predictions
-from copydet.network import build_net
+from copydet.network import build_net, read_backbone_weights
 from copydet.options import parse_args
 from copydet.report import Thumbnails
+from copydet.views import parse_ops
 from helpers import ROOT, draw_images
 
 faiss.omp_set_num_threads(1)
@@ -115,6 +121,12 @@ def cut_chunk(file):
         out.write(bytes(chunk.size))
 
 
+def virtual(f):
+    layout = h5py.VirtualLayout((4, 8), "f4")
+    layout[:] = h5py.VirtualSource("none.h5", "reference", (4, 8))
+    f.create_virtual_dataset("reference", layout)
+
+
 UNREAD = "x.h5: `reference` cannot be read"
 SPOILED = {  # kind -> (what is done to x.h5, what is told)
     "cut short": (lambda file: os.truncate(file, 3000), "x.h5: is cut short: 3,000 bytes of"),
@@ -131,6 +143,7 @@ SPOILED = {  # kind -> (what is done to x.h5, what is told)
     "stored elsewhere": (instead("reference", lambda f: f.create_dataset(
         "reference", (4, 8), "f4", external=[("none.raw", 0, 128)])), UNREAD),
     "broken chunk": (cut_chunk, UNREAD),
+    "made of no file": (instead("reference", virtual), "`reference` is made of none.h5, which is not there"),
     "compound": (instead("reference", np.zeros(4, [("a", "f4"), ("b", "f4")])), "should be a matrix of floats"),
     "complex": (instead("reference", np.zeros((4, 8), "c8")), "should be a matrix of floats"),
     "no columns": (instead("reference", np.zeros((4, 0), "f4")), "of shape (4, 0)"),
@@ -192,7 +205,16 @@ def test_no_damage_to_a_descriptor_file_is_a_traceback(here):
     assert told > 100
 
 
+PROMISED, CURVE = (*READERS["eval"], "--threshold-precision", "0.9"), '"scores":[-1],"recall":[1],"false_rate":[0]'
+
+
 @pytest.mark.parametrize("name, value, command, message", [
+    ("steps", "[" * 60000, READERS["eval"], "x.h5: attribute `steps` cannot be read: maximum recursion"),
+    ("calibration", "[" * 60000, PROMISED, "x.h5: attribute `calibration` cannot be read: maximum recursion"),
+    ("calibration", "[]", PROMISED, "x.h5: attribute `calibration` cannot be read"),
+    ("calibration", f'{{{CURVE},"copies_ratio":NaN}}', PROMISED, "`copies_ratio` be from 0 to 1"),
+    ("contaminated", np.arange(2), READERS["eval"], "its checkpoint was trained on [0 1]"),
+    ("contaminated", "", READERS["eval"], None), ("comment", np.bytes_(b"caf\xe9"), READERS["eval"], None),
     ("steps", 3, READERS["eval"], "x.h5: attribute `steps` cannot be read"),
     ("steps", "[", READERS["postprocess"], "x.h5: attribute `steps` cannot be read"),
     ("shard", "first", READERS["merge"], "x.h5: attribute `shard` should be I/N, is 'first'"),
@@ -214,6 +236,16 @@ def test_rows_of_any_float_are_read(here, told, kind):
     shutil.copy("a.h5", "x.h5")
     instead("reference", unit(4).astype(kind))("x.h5")
     assert json.loads(told(*READERS["eval"], code=0)[0])["average_precision"] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"query_id,reference_id\nQ0,R0\n", b"path;reason\na;b\n", b"caf\xe9",
+                                     b"path,reason\na,b,c\n"])
+def test_a_list_of_blank_images_that_is_another_file_is_told(here, told, content):
+    Path("blank.csv").write_bytes(content)
+    assert "blank.csv: not as this program writes it" in told(find_copies, "a.h5", "-o", "report", "--ngpu", "0")[1]
+    assert Path("blank.csv").read_bytes() == content
+    Path("blank.csv").write_bytes(b"\xef\xbb\xbfpath,reason\r\nreference_images/R0.jpg,shows one flat colour\r\n")
+    told(find_copies, "a.h5", "-o", "report", "--ngpu", "0", code=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,6 +506,117 @@ def test_recipes(here, capsys, content, message):
     assert error.value.code == 2 and message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("form", ["{}", "\ufeff{}", "{}\r\n", "{}, ", "\n{}\n"])
+def test_pairs_and_subsets_name_images_in_any_form(here, capsys, form):
+    for group, letter in (("query", "Q"), ("reference", "R")):
+        draw_images(here / f"{group}_images", 1, name=f"{letter}{NFD}.jpg")
+    Path("rids_subset.txt").write_text(form.replace(", ", " ").format(f"R{NFC}"))
+    Path("pairs.csv").write_text(form.format(f"Q{NFC},R{NFC}"))
+    group = list_group(parse_args(["--mode", "extract", "--eval-subset", "."]), "reference")
+    assert group.ids == [f"R{NFD}"] and "in another form of Unicode" in capsys.readouterr().err
+    assert list_pairs(parse_args(["--pairs", "pairs.csv", "."]))[0] == [
+        (f"query_images/Q{NFD}.jpg", f"reference_images/R{NFD}.jpg")]
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\xff\xfe", b"\x80\x04", b"\x80\x04}.", b"\x80\x04]q\x00(K\x01e.", b"\x80\x04h\x05.",
+    b"\x80\x02cposix\nsystem\n.", b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f."])
+def test_a_subset_that_is_none_is_told(here, content):
+    Path("subset").write_bytes(content)
+    with pytest.raises(InputError, match="subset: (neither one id per line|holds no list)"):
+        read_subset(Path("subset"))
+
+
+@pytest.mark.parametrize("words, message", [
+    ([postprocess, "a.h5", "-o", "o.h5", "isolate:alpha=nan"], "isolate:alpha=nan: alpha=nan is not a number"),
+    ([postprocess, "a.h5", "-o", "o.h5", "dba:alpha=1e400"], "alpha=1e400 is not a number"),
+    ([postprocess, "a.h5", "-o", "o.h5", "isolate:beta=1e39"], "o.h5: NaN or infinity in `query`"),
+    ([select_ref_subset, "gt.csv", "--references", "9" * 5000, "-o", "o"], "File name too long"),
+    ([index, "curve", "i", "--queries", "a.h5", "--truth", "gt.csv", "-o", "c.csv"], "such as c.png"),
+    ([find_copies, "a.h5", "-o", "r", "--images", "none"], "--images none: none of query_images, reference_images"),
+    ([merge_shards, "a.h5", "-o", "x" * 300], "...: File name too long"),
+    ([merge_shards, "a.h5", "-o", "x" * 240], "...: a name of more than 225 bytes"),
+    ([postprocess, "a.h5", "l2", "-o", "\u00e9" * 120 + ".h5"], ": a name of more than 225 bytes"),
+    ([eval_metrics, "a.h5", "gt.csv", "--report", "x" * 300], "...: File name too long"),
+    ([index, "build", "--index", "gt.csv/i", "a.h5"], "--index gt.csv/i: no such folder: gt.csv"),
+    ([ladder, ".", "--recipes", "./a.args"], "a.args: continues itself (--weight), by way of"),
+    ([ladder, ".", "--recipes", "./none.args"], "no such recipe: none.args"),
+    ([ladder, ".", "--recipes", "./c.args"], "c.args: --epochs 1e3: not a positive number"),
+    ([ladder, ".", "--recipes", "v5", "--batch-size", "0"], "train.py's flags: --batch-size 0: not a positive number"),
+    ([bench, "decode", "--images", "none"], "no images in none"),
+    ([bench, "decode", "--images", ".", "--recipe", "none"], "no images in ."),
+    ([bench, "search", "--compare", "gt.csv"], "--compare gt.csv: not written by -o")])
+def test_what_cannot_be_meant_is_told_before_work(here, told, words, message):
+    for name, parent in (("a", "b"), ("b", "a")):
+        Path(f"{name}.args").write_text(f"--epochs 1 --batch-size 4 --weight exp/{parent}/train/x")
+    Path("c.args").write_text("--epochs 1e3 --batch-size 4")
+    before = {path.name for path in here.iterdir()}
+    assert message in told(*words)[1]
+    assert {path.name for path in here.iterdir()} == before
+
+
+@pytest.mark.parametrize("words", [
+    ["select_ref_subset", "gt.csv", "--seed", "-1"], ["select_ref_subset", "gt.csv", "--size", "9" * 30],
+    ["index", "build", "--index", "i", "--sample", "0x10", "a.h5"], ["bench", "search", "--repeats", "0"],
+    ["verify", "a.h5", ".", "-o", "o.csv", "-j", "100000"], ["eval_metrics", "a.h5", "gt.csv", "--topk", "\u0663"]])
+def test_numbers_that_no_computer_counts_are_told(here, capsys, words):
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(words[0]).main(words[1:])
+    assert left.value.code == 2 and "not a whole number from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--seed -1", "--seed must be at least 0"), (f"--seed {2 ** 70}", "--seed must be at least 0, "),
+    ("--start-epoch -3", "--start-epoch must be at least 0"), ("-j 100000", "--workers 100000: at most 1,024"),
+    ("--gem-p 0", "--gem-p must be above 0, not 0"), ("--gem-eval-p -2", "--gem-eval-p must be above 0, not -2")])
+def test_numbers_of_flags_of_train(capsys, words, message):
+    with pytest.raises(SystemExit):
+        parse_args([*words.split(), "x"])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1e999"])
+def test_numbers_of_views(value):
+    with pytest.raises(InputError, match="--view0: 'crop:area=.*' is not crop:area,p"):
+        parse_ops(f"crop:area={value}", 1, "--view0")
+
+
+def damaged(checkpoint, rng):
+    """Files that a checkpoint can become on its way: cut short, a page of errors, bytes changed."""
+    data = checkpoint.read_bytes()
+    yield from (b"", b"\x80", b"<!DOCTYPE html>", b"PK\x03\x04", data[:200], data[:len(data) // 2], data[:-30])
+    torch.save(torch.load(checkpoint, weights_only=True), older := checkpoint.with_name("older"),
+               _use_new_zipfile_serialization=False)
+    for source in (data, older.read_bytes()):
+        for _ in range(40):
+            mutated = bytearray(source)
+            for _ in range(3):
+                mutated[rng.integers(min(len(source), 3000))] = rng.integers(256)
+            yield bytes(mutated)
+
+
+def test_no_damage_to_a_checkpoint_is_a_traceback(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(3)}, "arch": "x", "args": {"dim": 3}}, tmp_path / "good")
+    told = 0
+    for content in damaged(tmp_path / "good", np.random.default_rng(0)):
+        (tmp_path / "bad").write_bytes(content)
+        for read in (read_checkpoint, lambda file: read_backbone_weights(file, "test_efficientnet")):
+            try:
+                read(tmp_path / "bad")
+            except InputError as error:
+                told += 1
+                assert "bad" in str(error) and "\n" not in str(error)
+    assert told > 80
+
+
+@pytest.mark.parametrize("content", [[], {"state_dict": []}, {"state_dict": {"a": 3}},
+                                     {"state_dict": {}, "args": [1]}, {"state_dict": {}, "preprocess": 3}])
+def test_a_checkpoint_of_another_form_is_told(tmp_path, content):
+    torch.save(content, tmp_path / "c")
+    with pytest.raises(InputError, match="c is not a checkpoint"):
+        read_checkpoint(tmp_path / "c")
+
+
 @pytest.mark.parametrize("flag", ["--weight", "--backbone-weights", "--resume", "--pairs"])
 @pytest.mark.parametrize("name, message", [("none", "no such file: none"), (".", "is a folder, not a file"),
                                            ("/dev/null", "/dev/null: is no regular file"),
@@ -544,6 +687,11 @@ def test_errors_name_the_file_that_a_user_knows(tmp_path):
     with pytest.raises(OSError) as error, replacing(tmp_path / "a") as temporary:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert in_a_line(error.value) == f"{tmp_path / 'a'}: {os.strerror(errno.ENOSPC)}"
+    for error_of_library in (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 87168 vs 87064"),
+                             Exception("Error while serializing: I/O error: No space left (os error 28)")):
+        with pytest.raises(OSError) as error, replacing(tmp_path / "a"):
+            raise error_of_library
+        assert in_a_line(error.value) == f"{tmp_path / 'a'}: {os.strerror(errno.ENOSPC)}"
     for other in (OSError(errno.EIO, "x", "input.h5"), RuntimeError("x")):
         with pytest.raises(type(other)) as error, replacing(tmp_path / "a"):
             raise other
@@ -562,6 +710,19 @@ def test_every_error_is_one_line(capfd, monkeypatch, error, code, line):
     monkeypatch.setattr(sys, "argv", ["tool.py"])
     assert run_main(lambda: (_ for _ in ()).throw(error)) == code
     assert capfd.readouterr().err == f"tool.py: {line}\n"
+
+
+STREAMS = "import sys; from copydet.common import run_main; sys.exit(run_main(lambda: print(open('a').read())))"
+
+
+@pytest.mark.parametrize("streams, code, told", [
+    (">&-", 0, ""), ("2>&-", 0, None), ("<&- >&- 2>&-", 0, None), (">/dev/full", 1, os.strerror(errno.ENOSPC)),
+    ("| true; exit ${PIPESTATUS[0]}", 1, os.strerror(errno.EPIPE))])
+def test_streams_that_cannot_be_written(tmp_path, streams, code, told):
+    (tmp_path / "a").write_text("x" * 200_000)
+    done = subprocess.run(["bash", "-c", f'"$0" -B -c "$1" {streams}', sys.executable, STREAMS], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")}, capture_output=True, text=True)
+    assert done.returncode == code and told in (None, done.stderr.strip().removeprefix("-c: "))
 
 
 def test_names_that_are_not_utf_8_are_printed(capsys, monkeypatch):

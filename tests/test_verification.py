@@ -21,6 +21,7 @@ import verify as command
 from copydet import verification as v
 from copydet.common import InputError
 from copydet.descriptors import write_descriptors
+from copydet.images import open_image
 from helpers import ROOT, draw_images, run
 
 SCRIPT = "scripts/verify.py"
@@ -370,7 +371,7 @@ def test_pairs_are_verified_and_scored(benchmark):
             i = int(row["query_id"][1:])
             expected = np.array([[-8, -8], [88, -8], [88, 88], [-8, 88]])
             np.testing.assert_allclose(corners, expected * [-1, 1] + [82, 0] if i % 2 else expected, atol=1)
-    assert not (benchmark / "skipped.csv").exists() and not list(benchmark.glob("*.blocks"))
+    assert not (benchmark / "pairs.skipped.csv").exists() and not list(benchmark.glob("*.blocks"))
     scored = run("scripts/eval_metrics.py", benchmark / "pairs.csv", benchmark / "gt.csv")
     assert '"average_precision": 1.0' in scored.stdout
 
@@ -435,8 +436,38 @@ def test_unreadable_images_are_listed_and_others_not_opened(benchmark, tmp_path)
     rows = run_two_queries(data, tmp_path)
     broken = [row for row in rows if row["query_id"] == "Q00001" or row["reference_id"] == "R000000"]
     assert len(broken) >= 4 and {row["verdict"] for row in broken} == {v.ABSTAIN}
-    skipped = {Path(row["path"]).stem: row["reason"] for row in table(tmp_path / "skipped.csv")}
+    skipped = {Path(row["path"]).stem: row["reason"] for row in table(tmp_path / "pairs.skipped.csv")}
     assert set(skipped) == {"Q00001", "R000000"} and set(skipped.values()) == {"no image of a kind that is read here"}
+
+
+def test_what_cannot_be_read_now_is_tried_again_whatever_its_time(tmp_path, monkeypatch):
+    """Drives that fail, and files of the year 2400: neither loses the work on others."""
+    paths = [str(draw_images(tmp_path, 2) / f"{i:04d}.jpg") for i in range(2)]
+    os.utime(paths[1], (13_569_465_600,) * 2)
+    verifier, fails, described = v.Verifier(1, tmp_path), [paths[0]], []
+
+    def describe_or_fail(path):
+        described.append(path)
+        if path in fails:
+            raise v.UnreadableImage(v.NOT_NOW + "Input/output error")
+        return describe(open_image(path))
+
+    monkeypatch.setattr(v, "describe_file", describe_or_fail)
+    monkeypatch.setattr(verifier, "run", map)
+    assert list(verifier.describe(paths)) == [(0, []), (2, [(paths[0], v.NOT_NOW + "Input/output error")])]
+    assert verifier.cache.read(paths[0]) is None and len(verifier.cache.read(paths[1])) and not list(
+        verifier.cache.unreadable(paths))
+    fails.clear()
+    assert list(verifier.describe(paths)) == [(1, []), (1, [])] and described == [*paths, paths[0]]
+    assert len(verifier.cache.read(paths[0]))
+
+
+@pytest.mark.parametrize("content", [b"text, no SQLite file" * 100, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_cache_that_is_none_is_told_in_a_line(tmp_path, content):
+    file = v.FeatureCache(tmp_path).file
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{file}: .*it can be deleted"):
+        v.FeatureCache(tmp_path)
 
 
 def run_two_queries(data, out):
@@ -452,9 +483,11 @@ def run_two_queries(data, out):
 def test_images_in_subfolders_and_of_any_ending_are_found(tmp_path):
     draw_images(tmp_path, 1, name="a.jpg")
     draw_images(tmp_path / "deep/down", 1, name="b.webp")
-    found = command.find_images(tmp_path, ["a", "b"])
+    draw_images(tmp_path / "deep/down", 1, name="cafe\u0301.jpg")
+    (tmp_path / "b.jpg").mkdir()
+    found = command.find_images(tmp_path, ["a", "b", "caf\u00e9"])
     assert {name: Path(path).relative_to(tmp_path).as_posix() for name, path in found.items()} == {
-        "a": "a.jpg", "b": "deep/down/b.webp"}
+        "a": "a.jpg", "b": "deep/down/b.webp", "caf\u00e9": "deep/down/cafe\u0301.jpg"}
     with pytest.raises(InputError, match="no image of c"):
         command.find_images(tmp_path, ["a", "c"])
 
@@ -462,7 +495,8 @@ def test_images_in_subfolders_and_of_any_ending_are_found(tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["no.h5", "."], "no such file: no.h5"), (["{sub}", "nowhere"], "no such folder: nowhere/query_images"),
     (["{sub}", "."], "query_images"), (["{sub}", "{root}", "-o", "no/pairs.csv"], "-o no/pairs.csv: no such folder"),
-    (["{sub}", "{root}", "--cache", "no/cache"], "--cache no/cache"), (["{sub}", "{root}", "-j", "0"], "not positive"),
+    (["{sub}", "{root}", "--cache", "no/cache"], "--cache no/cache"),
+    (["{sub}", "{root}", "-j", "0"], "not a whole number"),
     (["{root}/gt.csv", "{root}"], "gt.csv: not an HDF5 file")])
 def test_wrong_input_is_told_in_one_line(benchmark, tmp_path, flags, message):
     flags = [flag.format(root=benchmark, sub=benchmark / "sub.h5") for flag in flags]

@@ -8,13 +8,12 @@ per query and archive image), `copies_ratio` (fraction of queries that have an o
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from copydet.common import InputError
+from copydet.common import InputError, parse_json
 
 POINTS = 100  # of a stored curve, at scores of copies
 TAIL = 30  # best scores of non-copies from which those above are extrapolated
@@ -86,16 +85,18 @@ class Calibration:
 
     def __init__(self, text: str, source: str | Path, references: int, copies_ratio: float | None = None) -> None:
         self.source = source
+        what = f"{source}: attribute `calibration` cannot be read"
+        table = parse_json(text, what)
         try:
-            table = json.loads(text)
             self.scores, recall, false = (np.array(table[name], float) for name in ("scores", "recall", "false_rate"))
             self.copies_ratio = float(table["copies_ratio"]) if copies_ratio is None else copies_ratio
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{source}: attribute `calibration` cannot be read: {error}") from None
+            raise InputError(f"{what}: {error}") from None
         if not (self.scores.ndim == 1 and len(self.scores) and self.scores.shape == recall.shape == false.shape
-                and (np.diff(self.scores) > 0).all() and ((0 <= recall) & (recall <= 1)).all() and (false >= 0).all()):
-            raise InputError(f"{source}: attribute `calibration`: `scores` should rise, `recall` be from 0 to 1, "
-                             "`false_rate` not negative")
+                and (np.diff(self.scores) > 0).all() and ((0 <= recall) & (recall <= 1)).all() and (false >= 0).all()
+                and 0 <= self.copies_ratio <= 1):
+            raise InputError(f"{source}: attribute `calibration`: `scores` should rise, `recall` and "
+                             "`copies_ratio` be from 0 to 1, `false_rate` not negative")
         true = self.copies_ratio * recall
         self.precision = np.maximum.accumulate(true / np.maximum(true + false * references, 1e-12))
 

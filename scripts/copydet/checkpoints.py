@@ -45,16 +45,21 @@ def read_checkpoint(file: str | Path) -> dict:
             raise InputError(f"{file} is not a readable checkpoint") from None
         raise InputError(f"{file} holds an object of type {found[1]} and was not loaded: it could run code; save it "
                          "again as a plain dict of tensors") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # damaged files raise nearly every type
         raise InputError(f"{file} is not a readable checkpoint: {(str(error).splitlines() or ['empty'])[0]}") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise InputError(f"{file} is not a checkpoint: it has no 'state_dict'")
+    for name, value in checkpoint["state_dict"].items():
+        if not torch.is_tensor(value):
+            raise InputError(f"{file} is not a checkpoint: {name} in its 'state_dict' is no tensor")
     state = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
     args = checkpoint.get("args") or {}
     if isinstance(args, argparse.Namespace):  # the notes' own script
         args = vars(args)
         if args.get("gem_p") == 1.0:  # from v42 on: the published isc_selfsup_v98 and isc_ft_v107 are among them
             args, checkpoint = args | PACKAGED, checkpoint | {"packaged": True}
+    if not (isinstance(args, dict) and isinstance(checkpoint.get("preprocess") or {}, dict)):
+        raise InputError(f"{file} is not a checkpoint of this script: `args` or `preprocess` in it are no tables")
     return checkpoint | {"state_dict": state, "args": args}
 
 
@@ -68,7 +73,7 @@ def read_safetensors(file: Path) -> dict:
     try:
         state = load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{file} cannot be read: {(str(error).splitlines() or ['broken'])[0]}") from None
     if not isinstance(settings, dict):
         raise InputError(f"{config} is not what --mode export writes")
     return {"state_dict": state, "args": settings, "arch": settings.get("arch"), "preprocess": settings,

@@ -10,8 +10,10 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MANIFEST = ".written.txt"  # in a folder of ours: what we wrote there, a path per line
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that have none
+LONGEST_FILE = 225  # bytes of an output's name: locks and temporary files beside it have longer ones, 255 at most
 LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini", "lost+found")  # a folder that holds these alone is empty
 
 
@@ -48,6 +51,16 @@ def first_three(names: Sequence | np.ndarray) -> str:
     return ", ".join(shown) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
+def composed(name: str) -> str:
+    """A name as it is compared: Unicode's composed form (NFC), without spaces around it."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def time_of(info: os.stat_result) -> int:
+    """A file's time of change in nanoseconds, in 64 bits as SQLite has them: of a time after 2262 the lowest ones."""
+    return (info.st_mtime_ns + 2**63) % 2**64 - 2**63
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, renamed to `path` at the end, removed if anything fails on the way. Where
@@ -61,7 +74,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.touch()  # so that all libraries fail alike
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # HDF5, PyTorch and safetensors have their own types
         number = error_number(error)
         if number is None or not (temporary.name in str(error) or number in DISK_FULL):
             raise
@@ -71,10 +84,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Where the disk is full in here, the error names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL or error.filename:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+
+
 def error_number(error: Exception) -> int | None:
-    """The system's number for what went wrong; HDF5 has it in its text, whatever the error's type."""
-    found = re.search(r"errno = (\d+)", str(error))
-    return int(found[1]) if found else getattr(error, "errno", None)
+    """The system's number for what went wrong; HDF5 and safetensors have it in their texts, whatever the error's type.
+    PyTorch has none: less arrived in its file than it wrote."""
+    found = re.search(r"(?:errno =|[(]os error) (\d+)", str(error))
+    if found:
+        return int(found[1])
+    return errno.ENOSPC if "inline_container" in str(error) else getattr(error, "errno", None)
 
 
 def check_file(path: str | Path, flag: str = "") -> None:
@@ -91,6 +118,18 @@ def check_file(path: str | Path, flag: str = "") -> None:
     raise InputError(f"{where}{path}: {why}")
 
 
+def check_name(path: str | Path, flag: str) -> None:
+    """Raise InputError, naming `flag`, for an output that no file system takes, or that nobody may look at."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise InputError(f"{flag} {first_three([str(path)])}: {error.strerror}") from None
+    if len(os.fsencode(os.path.basename(os.path.realpath(path)))) > LONGEST_FILE:
+        raise InputError(f"{flag} {first_three([str(path)])}: a name of more than {LONGEST_FILE} bytes")
+
+
 def make_folder(path: str | Path) -> None:
     """Make a folder for results, and those above it. Raises InputError where it cannot be made or written in."""
     try:
@@ -104,14 +143,20 @@ def make_folder(path: str | Path) -> None:
 def read_json(path: str | Path) -> Any:
     """What a JSON file holds. Raises InputError: no such file, unreadable, no JSON."""
     check_file(path)
+    return parse_json(Path(path).read_bytes(), f"{path} is broken")
+
+
+def parse_json(text: Any, what: str) -> Any:
+    """What a text of JSON holds. Raises InputError, after `what` is wrong: no text, no JSON, nested too deeply."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is broken: {error}") from None
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{what}: {error}") from None
 
 
 def check_output(flag: str, file: str | Path, inputs: Iterable[str | Path] = ()) -> None:
     """Raise InputError, naming `flag`, where the output `file` cannot be written or would replace one of the inputs."""
+    check_name(file, flag)
     if os.path.isdir(file):
         raise InputError(f"{flag} {file}: is a folder")
     if os.path.exists(file) and not os.path.isfile(file):
@@ -190,6 +235,7 @@ class OutputFolder:
         self.path, self.flag, self.older, self.shared, self.wait = Path(path), flag, older, shared, wait
         self.stack = contextlib.ExitStack()
         self.made: list[Path] = []
+        check_name(path, flag)
         if os.path.lexists(path) and not self.path.is_dir():
             raise InputError(f"{flag} {path}: is there already, and is not a folder")
         above = self.path.resolve().parent
@@ -260,6 +306,39 @@ class OutputFolder:
         self.write_manifest(listed.difference(names))
 
 
+def settings_in(folder: Path) -> Any:
+    """What the folder of an unfinished work was begun with; None where that is not known."""
+    try:
+        return read_json(folder / "settings.json")
+    except InputError:
+        return None
+
+
+def open_folder(folder: Path, settings: dict, resume: bool) -> None:
+    """Make a folder for unfinished work, or take up the one that is there if `resume`. Call it in one process, of a run
+    that no other can share the folder with.
+
+    Raises InputError if its work was begun with other settings, or if it holds something else.
+    """
+    file = folder / "settings.json"
+    if not (resume and file.is_file()):
+        if folder.is_dir() and not file.is_file() and (others := [
+                name for name in os.listdir(folder) if not name.startswith(f".{file.name}.")]):
+            raise InputError(f"{folder} is in the way, and not of this program ({first_three(others)}); rename it")
+        shutil.rmtree(folder, ignore_errors=True)
+        make_folder(folder)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(settings), encoding="utf-8")
+        return
+    before = read_json(file)
+    if not isinstance(before, dict):
+        raise InputError(f"{file} is broken; delete {folder}")
+    differ = [f"{name} {before.get(name)} -> {value}" for name, value in settings.items() if before.get(name) != value]
+    if differ:
+        raise InputError(f"--resume auto: {folder} holds an extraction with other settings ({'; '.join(differ[:3])}); "
+                         "without --resume it starts anew")
+
+
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
@@ -282,10 +361,31 @@ def in_a_line(error: BaseException) -> str:
     return " ".join(text.split("\n")) or type(error).__name__
 
 
+def open_streams() -> None:
+    """Nothing in the place of standard streams that are closed: a file that is opened would become one of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))
+
+
+def can_flush(stream: Any) -> bool:
+    """Whether what was printed can be written: not to a pipe that nobody reads any more, nor to a full disk."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def run_main(work: Callable[[], int | None], stopped: str = "stopped") -> int:
     """Do the work of a command -> its exit code, the one place where errors become one line: 0 done, 1 failed while
     working (WorkError, OSError, MemoryError), 2 wrong input (InputError), 130 Ctrl-C, told as `stopped`."""
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of every odd tag in an image
+    open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
@@ -296,6 +396,8 @@ def run_main(work: Callable[[], int | None], stopped: str = "stopped") -> int:
         tell(in_a_line(error))
         return 2
     except (WorkError, OSError, MemoryError) as error:
+        if isinstance(sys.stdout, io.TextIOWrapper) and not can_flush(sys.stdout):
+            sys.stdout = open(os.devnull, "w")  # Python tries again when it ends, and has an exit code of its own
         tell(in_a_line(error))
         return 1
     except KeyboardInterrupt:

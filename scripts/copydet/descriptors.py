@@ -20,7 +20,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from copydet.common import InputError, check_file, error_number, first_three, replacing
+from copydet.common import InputError, check_file, error_number, first_three, parse_json, replacing
 from copydet.regions import images_of
 
 GROUPS = ("query", "reference", "train")
@@ -153,6 +153,9 @@ def open_dataset(file: h5py.File, path: str | Path, name: str) -> h5py.Dataset:
         if not isinstance(dataset, h5py.Dataset):
             raise InputError(f"{path}: `{name}` is no dataset")
         dataset.dtype  # not every type is one that numpy has
+        for source in dataset.virtual_sources() if dataset.is_virtual else ():  # without its file it reads as zeros
+            if source.file_name != "." and not (Path(path).parent / source.file_name).is_file():
+                raise InputError(f"{path}: `{name}` is made of {source.file_name}, which is not there")
         return dataset
 
 
@@ -178,7 +181,8 @@ def read_ids(file: h5py.File, path: str | Path, name: str) -> np.ndarray:
 def read_attrs(thing: h5py.File | h5py.Dataset, path: str | Path) -> dict[str, Any]:
     """Attributes of a file or dataset; text is str, however it is stored. Raises InputError: broken."""
     with reading(path):
-        return {name: value.decode() if isinstance(value, bytes) else value for name, value in thing.attrs.items()}
+        return {name: value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+                for name, value in thing.attrs.items()}
 
 
 class BlockRows:
@@ -316,13 +320,16 @@ class Descriptors:
 
     def steps(self) -> list[str]:
         """The steps of post-processing that made it. Raises InputError: attribute `steps` is no list of words."""
-        try:
-            steps = json.loads(self.attrs.get("steps", "[]"))
-            if isinstance(steps, list) and all(isinstance(step, str) for step in steps):
-                return steps
-        except (ValueError, TypeError):
-            pass
-        raise InputError(f"{self.path}: attribute `steps` cannot be read")
+        what = f"{self.path}: attribute `steps` cannot be read"
+        steps = parse_json(self.attrs.get("steps", "[]"), what)
+        if isinstance(steps, list) and all(isinstance(step, str) for step in steps):
+            return steps
+        raise InputError(what)
+
+    @property
+    def contaminated(self) -> str:
+        """The ground truth that the checkpoint was trained on, "" where it was not."""
+        return str(self.attrs.get("contaminated", ""))
 
     def check_checkpoint(self) -> None:
         """Raise InputError if the groups come from more than one checkpoint: their distances would mean nothing."""

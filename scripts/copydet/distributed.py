@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from copydet.common import InputError, WorkError, run_main
+from copydet.common import InputError, WorkError, error_number, run_main
 from copydet.options import Args
 
 
@@ -87,7 +87,7 @@ def run_rank(work: Callable, args: Args, rest: tuple, url: str | None, rank: int
     try:
         work(args, *rest, Rank(rank, world_size, local_rank, local_world_size, device))
     except OSError as error:
-        if not (error.errno in (errno.ENOSPC, errno.EDQUOT) or "errno = 28" in str(error)):  # h5py tells in words
+        if error_number(error) not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise WorkError(f"no space left on the disk of {args.out}; what was finished is kept, --resume auto goes "
                         "on") from None

@@ -3,6 +3,7 @@
 The graph holds backbone, pooling, head and normalisation. How to make its input (size, resizing, mean, standard
 deviation) is in the file's metadata, or in config.json beside safetensors.
 """
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,11 @@ def write_onnx(net: torch.nn.Module, config: dict, path: Path) -> None:
 
 def write_torchscript(net: torch.nn.Module, config: dict, path: Path) -> None:
     """TorchScript by tracing; torch.jit.load's `_extra_files` {"config.json": ""} takes the config."""
-    with torch.inference_mode(), replacing(path) as temporary:
-        traced = torch.jit.trace(net, example(config))
-        torch.jit.save(traced, str(temporary), _extra_files={"config.json": json.dumps(config)})
+    file = io.BytesIO()  # where the disk is full, writing by itself PyTorch ends the process
+    with torch.inference_mode():
+        torch.jit.save(torch.jit.trace(net, example(config)), file, _extra_files={"config.json": json.dumps(config)})
+    with replacing(path) as temporary:
+        temporary.write_bytes(file.getbuffer())
 
 
 def write_safetensors(net: torch.nn.Module, config: dict, path: Path) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from copydet.batches import collate_images, collate_views, make_loader
 from copydet.calibration import measure
 from copydet.checkpoints import FROM_CHECKPOINT, Source, find_source, load_net, take_source
-from copydet.common import ROOT, InputError, OutputFolder, WorkError, first_three, read_json, replacing, shown
+from copydet.common import ROOT, InputError, OutputFolder, WorkError, check_output, open_folder, replacing, shown
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.distributed import Rank, gather_objects, pick_precision
 from copydet.images import BLANK, FOLDERS, Group, Odd, beside, list_group, not_read, read_skipped, write_skipped
@@ -83,29 +83,6 @@ class Blocks:
             indices.append(some)
             bad += unreadable
         return rows[:done], np.concatenate(indices), bad
-
-
-def open_folder(folder: Path, settings: dict, resume: bool) -> None:
-    """Make the folder of blocks, or take up the one that is there if `resume`. Call it in one process, of a run that
-    no other can share the folder with.
-
-    Raises InputError if its blocks were made with other settings, or if it holds something else.
-    """
-    file = folder / "settings.json"
-    if not (resume and file.is_file()):
-        if folder.is_dir() and not file.is_file() and os.listdir(folder):
-            raise InputError(f"{folder} is in the way, and not of this program ({first_three(os.listdir(folder))}); "
-                             "rename it")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(settings))
-        return
-    before = read_json(file)
-    differ = [f"{name} {before.get(name)} -> {value}" for name, value in settings.items() if before.get(name) != value]
-    if differ:
-        raise InputError(f"--resume auto: {folder} holds an extraction with other settings ({'; '.join(differ[:3])}); "
-                         "without --resume it starts anew")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,9 +158,11 @@ def prepare_extraction(args: Args) -> tuple[Args, Job]:
     boxes = parse_regions(args.query_regions)
     name = f"fb-isc-submission{'-subset' * args.eval_subset}"
     h5 = args.out / (name + (f".shard-{args.shard.replace('/', '-of-')}" if args.shard else "") + ".h5")
+    if h5.parent.is_dir():
+        check_output("--exp", h5)
     if h5.is_file():
-        with Descriptors(h5):  # groups of it may stay
-            pass
+        with Descriptors(h5):  # groups of it may stay, and what is noted of them
+            read_skipped(beside(h5, "skipped")), read_skipped(beside(h5, "blank"))
     return args, Job(source, groups, boxes, h5)
 
 

@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from copydet.common import LEFT_BY_SYSTEMS, InputError, first_three, replacing, shown
+from copydet.common import LEFT_BY_SYSTEMS, InputError, check_file, composed, first_three, replacing, shown
 from copydet.options import Args
 
 try:
@@ -89,6 +89,17 @@ def list_images(root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[str
         elif what:
             odd.append((path, what))
     return sorted(paths), sorted(odd)
+
+
+def images_by_id(root: str | Path) -> dict[str, str]:
+    """Paths of the images below `root`, by id; ask `find_image` for one."""
+    paths = {id_of(path): os.path.join(root, path) for path in list_images(root)[0]}
+    return {composed(name): path for name, path in paths.items()} | paths
+
+
+def find_image(images: dict[str, str], name: str) -> str | None:
+    """The path of the image of an id, which may be in another form of Unicode than the file's name."""
+    return images.get(name) or images.get(composed(name))
 
 
 def walk(root: str | Path, exclude: Sequence[str], odd: Odd) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -177,6 +188,7 @@ MOST_BYTES = 2**31  # of a file
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
+TIFF_PHOTOMETRIC = 262
 FLAT = 8  # levels between the darkest and the brightest pixel of what shows nothing
 BLANK = "shows one flat colour"
 NOT_NOW = "cannot be read now: "
@@ -276,10 +288,12 @@ def to_rgb(img: Image.Image, exif_transpose: bool) -> Image.Image:
     check_size(*img.size)
     deep = ";16" in str(getattr(img, "tile", [])[:1])
     img.load()
+    inverted = img.mode[0] in "IF" and getattr(img, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == 0  # 0 is white
     turn = TURNS.get(orientation_of(img)) if exif_transpose else None
     img = img if turn is None else img.transpose(turn)  # ImageOps.exif_transpose fails where it cannot rewrite the EXIF
     if img.mode[0] in "IF":  # Pillow would clip at 255
-        img = Image.fromarray(to_8_bits(np.asarray(img)))
+        grey = to_8_bits(np.asarray(img))
+        img = Image.fromarray(255 - grey if inverted else grey)
     elif deep and brightest(img) < 16:  # Pillow keeps the upper 8 bits
         raise UnreadableImage("not an 8-bit image: of its 16 bits only the lower are used")
     return on_paper(img.convert("RGBA")) if img.has_transparency_data else img.convert("RGB")
@@ -391,6 +405,9 @@ def through_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
     return np.array(Image.open(file))
 
 
+NOTED = "path", "reason"  # columns of skipped.csv and blank.csv
+
+
 def beside(h5: Path, what: str) -> Path:
     """skipped.csv or blank.csv of a descriptor file; a shard's or a subset's is its own: several may run at a time."""
     name = h5.stem.removeprefix("fb-isc-submission")
@@ -398,11 +415,17 @@ def beside(h5: Path, what: str) -> Path:
 
 
 def read_skipped(file: Path) -> Odd:
-    """[(path, reason)] of a skipped.csv or blank.csv, if it is there."""
+    """[(path, reason)] of a skipped.csv or blank.csv, if it is there. Raises InputError: not of that form."""
     if not file.is_file():
         return []
-    with open(file, newline="", encoding="utf-8") as lines:
-        return [(path, reason) for path, reason in list(csv.reader(lines))[1:]]
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            header, *rows = csv.reader(lines)
+            if header == list(NOTED):
+                return [(path, reason) for path, reason in rows]
+    except (ValueError, csv.Error):
+        pass
+    raise InputError(f"{file}: not as this program writes it, path and reason of images; rename or delete it")
 
 
 def write_skipped(file: Path, rows: Odd) -> None:
@@ -411,7 +434,7 @@ def write_skipped(file: Path, rows: Odd) -> None:
         file.unlink(missing_ok=True)
         return
     with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        csv.writer(out).writerows([("path", "reason"), *sorted((shown(path), shown(reason)) for path, reason in rows)])
+        csv.writer(out).writerows([NOTED, *sorted((shown(path), shown(reason)) for path, reason in rows)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,9 +464,10 @@ def list_group(args: Args, group: str) -> Group:
             raise InputError(f"{folder}: {other} and {path} have the same id '{id_of(path)}'")
     if args.eval_subset and group == "reference":
         file = Path(args.subset_file or args.dir / "rids_subset.txt")
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise InputError(f"--eval-subset: no such file: {file}; scripts/select_ref_subset.py makes it")
-        wanted = read_subset(file)
+        from copydet.metrics import respell  # late: pandas takes half a second
+        wanted, = respell(file, (np.array(read_subset(file)), seen))
         if absent := sorted(set(wanted) - set(seen)):
             raise InputError(f"{file}: {len(absent)} ids without an image in {folder}, first: {', '.join(absent[:3])}")
         paths = sorted(seen[name] for name in set(wanted))
@@ -467,16 +491,17 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_subset(file: Path) -> list[str]:
     """Ids of a subset: one per line, or the notes' pickled list of strings. InputError: neither."""
+    check_file(file, "--eval-subset")
     data = file.read_bytes()
     try:
         if data[:1] == b"\x80":
             ids = PlainUnpickler(io.BytesIO(data)).load()
         else:  # ids can hold spaces
             ids = [line.strip() for line in data.decode("utf-8-sig").split("\n") if line.strip()]
-    except (pickle.UnpicklingError, ValueError, EOFError, IndexError, AttributeError) as error:
+    except Exception as error:  # broken pickles raise nearly every type
         raise InputError(f"{file}: neither one id per line nor a pickled list of ids: {error}") from None
-    if not isinstance(ids, (list, tuple, set)) or not all(isinstance(name, str) for name in ids):
-        raise InputError(f"{file}: a pickle, but not a list of ids")
+    if not isinstance(ids, (list, tuple, set)) or not all(isinstance(name, str) for name in ids) or not ids:
+        raise InputError(f"{file}: holds no list of ids")
     return list(ids)
 
 
@@ -484,11 +509,13 @@ def list_pairs(args: Args) -> tuple[Odd, Odd]:
     """[(query path, reference path)] of the ground truth's positive pairs, relative to DIR; and what is no image."""
     groups = {group: list_group(args, group) for group in ("query", "reference")}
     paths = {group: dict(zip(listed.ids, listed.paths)) for group, listed in groups.items()}
-    with open(args.pairs, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("reference_id")]
-    if not rows or "query_id" not in rows[0]:
+    from copydet.metrics import read_table, respell  # late: pandas takes half a second
+    table = read_table(args.pairs, ["query_id", "reference_id"])
+    table = table[(table != "").all(axis=1)]
+    if table.empty:
         raise InputError(f"--pairs {args.pairs}: no pairs in columns query_id and reference_id")
-    pairs = sorted((row["query_id"], row["reference_id"]) for row in rows)
+    pairs = sorted(zip(*respell(args.pairs, (table.query_id.to_numpy(str), paths["query"]),
+                                (table.reference_id.to_numpy(str), paths["reference"]))))
     absent = sorted({name for pair in pairs for group, name in zip(paths, pair) if name not in paths[group]})
     if absent:
         raise InputError(f"--pairs {args.pairs}: {len(absent)} ids without an image in {args.dir}: "

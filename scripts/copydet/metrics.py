@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import io
 import re
-import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from copydet.common import InputError, check_file, first_three, warn
+from copydet.common import InputError, check_file, composed, first_three, warn
 
 
 FOREIGN = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a ZIP file or a spreadsheet", b"\x89HDF": "HDF5",
@@ -166,11 +165,6 @@ def respelled(unknown: set[str], known: set[str]) -> dict[str, str]:
     spelling = {composed(name): name for name in known}
     new = {name: spelling[composed(name)] for name in unknown if composed(name) in spelling}
     return new if len(set(new.values())) == len(new) else {}
-
-
-def composed(name: str) -> str:
-    """A name as it is compared: Unicode's composed form (NFC), without spaces around it."""
-    return unicodedata.normalize("NFC", name).strip()
 
 
 def sort_candidates(scores: np.ndarray, is_true: np.ndarray) -> np.ndarray:

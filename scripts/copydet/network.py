@@ -386,7 +386,9 @@ def read_backbone_weights(file: str | Path, arch: str) -> dict:
     try:
         given = load_timm_file(str(file))
     except Exception as error:  # timm and pickle raise many kinds
-        raise InputError(f"--backbone-weights {file}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--backbone-weights {file}: {first_line(error)}") from None
+    if not (isinstance(given, dict) and given and all(map(torch.is_tensor, given.values()))):
+        raise InputError(f"--backbone-weights {file}: holds no weights, tensors by name")
     net = shape_only(arch)
     wanted = net.state_dict()
     classifier = net.pretrained_cfg.get("classifier") or ()

@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,12 +88,17 @@ def score(text: str) -> float:
     return value
 
 
-def positive(text: str) -> int:
-    """Type of a flag: a whole number above 0."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Type of a flag: a whole number from `least` to `most`; larger ones fit into nothing that counts them."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\+?\d{1,10}", text, re.ASCII) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to {most:,}")
+        return int(text)
+    return parse
+
+
+MOST_PROCESSES = 1024
+positive, natural, processes = whole(1), whole(0), whole(1, MOST_PROCESSES)
 
 
 def size_in_bytes(text: str) -> int:
@@ -343,10 +348,17 @@ def check_args(args: Args) -> Args:
     for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq",
                           "accumulate", "grid"), 1),
                          (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives", "freeze",
-                           "whiten", "calibrate"), 0)):
+                           "whiten", "calibrate", "start_epoch", "seed"), 0)):
         for name in names:
-            if getattr(args, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+            value = getattr(args, name)
+            if value is not None and not least <= value < 2**63:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least}"
+                                 + (f", not {value}" if value < least else f", {value} is too large"))
+    if args.workers > MOST_PROCESSES:
+        raise InputError(f"--workers {args.workers}: at most {MOST_PROCESSES:,}")
+    for name in ("gem_p", "gem_eval_p"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name):g}")
     if 0 < args.calibrate < LEAST_CALIBRATED:
         raise InputError(f"--calibrate {args.calibrate}: {LEAST_CALIBRATED} images are the least that tell anything; "
                          "0: no calibration")

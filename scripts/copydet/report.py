@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from copydet.common import OutputFolder, is_page, replacing, shown
-from copydet.images import UnreadableImage, id_of, list_images, open_thumbnail
-from copydet.metrics import composed
+from copydet.images import UnreadableImage, find_image, images_by_id, open_thumbnail
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,18 +38,18 @@ class Thumbnails:
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = Path(folder) if folder else None
-        self.listed: dict[str, dict[str, Path]] = {}
+        self.listed: dict[str, dict[str, str]] = {}
 
     def open(self, kind: str, name: str, size: int = 224) -> Image | None:
         """RGB image of at most size x size pixels of id `name`, or None. `kind`: query or reference."""
         if self.folder is None:
             return None
         root = self.folder / f"{kind}_images"
-        file: Path | None = root / f"{name}.jpg"
+        file: str | None = str(root / f"{name}.jpg")
         if not os.path.isfile(root / f"{name}.jpg"):  # nested, or of another kind: list the folder once
             if kind not in self.listed:
-                self.listed[kind] = {composed(id_of(path)): root / path for path in list_images(root)[0]}
-            file = self.listed[kind].get(composed(name))
+                self.listed[kind] = images_by_id(root)
+            file = find_image(self.listed[kind], name)
         if file is None:
             return None
         try:

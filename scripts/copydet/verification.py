@@ -33,8 +33,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from copydet.common import WorkError
-from copydet.images import ImageFile, UnreadableImage
+from copydet.common import InputError, WorkError, time_of
+from copydet.images import NOT_NOW, ImageFile, UnreadableImage
 
 SIDES = 256, 400  # px: smaller images are enlarged to the one, larger ones reduced to the other (their longer side)
 COUNT, EDGE = 600, 0.02  # features of an image, at most; contrast that SIFT asks for
@@ -350,15 +350,20 @@ def verify(query: Features, reference: Features) -> Match:
 
 
 class FeatureCache:
-    """Features of image files in a folder: a file of SQLite, by path, with size and time that the image's file had. One
-    process at a time may write, any number may read."""
+    """Features of image files in a folder: a file of SQLite, by path, with size and time that the image's file had. Any
+    number of processes may read and write. Raises InputError: the file is another one."""
 
     def __init__(self, folder: str | Path):
         settings = repr((SIDES, COUNT, EDGE, THUMBNAIL, cv2.__version__))
         self.file = Path(folder) / f"features-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.sqlite"
-        self.db = sqlite3.connect(self.file)
-        self.db.execute("CREATE TABLE IF NOT EXISTS images (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, "
-                        "features BLOB, reason TEXT)")
+        self.db = sqlite3.connect(self.file, timeout=600)  # of others that write to it
+        try:
+            self.db.execute("CREATE TABLE IF NOT EXISTS images (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, "
+                            "features BLOB, reason TEXT)")
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # a full disk, or one that is read-only
+                raise
+            raise InputError(f"{self.file}: {error}; it can be deleted, then images are described again") from None
 
     def missing(self, paths: Iterable[str]) -> list[str]:
         """Those of the paths that are not described, or have changed since."""
@@ -372,10 +377,14 @@ class FeatureCache:
                 (os.fsencode(image.path), *image.stamp, image.features and image.features.to_bytes(), image.reason)
                 for image in described])
 
+    def forget(self, paths: Iterable[str]) -> None:
+        with self.db:
+            self.db.executemany("DELETE FROM images WHERE path = ?", [(os.fsencode(path),) for path in paths])
+
     def read(self, path: str) -> Features | None:
         """Features of a path; None of an image that cannot be read."""
-        data = self.db.execute("SELECT features FROM images WHERE path = ?", (os.fsencode(path),)).fetchone()[0]
-        return data and Features.from_bytes(data)
+        row = self.db.execute("SELECT features FROM images WHERE path = ?", (os.fsencode(path),)).fetchone()
+        return Features.from_bytes(row[0]) if row and row[0] else None
 
     def unreadable(self, paths: Iterable[str]) -> list[tuple[str, str]]:
         """[(path, reason)] of those of the paths that could not be read."""
@@ -398,7 +407,7 @@ def stamp(path: str) -> tuple[int, int]:
         info = os.stat(path)
     except OSError:
         return -1, -1
-    return info.st_size, info.st_mtime_ns
+    return info.st_size, time_of(info)
 
 
 def describe_files(paths: Sequence[str]) -> list[Described]:
@@ -436,14 +445,20 @@ class Verifier:
             os.environ.pop(name)
             os.environ.update({name: value} if value is not None else {})
 
-    def describe(self, paths: Sequence[str]) -> None:
-        """Describe what of the references is not in the cache."""
+    def describe(self, paths: Sequence[str]) -> list[tuple[str, str]]:
+        """Describe what of the references is not in the cache -> [(path, reason)] of those that cannot be read now:
+        they are tried again another time."""
         missing = self.cache.missing(paths)
+        failed: list[tuple[str, str]] = []
         with tqdm(total=len(paths), initial=len(paths) - len(missing), desc="describing", unit=" references",
                   disable=None, delay=1) as bar:
             for described in self.run(describe_files, batches(missing, PER_JOB)):
-                self.cache.write(described)
+                passing = {image.path: image.reason for image in described if (image.reason or "").startswith(NOT_NOW)}
+                self.cache.forget(passing)
+                self.cache.write(image for image in described if image.path not in passing)
+                failed += passing.items()
                 bar.update(len(described))
+        return failed
 
     def verify(self, jobs: Iterable[Sequence[tuple[str, Sequence[str]]]]) -> Iterator[list[Verified]]:
         """Each job, [(path of a query, paths of its references)] -> a Verified for each of its queries, in order."""

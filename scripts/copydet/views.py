@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ def parse_op(word: str, default_prob: float, flag: str) -> tuple[str, tuple, flo
         settings = old_settings(word, list(known)) or split_settings(word)[1]
         values = {key: float(value) for key, value in settings.items()}
         prob = values.pop("p", default_prob)
-        if values.keys() - known.keys() or not 0 <= prob <= 1 or any(
+        if values.keys() - known.keys() or not 0 <= prob <= 1 or not all(map(math.isfinite, values.values())) or any(
                 default is inspect.Parameter.empty and key not in values for key, default in known.items()):
             raise ValueError
     except (InputError, ValueError):
