@@ -39,8 +39,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from copydet.common import (InputError, OutputFolder, WorkError, check_file, check_output, first_three, read_json,
-                            replacing, run_main, shown)
+from copydet.common import (InputError, OutputFolder, WorkError, check_file, check_output, first_three, locked,
+                            read_json, replacing, run_main, shown)
 from copydet.descriptors import BLOCK, COMPARABLE, Descriptors, Rows
 from copydet.metrics import micro_ap, read_ground_truth, respell, sort_candidates
 from copydet.options import positive
@@ -626,9 +626,11 @@ def curve(args):
                 if seconds > exact[0]:
                     break
     table = pd.DataFrame(rows, columns=["index", "params", "seconds", "recall", "average_precision"])
-    draw(table, args.output)
-    with replacing(Path(args.output).with_suffix(".csv")) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.5g")
+    output = Path(args.output)
+    with locked(output.with_name(f".{output.name}.lock"), output, wait=True):  # picture and table are a pair
+        draw(table, output)
+        with replacing(output.with_suffix(".csv")) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.5g")
     print(table.to_string(index=False, float_format="%.4g"))
 
 

@@ -114,8 +114,6 @@ REFUSED = [
     ("make_benchmark", [], "ph gt.csv/b -j 1", "gt.csv: File exists"),
     ("train", ["exp/extract/fb-isc-submission.h5/a.jpg"], "--mode extract --exp {exp} --no-pretrained -a "
      "test_efficientnet --target-set r bench", "fb-isc-submission.h5: is a folder"),
-    ("train", ["exp/extract/fb-isc-submission.blocks/a.jpg"], "--mode extract --exp {exp} --no-pretrained -a "
-     "test_efficientnet --target-set r -j 0 bench", "fb-isc-submission.blocks is in the way, and not of this program"),
     ("train", [], "--mode export --weight net.pth.tar -o gt.csv/n.onnx", "gt.csv: File exists"),
     ("train", [], "--exp {exp}caf\udce9 ph", "TensorBoard writes to no path that is not UTF-8"),
     ("train", ["config.json"], "--mode export --weight net.pth.tar --format safetensors -o net.safetensors",
@@ -459,7 +457,7 @@ def test_numbers_of_training(words, value):
 
 @pytest.mark.parametrize("flags, spoil, code, words", [
     ("--optimizer adamw", {}, 0, "the optimizer starts anew"), ("--freeze 1", {}, 0, "the optimizer starts anew"),
-    ("--decay-all", {}, 0, "the optimizer starts anew"), ("", {"scaler": None}, 2, "not as this script writes it"),
+    ("--decay-all", {}, 0, "the optimizer starts anew"), ("", {"optimizer": {}}, 2, "not as this script writes it"),
     ("", {"epoch": "x"}, 2, "not as this script writes it"), ("", {"rng": []}, 2, "not as this script writes it")])
 def test_a_run_is_resumed_or_told_why_not(tmp_path, capsys, monkeypatch, flags, spoil, code, words):
     monkeypatch.chdir(tmp_path)
