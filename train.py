@@ -39,7 +39,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
 from copydet.common import (InputError, OutputFolder, WorkError, locked, make_folder, manifest_of, open_folder,
-                            replacing, run_main)
+                            replacing, run_main, shown)
 from copydet.options import Args, parse_args
 
 if __name__ == "__main__":
@@ -129,6 +129,8 @@ def prepare_training(args: Args) -> tuple[Args, Data]:
     Raises InputError: unknown network or operation, no folder, no images, checkpoints of another run.
     """
     check_arch(args.arch)
+    if shown(args.out) != str(args.out):
+        raise InputError(f"--exp {shown(args.out)}: TensorBoard writes to no path that is not UTF-8")
     for flag in ("view0", "view1"):
         parse_ops(getattr(args, flag), args.op_prob, f"--{flag}")
     if not args.dir.is_dir():
@@ -241,7 +243,7 @@ class Trainer:
         self.data, self.rank, self.device = data, rank, rank.device
         self.args = self.seeded(args)
         self.amp_dtype = pick_precision(args, self.device)
-        self.contaminated = Path(args.pairs).name if args.pairs else None
+        self.contaminated = shown(Path(args.pairs).name) if args.pairs else None
         self.build_network()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.epoch, self.done = args.start_epoch, 0  # `done` steps of this epoch
@@ -516,11 +518,19 @@ class Trainer:
             folder.remove("latest.pth.tar")
 
     def resume(self, file: str | Path) -> None:
-        """Take up the run of `file`. What changed since is told; an incomplete epoch starts anew if its steps moved.
-        Raises InputError: weights only, or of another network."""
-        args, state = self.args, read_checkpoint(file)
+        """Take up the run of `file`. Raises InputError: weights only, of another network, broken."""
+        state = read_checkpoint(file)
         if "done" not in state:
             raise InputError(f"--resume {file}: not a checkpoint of this script; start from it with --weight")
+        try:
+            self.take_up(file, state)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"--resume {file}: not as this script writes it ({type(error).__name__}: {error}); start "
+                             "from it with --weight") from None
+
+    def take_up(self, file: str | Path, state: dict) -> None:
+        """What a checkpoint holds. What changed since is told; an incomplete epoch starts anew if its steps moved."""
+        args = self.args
         load_weights(self.net, state["state_dict"], file)
         self.contaminated = self.contaminated or state.get("contaminated")
         self.scaler.load_state_dict(state["scaler"])
@@ -553,13 +563,19 @@ class Trainer:
             return ["classes and optimizer start anew"]
         if state.get("whitened"):
             return ["the run had ended with --whiten: optimizer and memory start anew"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, setting in zip(self.optimizer.param_groups, settings):
-            group.update(setting)
+        moved = []
+        sizes = [[len(group["params"]) for group in groups]
+                 for groups in (state["optimizer"]["param_groups"], self.optimizer.param_groups)]
+        if state["args"]["optimizer"] != self.args.optimizer or sizes[0] != sizes[1]:
+            moved.append("the optimizer starts anew (it, or what it trains, changed)")
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group, setting in zip(self.optimizer.param_groups, settings):
+                group.update(setting)
         if shapes[0] != shapes[1]:
-            return ["the memory starts empty (its size changed)"]
+            return [*moved, "the memory starts empty (its size changed)"]
         self.criterion.load_state_dict(state["criterion"])
-        return []
+        return moved
 
 
 def recipe_of(args: Args) -> str:

@@ -185,7 +185,13 @@ def metrics_per_edit(evaluation: Evaluation, edits: Path) -> list[tuple]:
 
     `edits`: CSV query_id, edits (names joined by +).
     """
-    table = read_table(edits, ["query_id", "edits"])
+    try:
+        table = read_table(edits, ["query_id", "edits"])
+    except InputError as error:  # another file of this name
+        warn(f"{error}; the report has no table of edits")
+        return []
+    query_ids, = respell(edits, (table.query_id, evaluation.queries))
+    table = table.assign(query_id=query_ids)
     table = table[table.query_id.isin(evaluation.queries)]
     table = table.assign(edit=table.edits.str.split("+")).explode("edit")
     rows = []

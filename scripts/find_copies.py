@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import functools
 import hashlib
 import io
 import itertools
@@ -37,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -195,24 +194,13 @@ def inode_of(path: str, info: os.stat_result) -> tuple | str:
     return (info.st_dev, info.st_ino) if info.st_ino else os.path.realpath(path)
 
 
-def is_ours(path: str, written: Callable[[str], set]) -> bool:
-    """Whether a report's manifest lists this file; `written`: folder -> what its manifest lists."""
-    folder, name = os.path.split(path)
-    above, below = os.path.split(folder)
-    return name in written(folder) or f"{below}/{name}" in written(above)
-
-
 def stamp_files(root: str, with_hash: bool,
                 exclude: Sequence[str] = ()) -> tuple[dict[str, Stamp], list[tuple[str, str]]]:
-    """Images of a folder, or one image: path -> Stamp, and [(path, reason)] of what cannot be one. Thumbnails and
-    pictures of reports are left out."""
-    single, written = os.path.isfile(root), functools.cache(manifest_of)
-    paths, odd = ([root], []) if single else list_images(root, exclude)
+    """Images of a folder, or one image: path -> Stamp, and [(path, reason)] of what cannot be one."""
+    paths, odd = ([root], []) if os.path.isfile(root) else list_images(root, exclude)
     stamps, odd = {}, [(os.path.join(root, path), reason) for path, reason in odd]
     for path in tqdm(paths, desc=shown(root), unit="file", disable=None, leave=False, delay=1):
         path = os.path.join(root, path)
-        if is_ours(path, written):
-            continue
         try:
             info = os.stat(path)
             if not stat.S_ISREG(info.st_mode):

@@ -39,8 +39,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from copydet.common import (InputError, OutputFolder, WorkError, check_file, check_output, first_three, read_json,
-                            replacing, run_main)
+from copydet.common import (InputError, OutputFolder, WorkError, check_file, check_output, first_three, locked,
+                            read_json, replacing, run_main, shown)
 from copydet.descriptors import BLOCK, COMPARABLE, Descriptors, Rows
 from copydet.metrics import micro_ap, read_ground_truth, respell, sort_candidates
 from copydet.options import positive
@@ -217,10 +217,17 @@ def read_index(file: Path, columns: int, mapped: bool = True) -> faiss.Index:
     import faiss
     check_file(file)
     with faiss_errors(file):
-        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+        index = faiss.read_index(faiss_name(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     if index.d != columns:
         raise InputError(f"{file}: an index of {index.d} dimensions, not {columns}")
     return index
+
+
+def faiss_name(file: Path) -> str:
+    """The name of a file as faiss opens it. Raises InputError: not UTF-8."""
+    if shown(file) != str(file):
+        raise InputError(f"{shown(file)}: faiss opens no file with a path that is not UTF-8")
+    return str(file)
 
 
 @contextlib.contextmanager
@@ -256,6 +263,7 @@ def train(file: Path, factory: str, sample: np.ndarray) -> None:
     start = time.monotonic()
     if re.search(r"(?<!\d)0(?!\d)", factory):
         raise InputError(f"--factory {factory}: 0 of something")  # faiss ends the process, or fails when it searches
+    faiss_name(file)
     what = f"--factory {factory} with {len(sample):,} training rows of {sample.shape[1]} dimensions"
     with replacing(file) as temporary, faiss_errors(what):
         index = faiss.index_factory(sample.shape[1], factory)
@@ -639,9 +647,11 @@ def curve(args: argparse.Namespace) -> None:
                 if seconds > exact[0]:
                     break
     table = pd.DataFrame(rows, columns=["index", "params", "seconds", "recall", "average_precision"])
-    draw(table, args.output)
-    with replacing(Path(args.output).with_suffix(".csv")) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.5g")
+    output = Path(args.output)
+    with locked(output.with_name(f".{output.name}.lock"), output, wait=True):  # picture and table are a pair
+        draw(table, output)
+        with replacing(output.with_suffix(".csv")) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.5g")
     print(table.to_string(index=False, float_format="%.4g"))
 
 

@@ -10,9 +10,12 @@ set -euo pipefail
 images=
 if [ $# = 1 ]; then
     [ -d "$1" ] || { echo "$1: no such folder" >&2; exit 2; }
-    images=$(cd "$1" && pwd)
+    images=$(cd "$1" && pwd -P)
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case "$images/" in "$(pwd -P)"/quickstart/* | "$(pwd -P)"/exp/quickstart/* | "$(pwd -P)"/exp/quickstart-raw/*)
+    echo "$1: lies in a folder that this script makes anew; give the images another place" >&2; exit 2;;
+esac
 . scripts/env.sh
 
 step() {

@@ -10,9 +10,9 @@ subset are higher than those on all references, and comparable only between runs
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -29,13 +29,12 @@ def reference_ids(source: str) -> np.ndarray:
     """Ids [n], sorted, from a number (of DISC21's ids), a folder of images, or a descriptor file."""
     if re.fullmatch(r"\d{1,10}", source, re.ASCII):
         return np.char.mod("R%06d", np.arange(int(source)))
-    path = Path(source)
-    if path.is_dir():
-        paths, odd = list_images(path)
+    if os.path.isdir(source):
+        paths, odd = list_images(source)
         if odd:
             warn(f"{len(odd):,} files in {source} look like images and are none that can be used{not_read(odd)}")
         return np.unique([id_of(name) for name in paths])
-    with Descriptors(path) as file:
+    with Descriptors(source) as file:
         return np.sort(file["reference"].ids)
 
 

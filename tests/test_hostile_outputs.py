@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 import eval_metrics
 import find_copies as fc
@@ -25,6 +26,7 @@ import train
 import verify
 from copydet.common import MANIFEST, InputError, OutputFolder, locked, open_folder, run_main, settings_in
 from copydet.descriptors import write_descriptors
+from copydet.images import list_images
 from copydet.options import parse_args
 from helpers import ROOT, draw_images, fake_describe
 
@@ -112,9 +114,8 @@ REFUSED = [
     ("make_benchmark", [], "ph gt.csv/b -j 1", "gt.csv: File exists"),
     ("train", ["exp/extract/fb-isc-submission.h5/a.jpg"], "--mode extract --exp {exp} --no-pretrained -a "
      "test_efficientnet --target-set r bench", "fb-isc-submission.h5: is a folder"),
-    ("train", ["exp/extract/fb-isc-submission.blocks/a.jpg"], "--mode extract --exp {exp} --no-pretrained -a "
-     "test_efficientnet --target-set r -j 0 bench", "fb-isc-submission.blocks is in the way, and not of this program"),
     ("train", [], "--mode export --weight net.pth.tar -o gt.csv/n.onnx", "gt.csv: File exists"),
+    ("train", [], "--exp {exp}caf\udce9 ph", "TensorBoard writes to no path that is not UTF-8"),
     ("train", ["config.json"], "--mode export --weight net.pth.tar --format safetensors -o net.safetensors",
      "config.json is there already"),
 ]
@@ -206,6 +207,22 @@ def test_a_report_of_an_older_version_is_ours_but_for_what_it_did_not_write(tmp_
     (report / "thumbs" / "more.jpg").touch()
     find(tmp_path / "all.h5", "-o", report)
     assert {file.name for file in (report / "thumbs").iterdir()} == {"family.jpg", "more.jpg"}
+
+
+def test_images_are_not_deleted_for_a_quickstart(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "quickstart.sh", tmp_path / "scripts")
+    for place in ("quickstart/photos", "exp/quickstart"):
+        lay(tmp_path, [f"{place}/a.jpg"])
+        done = subprocess.run(["bash", "scripts/quickstart.sh", place], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "makes anew" in done.stderr and (tmp_path / place / "a.jpg").exists()
+
+
+def test_pictures_of_a_training_are_no_images(tmp_path):
+    draw_images(tmp_path, 2)
+    lay(tmp_path, ["run/train/views.png", "run/train/mine.png"])
+    (tmp_path / "run" / "train" / MANIFEST).write_text("views.png\n")
+    assert list_images(tmp_path)[0] == ["0000.jpg", "0001.jpg", "run/train/mine.png"]
 
 
 def test_a_manifest_leads_to_no_file_outside(tmp_path):
@@ -436,6 +453,21 @@ def test_numbers_of_training(words, value):
             parse_args(words)
     else:
         assert parse_args(words).neg_margin == value
+
+
+@pytest.mark.parametrize("flags, spoil, code, words", [
+    ("--optimizer adamw", {}, 0, "the optimizer starts anew"), ("--freeze 1", {}, 0, "the optimizer starts anew"),
+    ("--decay-all", {}, 0, "the optimizer starts anew"), ("", {"optimizer": {}}, 2, "not as this script writes it"),
+    ("", {"epoch": "x"}, 2, "not as this script writes it"), ("", {"rng": []}, 2, "not as this script writes it")])
+def test_a_run_is_resumed_or_told_why_not(tmp_path, capsys, monkeypatch, flags, spoil, code, words):
+    monkeypatch.chdir(tmp_path)
+    draw_images(tmp_path / "ph", 4)
+    training = TRAINING.format(exp=tmp_path / "exp") + " --seed 1"
+    assert call("train", training.split()) == 0
+    file = tmp_path / "exp" / "train" / "checkpoint_0000.pth.tar"
+    torch.save(torch.load(file, weights_only=True) | spoil, file)
+    assert call("train", f"{training} --epochs 2 --resume auto {flags}".split()) == code
+    assert words in "".join(capsys.readouterr())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

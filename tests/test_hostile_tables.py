@@ -29,7 +29,7 @@ import ladder
 import merge_shards
 import postprocess
 import select_ref_subset
-from copydet.checkpoints import read_checkpoint
+from copydet.checkpoints import read_checkpoint, take_source
 from copydet.common import InputError, in_a_line, replacing, run_main
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.images import list_group, list_pairs, read_subset
@@ -370,6 +370,16 @@ def test_two_ids_never_become_one(here, told):
     assert "Unicode" not in told(eval_metrics, "x.h5", "gt.csv", code=0)[1]
 
 
+def test_another_file_of_edits_ends_no_report(here, told):
+    Path("edits.csv").write_text("date,author\n2024,x\n")
+    assert "edits.csv: missing column" in told(eval_metrics, "a.h5", "gt.csv", "--report", "r", code=0)[1]
+    Path("gt.csv").write_text(f"query_id,reference_id\n{NFC},R0\n")
+    Path("edits.csv").write_text(f"query_id,edits\n{NFD},crop+blur\n")
+    write_h5("x.h5", (NFC, "Q1"))
+    told(eval_metrics, "x.h5", "gt.csv", "--report", "r", code=0)
+    assert "<td>crop</td>" in Path("r/index.html").read_text()
+
+
 def test_thumbnails_are_found_in_any_form(tmp_path):
     draw_images(tmp_path / "query_images" / "nested", 1, name=f"{NFD}{{}}.png")
     images = Thumbnails(tmp_path)
@@ -459,6 +469,14 @@ def test_a_shard_is_added_to_nothing_but_its_own_index(here, told, spoil, messag
         flags = ["--factory", "HNSW4"] if command == "build" else []
         assert message in told(index, command, "--index", "i", *flags, "b.h5")[1]
     assert set(os.listdir("i")) <= {"index.json", "shard-0000.faiss", "trained.faiss", ".written.txt"}
+
+
+def test_a_path_that_faiss_cannot_open_is_told(here, told):
+    folder = "caf\udce9"
+    assert "not UTF-8" in told(index, "build", "--index", folder, "--factory", "HNSW4", "a.h5")[1]
+    assert not os.path.exists(folder)
+    told(index, "build", "--index", folder, "a.h5", code=0)
+    told(index, "search", "--index", folder, "a.h5", "-o", "out", code=0)
 
 
 def test_a_build_that_was_killed_before_its_first_shard_goes_on(here, told, monkeypatch):
@@ -610,11 +628,13 @@ def test_no_damage_to_a_checkpoint_is_a_traceback(tmp_path):
 
 
 @pytest.mark.parametrize("content", [[], {"state_dict": []}, {"state_dict": {"a": 3}},
-                                     {"state_dict": {}, "args": [1]}, {"state_dict": {}, "preprocess": 3}])
+                                     {"state_dict": {}, "args": [1]}, {"state_dict": {}, "preprocess": 3},
+                                     {"state_dict": {}, "args": {"resize": "x"}}, {"state_dict": {}, "arch": 3},
+                                     {"state_dict": {}, "args": {"dim": "9"}}])
 def test_a_checkpoint_of_another_form_is_told(tmp_path, content):
     torch.save(content, tmp_path / "c")
-    with pytest.raises(InputError, match="c is not a checkpoint"):
-        read_checkpoint(tmp_path / "c")
+    with pytest.raises(InputError, match="c( is not a checkpoint|: its setting (resize|arch|dim) is )"):
+        take_source(parse_args(["--mode", "extract"]), tmp_path / "c")
 
 
 @pytest.mark.parametrize("flag", ["--weight", "--backbone-weights", "--resume", "--pairs"])
@@ -703,6 +723,7 @@ def test_errors_name_the_file_that_a_user_knows(tmp_path):
     (InputError("a\nb"), 2, "a b"), (OSError("x\ny"), 1, "x y"), (OSError(), 1, "OSError"),
     (OSError(errno.EACCES, "Permission denied", "caf\u00e9".encode()), 1, "caf\u00e9: Permission denied"),
     (OSError(errno.EBADF, "Bad file descriptor", 3), 1, "Bad file descriptor"),
+    (RuntimeError("CUDA out of memory. Tried to\nx"), 1, "CUDA out of memory. Tried to"),
     (MemoryError("Unable to allocate 7 TiB"), 1, "Unable to allocate 7 TiB"),
     (OSError(errno.EPERM, "Not permitted", "image.jpg", None, "cache/0.jpg"), 1,
      "cache/0.jpg: Not permitted (a file system without links?)")])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copydet.common import InputError, check_file, read_json
-from copydet.options import Args
+from copydet.options import Args, can_be
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +113,9 @@ def take_source(args: Args, file: str | Path | None) -> tuple[Args, Source]:
     stored = dict(checkpoint.get("args", {}))
     if file:
         stored["arch"] = checkpoint.get("arch") or stored.get("arch")
+    for name in (*FROM_CHECKPOINT, "eval_input_size", "view1", "op_prob", "calibrate"):
+        if stored.get(name) is not None and not can_be(name, stored[name]):
+            raise InputError(f"{file}: its setting {name} is {stored[name]!r}, which no --{name.replace('_', '-')} is")
     if stored.get("eval_input_size"):
         stored["input_size"] = stored["eval_input_size"]
     args = args.replace(**{name: stored[name] for name in (*FROM_CHECKPOINT, "view1", "op_prob", "calibrate")

@@ -383,7 +383,7 @@ def can_flush(stream: Any) -> bool:
 
 def run_main(work: Callable[[], int | None], stopped: str = "stopped") -> int:
     """Do the work of a command -> its exit code, the one place where errors become one line: 0 done, 1 failed while
-    working (WorkError, OSError, MemoryError), 2 wrong input (InputError), 130 Ctrl-C, told as `stopped`."""
+    working (WorkError, OSError, out of memory), 2 wrong input (InputError), 130 Ctrl-C, told as `stopped`."""
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of every odd tag in an image
     open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -399,6 +399,11 @@ def run_main(work: Callable[[], int | None], stopped: str = "stopped") -> int:
         if isinstance(sys.stdout, io.TextIOWrapper) and not can_flush(sys.stdout):
             sys.stdout = open(os.devnull, "w")  # Python tries again when it ends, and has an exit code of its own
         tell(in_a_line(error))
+        return 1
+    except RuntimeError as error:
+        if not re.search(r"out of memory|can.t allocate memory", str(error), re.IGNORECASE):  # PyTorch's, of any device
+            raise
+        tell(str(error).splitlines()[0])
         return 1
     except KeyboardInterrupt:
         tell(stopped)

@@ -11,7 +11,7 @@ import pickle
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -19,7 +19,8 @@ from typing import cast
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from copydet.common import LEFT_BY_SYSTEMS, InputError, check_file, composed, first_three, replacing, shown
+from copydet.common import (LEFT_BY_SYSTEMS, InputError, check_file, composed, first_three, manifest_of, replacing,
+                            shown)
 from copydet.options import Args
 
 try:
@@ -79,16 +80,28 @@ def list_images(root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[str
     """All images below `root`: their paths relative to it, sorted, and [(path, reason)] of what only looks like one.
 
     Left out are hidden and system files and folders, and those whose name or relative path one of the globs `exclude`
-    fits. Folders that links lead to are listed once. Files without an ending count by their content.
+    fits, and thumbnails and pictures that this program wrote, as its manifests tell. Folders that links lead to are
+    listed once. Files without an ending count by their content.
     """
     paths: list[str] = []
     odd: Odd = []
+    written = functools.cache(manifest_of)
     for path, entry in walk(root, exclude, odd):
+        if is_ours(entry.path, written):
+            continue
         if (what := what_is(entry)) == IMAGE:
             paths.append(path)
         elif what:
             odd.append((path, what))
     return sorted(paths), sorted(odd)
+
+
+def is_ours(path: str, written: Callable[[str], set]) -> bool:
+    """Whether a manifest lists this file, in its folder or the one above; `written`: folder -> what its manifest lists.
+    """
+    folder, name = os.path.split(path)
+    above, below = os.path.split(folder)
+    return name in written(folder) or f"{below}/{name}" in written(above)
 
 
 def images_by_id(root: str | Path) -> dict[str, str]:
@@ -532,8 +545,8 @@ def list_negatives(args: Args, pairs: Sequence) -> list[str]:
     if not folder.is_dir():
         raise InputError(f"--negatives-dir: no such folder: {folder}")
     used = {os.path.realpath(args.dir / path) for pair in pairs for path in pair}
-    found = [path for path in (str(folder / name) for name in list_images(folder, args.exclude)[0])
-             if os.path.realpath(path) not in used]
+    paths, odd = list_images(folder, args.exclude)
+    found = [path for path in (str(folder / name) for name in paths) if os.path.realpath(path) not in used]
     if len(found) < args.negatives:
-        raise InputError(f"--negatives {args.negatives}: {folder} has {len(found)} images to draw from")
+        raise InputError(f"--negatives {args.negatives}: {folder} has {len(found)} images to draw from{not_read(odd)}")
     return found

@@ -264,6 +264,16 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
 }
 
 
+def can_be(name: str, value: Any) -> bool:
+    """Whether the argument `name` of FLAGS can have a value, by its type alone."""
+    kind = next(kind for rows in FLAGS.values() for names, kind, *_ in rows
+                if f"--{name.replace('_', '-')}" in names.split())
+    if isinstance(kind, list):
+        return value in kind
+    types: dict = {real: (int, float), bool: bool, int: int, str: str}
+    return isinstance(value, types[kind]) and isinstance(value, bool) == (kind is bool)
+
+
 class Args(argparse.Namespace):
     """A command line, read-only once it is parsed. `vars(args)` is that and nothing else.
 
