@@ -655,7 +655,7 @@ def curve(args: argparse.Namespace) -> None:
     print(table.to_string(index=False, float_format="%.4g"))
 
 
-def draw(table: pd.DataFrame, output: str) -> None:
+def draw(table: pd.DataFrame, output: Path) -> None:
     """PNG: fraction of exact search's AP against how many times faster than exact search."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4.5), layout="constrained", dpi=100)

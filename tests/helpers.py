@@ -17,13 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 WITH_PACKAGE = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "scripts", "tests"))}
 
 
-def run(*command, code=0, cwd=ROOT, env=None, timeout=300):
+def run(*command, code=0, cwd=ROOT, env=None, timeout=300, apart=False):
     """Run `python COMMAND...` from the project's root and return the finished process.
 
     Asserts the exit code (`code=None` accepts any) and that no traceback is shown where a wrong input (2) is expected.
-    What is refused before work starts is run in this process: most of its time would be imports.
+    What is refused (2) is run in this process, unless `apart`: most of its time would be imports.
     """
-    if code == 2 and not env:
+    if code == 2 and not env and not apart:
         return run_here(*map(str, command), cwd=cwd)
     done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
                           timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})

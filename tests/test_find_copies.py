@@ -98,6 +98,7 @@ def test_a_folder_without_a_readable_photo_is_an_error(tmp_path, weights):
 
 class FakeExtraction:
     """Stands for train.py: the descriptor is made of the file's bytes; remembers what it was asked for."""
+    calibrates = True
 
     def __init__(self):
         self.asked = []
@@ -170,8 +171,8 @@ def test_a_killed_run_loses_one_chunk(tmp_path):
 
 def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, weights):
     archive, queries = draw_images(tmp_path / "archive", 24), draw_images(tmp_path / "queries", 5, seed=5)
-    command = [SCRIPT, queries, archive, "-o", tmp_path / "report", "--backbone-weights", weights, *FLAGS, 1,
-               "--calibrate", 20]
+    command = [SCRIPT, queries, archive, "-o", tmp_path / "report", "--no-verify", "--backbone-weights", weights,
+               *FLAGS, 1, "--calibrate", 20]
     found = []
     for more in (0, 1, 30):
         draw_images(archive / f"new {more}", more, seed=more)
@@ -189,9 +190,9 @@ def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, w
 def test_a_cache_in_use_is_an_error(tmp_path, weights):
     args = fc.parse_args([str(draw_images(tmp_path / "a", 1)), "-o", str(tmp_path), "--weight", str(weights)])
     with ExitStack() as stack:
-        fc.open_cache(args, stack)
+        fc.open_cache(tmp_path, args, "whole", stack)
         with pytest.raises(InputError, match="in use by another run"):
-            fc.open_cache(args, stack)
+            fc.open_cache(tmp_path, args, "whole", stack)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
