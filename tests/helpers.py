@@ -1,5 +1,6 @@
 """Shared by the tests: run a command line of the project as a user would."""
 import contextlib
+import functools
 import io
 import os
 import runpy
@@ -8,8 +9,11 @@ import sys
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
-from PIL import Image, ImageDraw
+import skimage
+import sklearn
+from PIL import Image, ImageDraw, ImageOps
 
 from copydet.images import UnreadableImage, open_image
 
@@ -108,3 +112,30 @@ def fake_describe(self, files, calibrate):
             return None, error.reason
 
     return [describe(file) for file in files], {}
+
+
+SHIPPED = Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"
+
+
+@functools.cache
+def open_photo(name):
+    """A photo that scikit-image or scikit-learn ships, by its name without ending."""
+    return Image.open(next(file for folder in SHIPPED for file in folder.glob(f"{name}.*"))).convert("RGB")
+
+
+def photo(name, size=(400, 300)):
+    return ImageOps.fit(open_photo(name), size)
+
+
+def warp(img, matrix, size):
+    """The image through a transform [2, 3], in coordinates in which it covers [0, width] x [0, height]."""
+    matrix = np.array(matrix, float)
+    by_centres = np.column_stack([matrix[:, :2], matrix[:, 2] + matrix[:, :2] @ [0.5, 0.5] - 0.5])
+    return Image.fromarray(cv2.warpAffine(np.asarray(img), by_centres, size, flags=cv2.INTER_AREA))
+
+
+def turn(degrees, scale, centre, to):
+    """Transform [2, 3] that turns and scales about `centre` and brings it to `to`."""
+    c, s = scale * np.cos(np.deg2rad(degrees)), scale * np.sin(np.deg2rad(degrees))
+    linear = np.array([[c, -s], [s, c]])
+    return np.column_stack([linear, np.array(to) - linear @ centre])

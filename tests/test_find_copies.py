@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import timm
@@ -20,7 +21,8 @@ import find_copies as fc
 from copydet.common import InputError
 from copydet.descriptors import write_descriptors
 from copydet.images import list_images
-from helpers import ROOT, WITH_PACKAGE, draw_images, run
+from copydet.verification import corners
+from helpers import ROOT, WITH_PACKAGE, draw_images, photo, run, turn, warp
 
 SCRIPT = "scripts/find_copies.py"
 HOSTILE = ["<img src=x onerror=\"document.title='owned'\">.jpg", "</script><script>document.title='owned'</script>.jpg",
@@ -413,6 +415,32 @@ def test_keys_move(browser, page):
     assert browser.eval("Number(slider.value)") < before and browser.eval("rows[0].answers.length") >= 1
     browser.press("g")
     assert "groups" in browser.eval("counts.textContent") and browser.complaints() == []
+
+
+def test_the_page_draws_what_matches_where_it_is(browser, tmp_path):
+    reference, transform = photo("motorcycle_left"), turn(25, 1.3, (200, 150), (190, 160))
+    images = {"query": warp(reference, transform, (400, 300)), "reference": reference}
+    for kind, img in images.items():
+        (tmp_path / f"{kind}_images").mkdir()
+        img.save(tmp_path / f"{kind}_images" / f"{kind}.png")
+    write_descriptors(tmp_path / "all.h5", {kind: (unit_rows(1), [kind]) for kind in images}, {})
+    assert fc.main([str(tmp_path / "all.h5"), "-o", str(tmp_path / "r"), "--images", str(tmp_path), "-j", "1"]) == 0
+    pair, = table(tmp_path / "r" / "pairs.csv")
+    assert pair["verdict"] == "copy" and int(pair["inliers"]) > 50 and 0 < float(pair["score"]) < 1
+    assert np.allclose(np.array(pair["outline"].split(), float).reshape(4, 2), corners((400, 300), transform), atol=3)
+    browser.open(tmp_path / "r" / "index.html", 1400)
+    browser.press("Enter")
+    drawn = browser.eval("""Promise.all([...closer.querySelectorAll("img")].map(i => i.decode())).then(() =>
+        [...closer.querySelectorAll(".large")].map(box => {
+          const img = box.querySelector("img").getBoundingClientRect(), polygon = box.querySelector("polygon");
+          return [...polygon.points].map(p => p.matrixTransform(polygon.getScreenCTM()))
+              .map(p => [(p.x - img.left) / img.width * 400, (p.y - img.top) / img.height * 300]); }))""")
+    inverse = cv2.invertAffineTransform(transform)
+    assert np.allclose(drawn, [corners((400, 300), transform), corners((400, 300), inverse)], atol=3)
+    visible = "[...closer.querySelectorAll('line')].filter(l => getComputedStyle(l).display != 'none').length"
+    assert browser.eval(visible) == 0
+    browser.press("p")
+    assert browser.eval(visible) == 2 * min(int(pair["inliers"]), fc.POINTS) and browser.complaints() == []
 
 
 def test_groups_on_the_page_are_those_of_the_table(browser, tmp_path):

@@ -1,6 +1,5 @@
 """copydet.verification and verify.py: transforms, verdicts, false friends; the command resumed, in parallel, cached."""
 import csv
-import functools
 import os
 import shutil
 import signal
@@ -9,11 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-import skimage
-import sklearn
 from augly import utils as augly_utils
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -22,42 +18,15 @@ from copydet import verification as v
 from copydet.common import InputError
 from copydet.descriptors import write_descriptors
 from copydet.images import open_image
-from helpers import ROOT, draw_images, run
+from helpers import ROOT, draw_images, photo, run, turn, warp
 
 SCRIPT = "scripts/verify.py"
-SHIPPED = Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"
-
-
-@functools.cache
-def open_photo(name):
-    """A photo that scikit-image or scikit-learn ships, by its name without ending."""
-    return Image.open(next(file for folder in SHIPPED for file in folder.glob(f"{name}.*"))).convert("RGB")
-
-
-def photo(name, size=(400, 300)):
-    return ImageOps.fit(open_photo(name), size)
-
-
 def describe(img):
     return v.describe(np.asarray(img))
 
 
 def match(query, reference):
     return v.verify(describe(query), describe(reference))
-
-
-def warp(img, matrix, size):
-    """The image through a transform [2, 3], in coordinates in which it covers [0, width] x [0, height]."""
-    matrix = np.array(matrix, float)
-    by_centres = np.column_stack([matrix[:, :2], matrix[:, 2] + matrix[:, :2] @ [0.5, 0.5] - 0.5])
-    return Image.fromarray(cv2.warpAffine(np.asarray(img), by_centres, size, flags=cv2.INTER_AREA))
-
-
-def turn(degrees, scale, centre, to):
-    """Transform [2, 3] that turns and scales about `centre` and brings it to `to`."""
-    c, s = scale * np.cos(np.deg2rad(degrees)), scale * np.sin(np.deg2rad(degrees))
-    linear = np.array([[c, -s], [s, c]])
-    return np.column_stack([linear, np.array(to) - linear @ centre])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
