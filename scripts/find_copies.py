@@ -64,7 +64,7 @@ from copydet.verification import ABSTAIN, COPY, PER_JOB, Match, Verifier, batche
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 CHUNKS = 2048, 65536  # least and most images per run of train.py; in between as many as are described already
 THUMBNAIL = 256  # px
-COPIES = 300  # edited copies on which precision is measured
+COPIES = 500  # edited copies on which precision is measured
 CANDIDATES = 10  # of a query, whose local features are compared
 POINTS = 60  # of a match, that the page shows
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
@@ -535,9 +535,20 @@ def calibrate(archive: Collection, cache: Cache, extraction: Extraction, folder:
             pairs, _ = verify_pairs(queries, archive, pairs, folder, args.workers)
     made = [k for k, _ in rows]
     is_true, counted = judge(pairs, archive, queries, chosen[made], [plan[k].donors for k in made])
+    doubtful = np.flatnonzero(~is_true & counted & (pairs["score"] > 0))  # what local features took for a copy
+    counted[doubtful] = ~are_copies(archive, chosen[made][pairs["query"][doubtful]], pairs["reference"][doubtful],
+                                    folder, args.workers)
     measured = measure_answers(pairs["score"][counted], is_true[counted], len(made), n_references)
     cache.keep_measured(root, settings, measured | {"references": n_references})
     return json.dumps(measured)
+
+
+def are_copies(archive: Collection, i: np.ndarray, j: np.ndarray, folder: Path, workers: int) -> np.ndarray:
+    """bool [n]: whether images i [n] and j [n] of the archive are copies of each other, by their local features."""
+    with Verifier(workers, folder) as verifier:
+        verifier.describe([archive.files[k] for k in j])
+        jobs = batches([(archive.files[a], [archive.files[b]]) for a, b in zip(i, j)], PER_JOB)
+        return np.array([query.matches[0].verdict == COPY for done in verifier.verify(jobs) for query in done], bool)
 
 
 def of_copies(copies: Sequence[tuple[str, np.ndarray]], regions: int) -> Collection:

@@ -18,7 +18,7 @@ from copydet import verification as v
 from copydet.common import InputError
 from copydet.descriptors import write_descriptors
 from copydet.images import open_image
-from helpers import ROOT, draw_images, photo, run, turn, warp
+from helpers import ROOT, SHIPPED, draw_images, photo, run, turn, warp
 
 SCRIPT = "scripts/verify.py"
 def describe(img):
