@@ -528,7 +528,7 @@ def calibrate(archive: Collection, cache: Cache, extraction: Extraction, folder:
         files = make_copies(plan, "hard", Path(copies), args.workers)
         made = [k for k, file in enumerate(files) if file]
         described = extraction.describe([str(files[k]) for k in made], False)[0]
-        rows = [(k, one.row) for k, one in zip(made, described) if one.row is not None]
+        rows = [(k, row) for k, (row, _) in zip(made, described) if row is not None]
         queries = of_copies([(str(files[k]), row) for k, row in rows], extraction.regions)
         pairs = find_pairs(queries, archive, CANDIDATES, args.ngpu)
         if not args.no_verify:

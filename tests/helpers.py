@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 from copydet.images import UnreadableImage, open_image
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"  # photos
 WITH_PACKAGE = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "scripts", "tests"))}
 
 
@@ -112,9 +113,6 @@ def fake_describe(self, files, calibrate):
             return None, error.reason
 
     return [describe(file) for file in files], {}
-
-
-SHIPPED = Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from copydet.common import InputError
 from copydet.descriptors import write_descriptors
 from copydet.images import list_images
 from copydet.verification import corners
-from helpers import ROOT, WITH_PACKAGE, draw_images, photo, run, turn, warp
+from helpers import ROOT, WITH_PACKAGE, draw_images, fake_describe, photo, run, turn, warp
 
 SCRIPT = "scripts/find_copies.py"
 HOSTILE = ["<img src=x onerror=\"document.title='owned'\">.jpg", "</script><script>document.title='owned'</script>.jpg",
@@ -84,9 +83,8 @@ def test_hostile_folders_become_a_report_and_the_second_run_describes_nothing(tm
     skipped = {Path(row["path"]).name: row["reason"] for row in table(report / "skipped.csv")}
     assert set(skipped) == {*BAD, "folder.jpg", "loop"}
     before = (report / "index.html").read_bytes()
-    start = time.monotonic()
     again = run(*command, 0)  # flags that only say how fast to compute describe nothing anew
-    assert time.monotonic() - start < 5 and "describing" not in again.stderr
+    assert "describing" not in again.stderr
     assert (report / "index.html").read_bytes() == before and not list((report / "cache").glob(".chunk-*"))
 
 
@@ -187,6 +185,40 @@ def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, w
         assert (found[0] == found[-1]) == (more < 30) and found[-1]["photos"] == "references"
         pairs = table(tmp_path / "report" / "pairs.csv")
         assert len(pairs) >= 5 and all(0 <= float(pair["precision"]) <= 1 for pair in pairs)
+
+
+def test_precision_is_measured_on_the_way_that_all_queries_go(tmp_path, weights, monkeypatch):
+    """Edited copies are described, searched and verified; again when the archive has doubled."""
+    archive, queries = draw_images(tmp_path / "archive", 24, 128), draw_images(tmp_path / "queries", 3, 128, seed=5)
+    monkeypatch.setattr(fc.Extraction, "describe", fake_describe)
+    found, report = [], tmp_path / "report"
+    for more in (0, 1, 30):
+        draw_images(archive / f"new {more}", more, 128, seed=more)
+        assert fc.main([str(queries), str(archive), "-o", str(report), "--weight", str(weights), "-j", "1"]) == 0
+        file, = (file for file in (report / "cache").glob("*.sqlite") if not file.name.startswith("features"))
+        cache = fc.Cache(file)
+        found.append(cache.measured(str(archive), "whole, local features"))
+        cache.db.close()
+        pairs = table(report / "pairs.csv")
+        assert len(pairs) == 30 and all(0 <= float(pair["precision"]) <= 1 for pair in pairs)
+    assert [one["references"] for one in found] == [24, 24, 55] and found[0] == found[1]
+    for one in found:
+        assert np.all(np.diff(one["scores"]) > 0) and np.all(np.diff(one["recall"]) <= 0) and one["recall"][0] <= 1
+    assert not list((report / "cache").glob(".chunk-*"))
+
+
+def test_duplicates_and_pasted_images_are_no_false_answers():
+    rows = np.eye(6, dtype=np.float32)
+    rows[1] = unit_rows(1, 6)[0] * 0.01 + rows[0]  # a duplicate of image 0
+    rows[1] /= np.linalg.norm(rows[1])
+    names = [f"{i}.jpg" for i in range(6)]
+    archive = fc.Collection("a", names, names, names, [None] * 6, fc.ArrayRows(rows, np.array(names)),
+                            np.zeros(6, bool), {})
+    copies = fc.of_copies([("c0", rows[0] * 0.9), ("c2", rows[2] * 0.9)], 1)
+    pairs = np.array([(i, j, -1, -1) for i in range(2) for j in range(6)], fc.PAIRS)
+    true, counted = fc.judge(pairs, archive, copies, np.array([0, 2]), [[fc.Source("3.jpg")], []])
+    assert true.reshape(2, 6).tolist() == [[j == i for j in range(6)] for i in (0, 2)]
+    assert counted.reshape(2, 6).tolist() == [[j not in (1, 3) for j in range(6)], [True] * 6]
 
 
 def test_a_cache_in_use_is_an_error(tmp_path, weights):
