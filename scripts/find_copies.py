@@ -9,14 +9,26 @@
 Images are described by train.py, with flags of its own after `--`: -- --input-size 448 --device cpu. What is described
 stays in the cache: the next run describes only images that are new or changed (size or time; --hash: content), tries
 again those that it had no leave or memory to read, and forgets those that are gone. A run that was killed goes on from
-its last chunk.
+its last chunk. --query-regions 7 looks at parts of each query too, for copies that fill a part of it.
 
-The report is a folder that opens from disk: index.html with thumbnails, pairs.csv (query_id, reference_id: paths, or
-ids of descriptor files; score: minus the squared L2 distance; blank; precision, where the checkpoint carries a
-calibration; group, within one collection; same_file), and skipped.csv, the images that could not be read. Search is
-exact. Images of one flat colour are as like to each other as copies are: `blank` says yes where a pair has one, and
-where there is a threshold such pairs are left out. Two names of one file, hard or symbolic links, are no copies: they
-stand last, without a score, same_file says what they are, and within one collection only one of the names is searched.
+The ten best answers to each query are then verified: local features of both images are compared, and geometry decides
+whether the query shows the archive's image (copy), a part of it (shares a part: a logo, text, frame or texture), or
+cannot tell (not verifiable: blank, tiny). Precision is measured on edited copies of some images of the archive, which
+go the same way as the queries: once, and again when the archive has doubled.
+
+The report is a folder that opens from disk: index.html with thumbnails, and the outline of the archive's image in the
+query; pairs.csv; and skipped.csv, the images that could not be read. Search is exact. pairs.csv, best first:
+
+    query_id, reference_id   paths, or ids of descriptor files
+    score          above 0, up to 1, for verified copies; else minus the squared L2 distance of the descriptors, nearer
+                   to 0 where the images share a part
+    blank          yes where an image shows one flat colour: such images are as like to each other as copies are. Where
+                   there is a threshold they are left out
+    inliers, coverage_query, coverage_reference, verdict, outline   of verification, see verify.py
+    precision      fraction of copies among pairs of this score and above
+    group          within one collection: number of the group that verified copies link
+    same_file      two names of one file, hard or symbolic links, are no copies: they stand last, without a score;
+                   within one collection only one of the names is searched
 """
 from __future__ import annotations
 
@@ -916,8 +928,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "for copies that fill a part of it: whole, 7, 19, or boxes as train.py takes them (default: whole)")
     g = parser.add_argument_group("pairs")
     g.add_argument("--topk", type=int, default=10, metavar="K", help="answers per query (default: %(default)s)")
-    g.add_argument("--threshold", type=score, metavar="SCORE", help="pairs.csv holds pairs from this score on, 0 "
-                   "at most, the page starts with it (default: all)")
+    g.add_argument("--threshold", type=score, metavar="SCORE", help="pairs.csv holds pairs from this score on, the "
+                   "page starts with it; 0: verified copies (default: all)")
     g.add_argument("--precision", type=fraction, metavar="P", help="the threshold that reaches this precision, by the "
                    "checkpoint's calibration for an archive of this size")
     g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy, for "

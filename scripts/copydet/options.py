@@ -81,10 +81,10 @@ def real(text: str) -> float:
 
 
 def score(text: str) -> float:
-    """Type of a flag: a score, minus a squared distance."""
+    """Type of a flag: a score, minus a squared distance, or above 0 where local features say copy."""
     value = real(text)
-    if value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is above 0, which no score is: they are minus squared distances")
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is above 1, which no score is")
     return value
 
 
