@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import copydet
 from copydet.calibration import Calibration
-from copydet.checkpoints import newest_checkpoint
+from copydet.checkpoints import newest_checkpoint, weights_sha256
 from copydet.common import ROOT, InputError, OutputFolder, WorkError, is_page, manifest_of, replacing, run_main, shown
 from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
 from copydet.images import (BLANK, FOLDERS, IMAGE, IMAGE_ENDINGS, NOT_NOW, UnreadableImage, beside, id_of, list_images,
@@ -243,13 +243,13 @@ class Extraction:
 
     def __init__(self, weights, flags, folder):
         self.weights, self.flags, self.folder = weights, flags, folder
-        self.key = self.hash_settings(sha256_of(weights[1]))
+        self.key = self.hash_settings(weights_sha256(weights[1]))
         self.prefix = f".chunk-{self.key}-"  # hidden, lest they are taken for images; no other cache has these
 
     def hash_settings(self, sha256: str) -> str:
         """Hash of all that descriptors depend on; flags that only say where and how fast to compute are left out."""
         neutral = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-        neutral.add_argument("--multiprocessing-distributed", "--strict", action="store_true")
+        neutral.add_argument("--multiprocessing-distributed", "--strict", "--allow-code", action="store_true")
         neutral.add_argument("-j", "--workers", "-b", "--batch-size", "--device", "--gpu", "--nproc", "--dist-url")
         flags = neutral.parse_known_args(self.flags)[1]
         return hashlib.sha256(json.dumps([self.weights[0], sha256, flags]).encode()).hexdigest()[:16]
@@ -709,7 +709,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the report")
     g = parser.add_argument_group("what describes images")
     g.add_argument("--exp", metavar="NAME", help="the newest checkpoint of exp/NAME")
-    g.add_argument("--weight", metavar="FILE", help="this checkpoint")
+    g.add_argument("--weight", metavar="FILE", help="this checkpoint, or what else train.py takes: for ONNX or "
+                   "TorchScript of other programs with -- --preset NAME, or -- --input-size PX ...")
     g.add_argument("--backbone-weights", metavar="FILE", help="raw features of these weights (with -- -a ARCH)")
     g.add_argument("--cache", metavar="DIR", help="what was described, for any number of reports; can be deleted any "
                    "time (default: cache in the report)")

@@ -104,8 +104,6 @@ REFUSED = [
      "extract: holds what is not of this"),
     ("train", ["exp/extract/fb-isc-submission.h5"], "--mode extract --exp {exp} --no-pretrained -a test_efficientnet "
      "--target-set r bench", "not an HDF5 file"),
-    ("train", ["config.json"], "--mode export --weight net.pth.tar --format safetensors -o net.safetensors",
-     "config.json is there already"),
 ]
 
 
