@@ -38,8 +38,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
-from copydet.common import (InputError, OutputFolder, WorkError, locked, make_folder, manifest_of, open_folder,
-                            replacing, run_main, shown)
+from copydet.common import (InputError, OutputFolder, WorkError, check_output, locked, make_folder, manifest_of,
+                            open_folder, replacing, run_main, shown)
 from copydet.options import Args, parse_args
 
 if __name__ == "__main__":
@@ -58,7 +58,7 @@ from copydet.batches import EpochBatches, Images, check_shared_memory, collate_v
 from copydet.calibration import measure
 from copydet.checkpoints import find_source, load_net, load_weights, newest_checkpoint, read_checkpoint
 from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
-from copydet.export import ENDINGS, FORMATS, INPUT, check_target
+from copydet.export import ENDINGS, FORMATS, INPUT
 from copydet.extraction import (Blocks, describe_images, describe_views, extract, load_descriptor, output_folder,
                                 prepare_extraction, settings_of, versions)
 from copydet.images import IMAGE_ENDINGS, list_images, list_negatives, list_pairs, not_read, write_skipped
@@ -297,7 +297,8 @@ class Trainer:
     def describe_views(self, describe: Callable, paths: list, pipelines: list,
                        preprocessing: Preprocessing) -> list[torch.Tensor]:
         """`describe` of training images `paths` in a view by each of the pipelines, the network in evaluation mode."""
-        return describe_views(self.net.eval(), describe, paths, self.args.dir, pipelines, preprocessing, self.args.seed,
+        self.net.eval()
+        return describe_views(describe, paths, self.args.dir, pipelines, preprocessing, self.args.seed,
                               self.args.workers, self.rank)
 
     def pool_views(self, paths: list, pipelines: list, preprocessing: Preprocessing,
@@ -621,13 +622,13 @@ def export(args: Args) -> None:
     args, source = find_source(args)
     path = Path(args.output or args.out / f"descriptor{ENDINGS[args.format]}")
     make_folder(path.parent)
-    check_target(args.format, path, source.file)
-    net = load_net(args, source)
-    config = settings_of(args, source) | {"mean": net.mean, "std": net.std, "dim": net.dim, "input": INPUT,
-                                          "output": "descriptors: float32 [n, dim], unit length"}
-    with locked(path.with_name(".config.json.lock"), path.parent, wait=True):  # weights and config.json are a pair
-        check_target(args.format, path, source.file)
-        FORMATS[args.format](net, config, path)
+    check_output("-o", path, [source.file] if source.file else [])
+    net: Any = load_net(args, source)
+    config = settings_of(args, source) | {
+        "mean": net.mean, "std": net.std, "dim": net.dim, "input": INPUT,
+        "output": "descriptors: float32 [n, dim], unit length", "calibration": source.calibration,
+        **{name: getattr(args, name) for name in ("view1", "op_prob", "calibrate")}}
+    FORMATS[args.format](net, config, path)
     print(f"=> wrote {path}")
 
 

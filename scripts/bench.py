@@ -320,11 +320,13 @@ def bench_extract(bench: argparse.Namespace) -> Iterator[Figure]:
     from copydet.checkpoints import load_net, take_source
     from copydet.distributed import pick_precision
     from copydet.extraction import Block, Blocks, Noted, describe_images
+    from copydet.network import Descriptor
     from copydet.views import Preprocessing, WholeImages
     args, source = take_source(recipe(bench, "--mode", "extract", "--input-size", 224, "--resize", "square",
                                       "--batch-size", 64), None)
     rank = single_process(args)
     device, net = rank.device, load_net(args, source)
+    assert isinstance(net, Descriptor)
     preprocessing = Preprocessing.of(args, net)
     net.amp_dtype = pick_precision(args, device)
     faster = copy.deepcopy(net).folded(224)  # as extraction does

@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 import copydet
 from copydet.calibration import DUPLICATE, Calibration, measure_answers
-from copydet.checkpoints import newest_checkpoint
+from copydet.checkpoints import newest_checkpoint, weights_sha256
 from copydet.common import (ROOT, InputError, OutputFolder, WorkError, is_page, manifest_of, replacing, run_main, shown,
                             time_of)
 from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
@@ -277,13 +277,13 @@ class Extraction:
         self.calibrates = True  # on the images it describes, as train.py does
         if self.regions > 1:
             self.flags = [*flags, "--query-regions", regions]
-        self.key = self.hash_settings(sha256_of(weights[1]))
+        self.key = self.hash_settings(weights_sha256(weights[1]))
         self.prefix = f".chunk-{self.key}-"  # hidden, lest they are taken for images; no other cache has these
 
     def hash_settings(self, sha256: str) -> str:
         """Hash of all that descriptors depend on; flags that only say where and how fast to compute are left out."""
         neutral = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-        neutral.add_argument("--multiprocessing-distributed", "--strict", action="store_true")
+        neutral.add_argument("--multiprocessing-distributed", "--strict", "--allow-code", action="store_true")
         neutral.add_argument("-j", "--workers", "-b", "--batch-size", "--device", "--gpu", "--nproc", "--dist-url")
         flags = neutral.parse_known_args(self.flags)[1]
         return hashlib.sha256(json.dumps([self.weights[0], sha256, flags]).encode()).hexdigest()[:16]
@@ -917,7 +917,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the report")
     g = parser.add_argument_group("what describes images")
     g.add_argument("--exp", metavar="NAME", help="the newest checkpoint of exp/NAME")
-    g.add_argument("--weight", metavar="FILE", help="this checkpoint")
+    g.add_argument("--weight", metavar="FILE", help="this checkpoint, or what else train.py takes: for ONNX or "
+                   "TorchScript of other programs with -- --preset NAME, or -- --input-size PX ...")
     g.add_argument("--backbone-weights", metavar="FILE", help="raw features of these weights (with -- -a ARCH)")
     g.add_argument("--cache", metavar="DIR", help="what was described, for any number of reports; can be deleted any "
                    "time (default: cache in the report)")

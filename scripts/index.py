@@ -59,7 +59,8 @@ MILVUS_INSTALL = "pip install --no-deps -r requirements-scale.txt"
 
 def made_by(attrs: dict) -> str:
     """Hash of what made descriptors: checkpoint, settings, post-processing. Equal where distances mean something."""
-    return hashlib.sha256(json.dumps([str(attrs.get(name)) for name in MADE_BY]).encode()).hexdigest()[:16]
+    said = [name for name in MADE_BY if name in attrs or name not in ("mean", "std")]  # those of other programs have
+    return hashlib.sha256(json.dumps([str(attrs.get(name)) for name in said]).encode()).hexdigest()[:16]
 
 
 def open_shard(path: str | Path) -> tuple[Descriptors, Rows]:

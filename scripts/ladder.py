@@ -52,7 +52,7 @@ import numpy as np
 from PIL import Image
 
 from copydet.checkpoints import newest_checkpoint
-from copydet.common import ROOT, InputError, OutputFolder, first_three, read_json, replacing, run_main
+from copydet.common import ROOT, InputError, OutputFolder, check_file, first_three, read_json, replacing, run_main
 from copydet.descriptors import write_descriptors
 from copydet.images import FOLDERS, UnreadableImage, id_of, list_images, open_image, write_skipped
 from copydet.metrics import read_ground_truth
@@ -64,7 +64,7 @@ COLUMNS = ("recipe", "seed", "status", "steps", "minutes", "ap", "r_p90", "isola
 BASELINES = {"raw": "the network's features without training",
              "centred": "raw, minus the mean of the training images, unit length",
              "pdq": "PDQ, a perceptual hash of 256 bits", "phash": "pHash, a perceptual hash of 64 bits"}
-OURS = ("--mode", "--exp", "--seed", "--weight", "--resume", "--start-epoch", "--epoch-steps", "--target-set")
+OURS = ("--mode", "--exp", "--seed", "--resume", "--start-epoch", "--epoch-steps", "--target-set")
 BENCHMARK_FLAGS = ("strength", "edits", "references", "queries", "distractors", "training", "tile")
 TRUTH = "public_ground_truth.csv"
 SAVE_STEPS = 100  # a training that was killed loses no more
@@ -72,6 +72,13 @@ PROBE_STEPS, PROBE_ROW = 20, 5  # steps of the probe and per row of its log; the
 
 
 Row = dict[str, str]  # of ladder.csv: column -> value, "" where there is none
+
+
+class Weight(NamedTuple):
+    """A descriptor that is there already: `words` describe with it, `text` is what the row shows of them."""
+    name: str
+    words: list[str]
+    text: str
 
 
 class Failed(Exception):
@@ -302,6 +309,10 @@ class Ladder:
             raise InputError(f"{self.out}: another ladder, or a command of a killed one, still runs there") from None
         file = self.out / "ladder.csv"
         self.rows = read_rows(file) if file.is_file() else {}
+        for weight in args.weight:
+            if self.rows.get((weight.name, ""), {"idea": weight.text})["idea"] != weight.text:
+                raise InputError(f"--weight '{weight.text}': {self.out} has a row {weight.name} of other flags; rename "
+                                 "the file, or give another folder with -o")
 
     def check_settings(self) -> None:
         """Take up the settings of ladder.json, if there is one; InputError names the first that differs."""
@@ -427,6 +438,10 @@ class Ladder:
         self.command(folder / "output.txt", SCRIPTS / "postprocess.py", raw, "-o", file, "center", "l2")
         return file, {}
 
+    def describe(self, weight: Weight, folder: Path) -> tuple[Path, Row]:
+        """`work` of the row of a descriptor that is there already."""
+        return self.extract(folder, *weight.words), {}
+
     def climb(self, recipe: Recipe, seed: str, folder: Path) -> tuple[Path, Row]:
         """`work` of a recipe's row: train, or go on with it, and extract."""
         overrides = flags_for(recipe, self.args.overrides)
@@ -491,6 +506,8 @@ class Ladder:
         """Everything that has no row yet; returns whether all rows of this command are good."""
         self.build_benchmark()
         wanted = [(name, "", BASELINES[name], partial(self.baseline, name)) for name in self.args.baselines]
+        wanted += [(weight.name, "", weight.text, partial(self.describe, weight))
+                   for weight in self.args.weight]
         wanted += [(recipe.name, seed, recipe.idea, partial(self.climb, recipe, seed))
                    for seed in map(str, range(1, self.args.seeds + 1)) for recipe in self.args.recipes]
         for name, seed, idea, work in wanted:
@@ -503,9 +520,9 @@ class Ladder:
 
 
 def by_recipe(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows -> name -> those of its seeds; baselines first."""
+    """Rows -> name -> those of its seeds; baselines, which have no seed, first."""
     groups: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["recipe"] not in BASELINES):
+    for row in sorted(rows, key=lambda row: row["seed"] != ""):
         groups.setdefault(row["recipe"], []).append(row)
     return groups
 
@@ -560,7 +577,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         if "raw" in groups:
             axes.axhline(numbers(groups["raw"], column)[0], color="tab:blue", linestyle="--", linewidth=1, zorder=1,
                          label="raw features")
-        axes.axvspan(-0.5, sum(name in BASELINES for name in groups) - 0.5, color="0.94", zorder=0, linewidth=0)
+        untrained = sum(not group[0]["seed"] for group in groups.values())
+        axes.axvspan(-0.5, untrained - 0.5, color="0.94", zorder=0, linewidth=0)
         axes.set(ylabel=label, xlim=(-0.5, len(groups) - 0.5))
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", alpha=0.3)
@@ -612,6 +630,8 @@ def build_parser() -> argparse.ArgumentParser:
                    "(default: %(default)s)")
     p.add_argument("--baselines", metavar="A,B", help=f"out of {', '.join(BASELINES)} (default: all; raw and centred "
                    "only with --backbone-weights or --no-pretrained)")
+    p.add_argument("--weight", action="append", default=[], metavar="'FILE FLAGS'", help="a row for this descriptor, "
+                   "with flags of its own, such as 'sscd.onnx --preset sscd'; can be given again")
     p.add_argument("-o", "--output", type=Path, default=ROOT / "exp" / "ladder", metavar="DIR", help="folder of the "
                    "ladder (default: exp/ladder)")
     g = p.add_argument_group("benchmark (see make_benchmark.py)")
@@ -639,6 +659,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_numbers([(flag.lstrip("-"), " ".join(values)) for flag, *values in args.overrides], "train.py's flags")
     args.recipes = with_parents(args.recipes.split(","))
     args.baselines = choose_baselines(args.baselines, flags)
+    args.weight = read_weights(args.weight, [*BASELINES, *(recipe.name for recipe in args.recipes)])
     args.benchmark = [f"--{flag}={getattr(args, flag)}" for flag in BENCHMARK_FLAGS if getattr(args, flag)]
     if is_benchmark(args.images) and not all((args.images / name).is_dir() for name in FOLDERS.values()):
         raise InputError(f"{args.images}: a benchmark needs the folders {', '.join(FOLDERS.values())}")
@@ -646,6 +667,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(f"{args.images} is a benchmark already, of which --benchmark-images, --strength and the like "
                          "change nothing")
     return args
+
+
+def read_weights(texts: list[str], taken: list[str]) -> list[Weight]:
+    """['FILE FLAGS'] -> Weights, by the name of the file. Raises InputError: no file, a name that is `taken`."""
+    weights: list[Weight] = []
+    for text in texts:
+        try:
+            file, *flags = shlex.split(text)
+        except ValueError:
+            raise InputError(f"--weight '{text}': give 'FILE FLAGS'") from None
+        check_file(file, "--weight")
+        name = Path(file).name.partition(".")[0]
+        if name in [*taken, *(weight.name for weight in weights)]:
+            raise InputError(f"--weight {file}: there is a row {name} already; rename it")
+        weights.append(Weight(name, ["--weight", str(Path(file).resolve()), *flags],
+                              shlex.join([Path(file).name, *flags])))
+    return weights
 
 
 def choose_baselines(text: str | None, flags: set[str]) -> list[str]:

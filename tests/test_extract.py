@@ -18,6 +18,7 @@ import timm
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
+from safetensors import safe_open
 
 import train
 from copydet import load_descriptor, options
@@ -171,7 +172,8 @@ def test_a_recipe_extracts_with_what_it_trained_not_with_what_it_started_from(tm
     done = run("train.py", *flags, "--mode", "extract", "--weight", weights, data)  # typed by hand
     assert f"from {weights}" in done.stdout
     run("train.py", *flags, "--mode", "export", "--format", "safetensors", "-o", tmp_path / "net.safetensors")
-    config = json.loads((tmp_path / "config.json").read_text())
+    with safe_open(tmp_path / "net.safetensors", "pt") as tensors:
+        config = json.loads(tensors.metadata()["config"])
     assert config["checkpoint_sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
 
 

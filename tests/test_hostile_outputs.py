@@ -116,8 +116,6 @@ REFUSED = [
      "test_efficientnet --target-set r bench", "fb-isc-submission.h5: is a folder"),
     ("train", [], "--mode export --weight net.pth.tar -o gt.csv/n.onnx", "gt.csv: File exists"),
     ("train", [], "--exp {exp}caf\udce9 ph", "TensorBoard writes to no path that is not UTF-8"),
-    ("train", ["config.json"], "--mode export --weight net.pth.tar --format safetensors -o net.safetensors",
-     "config.json is there already"),
 ]
 
 

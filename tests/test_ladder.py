@@ -10,6 +10,7 @@ from pathlib import Path
 import imagehash
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, draw_images, run
 from PIL import Image
 
@@ -48,7 +49,9 @@ def climbed(tmp_path_factory):
     assert process.returncode == 130
     before = rows(tmp / "ladder")
     run(*both, code=1)
-    return tmp / "ladder", both, before, run(*command, 2, "--recipes", tmp / "first.args").stdout
+    torch.jit.save(torch.jit.script(torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten())), tmp / "known.pt")
+    known = f"{tmp}/known.pt --allow-code --input-size 32 --resize square --mean 0.5 --std 0.5"
+    return tmp / "ladder", both, before, run(*command, 2, "--recipes", tmp / "first.args", "--weight", known).stdout
 
 
 def test_a_stopped_ladder_goes_on_and_keeps_its_rows(climbed):
@@ -56,7 +59,7 @@ def test_a_stopped_ladder_goes_on_and_keeps_its_rows(climbed):
     after = rows(folder)
     assert len(before) == 2 and after[:2] == before
     assert [(row["recipe"], row["seed"]) for row in after] == [("phash", ""), ("first", "1"), ("second", "1"),
-                                                               ("broken", "1"), ("first", "2")]
+                                                               ("broken", "1"), ("known", ""), ("first", "2")]
     assert (folder / "first-s1" / "output.txt").read_text().count("--save-steps") == 1  # trained once
 
 
@@ -85,7 +88,7 @@ def test_table_and_picture(climbed):
     line = next(line for line in said.splitlines() if line.startswith("first "))
     scores = [float(row["ap"]) for row in rows(folder) if row["recipe"] == "first"]
     assert f"{np.mean(scores):.3f} ({min(scores):.3f}..{max(scores):.3f})" in line and "metric learning" in line
-    assert "seed 1, failed: " in said
+    assert "seed 1, failed: " in said and "known.pt --allow-code --input-size 32" in said
     img = Image.open(folder / "ladder.png")
     assert img.format == "PNG" and min(img.size) > 500
 
@@ -94,11 +97,12 @@ def test_table_and_picture(climbed):
     (["--steps", "5"], "budget '3 steps', not '5 steps'"),
     (["--lr", "0.5"], "overrides"),
     (["--strength", "hard"], "benchmark"),
+    (["--weight", "{tmp}/known.pt --preset sscd"], "has a row known of other flags"),
 ])
 def test_other_settings_are_refused(climbed, changed, words):
     folder, command, _, _ = climbed
     before = (folder / "ladder.csv").read_bytes()
-    said = run(*command, *changed, code=2).stderr
+    said = run(*command, *(word.format(tmp=folder.parent) for word in changed), code=2).stderr
     assert len(said.splitlines()) == 1 and words in said
     assert (folder / "ladder.csv").read_bytes() == before
 
@@ -118,6 +122,8 @@ def test_a_changed_recipe_is_refused(climbed):
     (["--recipes", "v5", "--baselines", "raw"], "--backbone-weights"),
     (["--recipes", "v5", "--baselines", "sift"], "sift"),
     (["--recipes", "v5", "more"], "more"),
+    (["--recipes", "v5", "--weight", "nowhere.onnx --preset sscd"], "--weight: no such file: nowhere.onnx"),
+    (["--recipes", "v5", "--weight", "exp/v5.args"], "there is a row v5 already"),
 ])
 def test_wrong_flags_are_told_in_one_line(tmp_path, flags, words):
     said = run("scripts/ladder.py", tmp_path, "-o", tmp_path / "ladder", *flags, code=2).stderr

@@ -328,7 +328,7 @@ def class_vectors(net, folder, classes):
     paths = sorted(str(path) for path in folder.iterdir())[:classes]
     whole = WholeImages(paths, Preprocessing.of(args_of("v3", folder), net))
     with torch.no_grad():
-        return net.eval().embed(collate_images([whole[i] for i in range(classes)])[1].to("cpu")).T
+        return net.eval().embed(collate_images([whole[i] for i in range(classes)])[0][0][1].to("cpu")).T
 
 
 def test_v3_classes_start_as_their_photos_on_any_number_of_processes(data, tmp_path, monkeypatch):

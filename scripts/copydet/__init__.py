@@ -14,6 +14,7 @@ In the order the data flows:
     losses          losses, memory of earlier batches
     whitening       what the head can be fitted to after training
     checkpoints     reading and finding them
+    graphs          ONNX and TorchScript as descriptors
     log             of a training run
     extraction      descriptors of all images of a run
     descriptors     the HDF5 files they are kept in

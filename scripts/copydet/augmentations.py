@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from copydet.images import ImageFile, through_jpeg
 
+LONGEST = 4  # times the shorter side, of what --resize short makes
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 
 
@@ -357,9 +358,15 @@ def erased_part(side: int, rng: np.random.Generator) -> tuple[int, int, np.ndarr
 
 
 # name -> whole image, uint8 tensor [3, h, w], to a square of a size, for extraction and the `clean` view
+def shorter_side(sides: Sequence[int], size: int) -> list[int]:
+    """Sides of an image whose shorter one is made `size`, the longer one LONGEST times that at most."""
+    return [min(int(size * side / min(sides)), LONGEST * size) for side in sides]
+
+
 RESIZES: dict[str, Callable] = {
     "crop": lambda img, s: TF.center_crop(TF.resize(img, s + 32), [s, s]),  # notes v3..v51
     "square": lambda img, s: TF.resize(img, [s, s]),  # notes v52 and later
+    "short": lambda img, s: TF.resize(img, shorter_side(img.shape[-2:], s)),  # extraction only
 }
 
 

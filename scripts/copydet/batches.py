@@ -23,7 +23,7 @@ class Images:
     """Images or views on their way to the device: bytes, a quarter of what `to` makes of them there, and beside them
     the noise of erased parts.
 
-    Attributes: pixels: uint8 [n, s, s, 3]; boxes: [(row, top, left, height, width)] of erased parts; noise: their
+    Attributes: pixels: uint8 [n, h, w, 3]; boxes: [(row, top, left, height, width)] of erased parts; noise: their
     normalised values one after the other, float32 [sum of 3 * height * width]: one tensor, as each takes a file
     descriptor.
     """
@@ -52,7 +52,7 @@ class Images:
            memory_format: torch.memory_format = torch.channels_last) -> torch.Tensor:
         """Normalised float32 [n, 3, s, s] on the device, channels last as the pixels are."""
         mean, std = (torch.tensor(x).to(device, non_blocking=True) for x in (self.mean, self.std))
-        side = self.pixels.shape[1]
+        side = self.pixels.shape[2]
         pinned = self.pixels.is_pinned()  # else a loading process may write over what is not copied yet
         rows = self.pixels.to(device, non_blocking=non_blocking and pinned).flatten(2)
         rows = rows.float()  # long rows: the fast way on CPUs
@@ -104,11 +104,15 @@ class EpochBatches:
             done = 0
 
 
-def collate_images(items: Sequence[tuple]) -> tuple[list[int], Images | None, list[tuple[int, str]]]:
-    """-> indices of images, their Images or None, [(index, reason)] of unreadable and of blank ones."""
-    good = [(i, images) for i, images, _ in items if images is not None]
-    images = collate_views([(images, [0], [], []) for _, images in good])[0] if good else None
-    return [i for i, _ in good], images, [(i, reason) for i, _, reason in items if reason is not None]
+def collate_images(items: Sequence[tuple]) -> tuple[list[tuple[list[int], Images]], list[tuple[int, str]]]:
+    """-> [(indices of images, their Images)], one for each size that they come in, and [(index, reason)] of unreadable
+    and of blank ones."""
+    sizes: dict[tuple, list] = {}
+    for i, images, _ in items:
+        if images is not None:
+            sizes.setdefault(images.pixels.shape, []).append((i, images))
+    return [([i for i, _ in good], collate_views([(images, [0], [], []) for _, images in good])[0])
+            for good in sizes.values()], [(i, reason) for i, _, reason in items if reason is not None]
 
 
 PREFETCHED = 2  # batches that each loading process has ready

@@ -1,25 +1,31 @@
-"""Checkpoints: plain dicts of tensors and values that load without running code, and what they say of their network."""
+"""What --weight can be: checkpoints, plain dicts of tensors and values that load without running code, what --mode
+export wrote, graphs of other programs; and what they say of their network."""
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import pickle
 import re
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copydet.common import InputError, check_file, read_json
-from copydet.options import Args, can_be
+from copydet.common import InputError, read_json
+from copydet.options import OF_OTHERS, Args, can_be
 
 if TYPE_CHECKING:
     import torch
 
+    from copydet.graphs import Graph
     from copydet.network import Descriptor
 
-FROM_CHECKPOINT = ("arch", "pool", "stages", "grid", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "eval_crops",
-                   "input_size", "resize", "exif_transpose", "decode")
+OF_NETWORK = ("arch", "pool", "stages", "grid", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "eval_crops")
+OF_IMAGES = ("input_size", "resize", "exif_transpose", "decode")
+FROM_CHECKPOINT = OF_NETWORK + OF_IMAGES
 PACKAGED = {"gem_eval_p": 1.0, "resize": "square"}  # how the winner's package evaluates, whatever its files say
 
 
@@ -29,14 +35,40 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
+def kind_of(file: str | Path) -> str:
+    """Of a file of weights, in READERS: by its ending, TorchScript by its content, as its endings are those of
+    checkpoints."""
+    if (ending := Path(file).suffix.lower()[1:]) in READERS:
+        return ending
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any("/code/" in name for name in archive.namelist()):
+                return "torchscript"
+    except (OSError, zipfile.BadZipFile):
+        pass
+    return "checkpoint"
+
+
+def read_weights(file: str | Path) -> dict:
+    """What a file of any kind holds, as the dict of a checkpoint; a graph has its kind as `graph` in place of
+    `state_dict`. Raises InputError: not readable, or not what its kind has to be."""
+    return READERS[kind_of(file)](file)
+
+
 def read_checkpoint(file: str | Path) -> dict:
+    """The same of weights that can be trained on. InputError: a graph, whose network is finished."""
+    found = read_weights(file)
+    if "graph" in found:
+        raise InputError(f"{file} is a finished network, which can describe images (--mode extract) and nothing else")
+    return found
+
+
+def read_saved(file: str | Path) -> dict:
     """Dict of a checkpoint of this script or of the published ISC21 weights; tensors on the CPU.
 
     Only tensors, plain containers and argparse.Namespace are unpickled. InputError: anything else, not readable.
     """
     import torch
-    if str(file).endswith(".safetensors"):
-        return read_safetensors(Path(file))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -63,21 +95,55 @@ def read_checkpoint(file: str | Path) -> dict:
     return checkpoint | {"state_dict": state, "args": args}
 
 
-def read_safetensors(file: Path) -> dict:
-    """The same of weights that --mode export wrote, with config.json beside them."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    config = file.with_name("config.json")
-    check_file(file)
-    settings = read_json(config)
+def read_safetensors(file: str | Path) -> dict:
+    """The same of weights that --mode export wrote; older versions wrote config.json beside them."""
+    from safetensors import SafetensorError, safe_open
     try:
-        state = load_file(file)
+        with safe_open(file, "pt") as tensors:
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}
+            text = (tensors.metadata() or {}).get("config")
+        beside = Path(file).with_name("config.json")
+        if not (text or beside.is_file()):
+            raise InputError(f"{file} is not what --mode export writes: no settings in its metadata, no config.json")
+        config = json.loads(text) if text else read_json(beside)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read: {(str(error).splitlines() or ['broken'])[0]}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{config} is not what --mode export writes")
-    return {"state_dict": state, "args": settings, "arch": settings.get("arch"), "preprocess": settings,
-            "contaminated": settings.get("contaminated")}
+    return {"state_dict": state} | exported(file, config)
+
+
+def read_graph(file: str | Path) -> dict:
+    """The same of ONNX and TorchScript. Of another program: nothing but the kind."""
+    from copydet.graphs import KINDS
+    kind = kind_of(file)
+    config = KINDS[kind].metadata(file)
+    ours = isinstance(config, dict) and str(config.get("output", "")).startswith("descriptors: ")
+    return {"graph": kind} | (exported(file, config) if ours else {})
+
+
+READERS: dict[str, Callable[[str | Path], dict]] = {
+    "checkpoint": read_saved, "safetensors": read_safetensors, "onnx": read_graph, "torchscript": read_graph}
+
+
+def exported(file: str | Path, config: dict) -> dict:
+    """The metadata of a file that --mode export wrote, as a checkpoint says the same. Raises InputError: they are not
+    that."""
+    if not isinstance(config, dict) or not all(
+            isinstance(config.get(name), kind) for name, kind in (("arch", str), ("input_size", int), ("resize", str),
+                                                                  ("mean", list), ("std", list))):
+        raise InputError(f"{file}: its metadata are not what --mode export writes")
+    return {"args": config, "arch": config["arch"], "preprocess": config, "contaminated": config.get("contaminated"),
+            "calibration": config.get("calibration"), "made_from": config.get("checkpoint_sha256")}
+
+
+def weights_sha256(file: str | Path) -> str:
+    """Hex digest of a file of weights; with FILE.data, where large ONNX keeps them."""
+    digest = hashlib.sha256()
+    for part in (str(file), f"{file}.data"):
+        if part == str(file) or os.path.isfile(part):
+            with open(part, "rb") as data:
+                while block := data.read(2**20):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 def load_weights(net: torch.nn.Module, state: dict, file: str | Path) -> None:
@@ -95,21 +161,23 @@ def load_weights(net: torch.nn.Module, state: dict, file: str | Path) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """What describes images: a checkpoint, or a backbone alone."""
+    """What describes images: a checkpoint, what was exported, a graph of another program, or a backbone alone."""
     file: str | Path | None  # None: a backbone alone
-    arch_tag: str
-    sha256: str
+    arch_tag: str  # "": of another program
+    sha256: str  # of the checkpoint, that which was exported too
+    file_sha256: str
     state: dict = field(default_factory=dict)
     preprocess: dict = field(default_factory=dict)  # mean and std, where the checkpoint tells them
     contaminated: str | None = None  # the ground truth that it was trained on
     calibration: dict | None = None
+    graph: Graph | None = None
 
 
 def take_source(args: Args, file: str | Path | None) -> tuple[Args, Source]:
-    """What the checkpoint `file` holds (None: a backbone alone), and the command line with the settings of the
-    checkpoint that were not given. Raises InputError: not readable, unknown network."""
-    from copydet.network import check_arch
-    checkpoint = read_checkpoint(file) if file else {}
+    """What the file of weights holds (None: a backbone alone), and the command line with the settings of the file that
+    were not given. Raises InputError: not readable, unknown network, flags that contradict the file."""
+    read = read_weights if args.mode == "extract" else read_checkpoint
+    checkpoint = read(file) if file else {}
     stored = dict(checkpoint.get("args", {}))
     if file:
         stored["arch"] = checkpoint.get("arch") or stored.get("arch")
@@ -120,16 +188,40 @@ def take_source(args: Args, file: str | Path | None) -> tuple[Args, Source]:
         stored["input_size"] = stored["eval_input_size"]
     args = args.replace(**{name: stored[name] for name in (*FROM_CHECKPOINT, "view1", "op_prob", "calibrate")
                            if name not in args.given and stored.get(name) is not None})
+    check_given(args, file, checkpoint, stored)
+    graph, arch_tag = None, ""
+    if "graph" in checkpoint:
+        from copydet.graphs import open_graph
+        args, graph = open_graph(checkpoint["graph"], str(file), args, checkpoint.get("preprocess", {}))
+        arch_tag = stored["arch"] or ""
+    else:
+        from copydet.network import check_arch
+        arch_tag = check_arch(args.arch)
     if checkpoint.get("packaged"):
         print(f"=> {file}: weights of the ISC21 winner's script, described as its package does: GeM p "
               f"{args.gem_eval_p:g}, {args.input_size} px, {args.resize}")
     if not file and "head" not in args.given:
         args = args.replace(head="none")
     same = all(getattr(args, name) == stored.get(name) for name in FROM_CHECKPOINT)
-    data = Path(file or args.backbone_weights or os.devnull).read_bytes()
-    return args, Source(file, check_arch(args.arch), hashlib.sha256(data).hexdigest(), checkpoint.get("state_dict", {}),
+    sha256 = weights_sha256(file or args.backbone_weights or os.devnull)
+    return args, Source(file, arch_tag, checkpoint.get("made_from") or sha256, sha256, checkpoint.get("state_dict", {}),
                         checkpoint.get("preprocess", {}), checkpoint.get("contaminated"),
-                        checkpoint.get("calibration") if same else None)  # it was measured with those settings
+                        checkpoint.get("calibration") if same else None,  # it was measured with those settings
+                        graph)
+
+
+def check_given(args: Args, file: str | Path | None, checkpoint: dict, stored: dict) -> None:
+    """Raise InputError naming a flag that contradicts the file: settings of a finished network, or of images that the
+    file tells of."""
+    if "graph" in checkpoint:
+        for name in OF_NETWORK:
+            if name in args.given and getattr(args, name) != stored.get(name):
+                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: {file} is a finished network"
+                                 + (f", which has {stored[name]}" if stored.get(name) is not None else ""))
+    if "graph" not in checkpoint or stored.get("arch"):
+        for name in OF_OTHERS[:3]:
+            if name in args.given:
+                raise InputError(f"--{name}: for a --weight of another program; {file or 'the backbone'} has its own")
 
 
 def find_source(args: Args) -> tuple[Args, Source]:
@@ -143,8 +235,10 @@ def find_source(args: Args) -> tuple[Args, Source]:
     return take_source(args, file)
 
 
-def load_net(args: Args, source: Source) -> Descriptor:
+def load_net(args: Args, source: Source) -> Descriptor | Graph:
     """The network of a source, for evaluation, with the mean and std that belong to it."""
+    if source.graph:
+        return source.graph
     from copydet.network import build_net, read_backbone_weights
     raw = args.backbone_weights and not source.file
     net = build_net(args, read_backbone_weights(args.backbone_weights, args.arch) if raw else False)

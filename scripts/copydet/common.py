@@ -348,6 +348,12 @@ def tell(text: str) -> None:
     print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
 
 
+def first_line(error: Exception) -> str:
+    """Of an exception's text, its last one where TorchScript puts its traceback first; its kind if there is no text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines["TorchScript interpreter" in lines[0] and -1]
+
+
 def in_a_line(error: BaseException) -> str:
     """What an error says. One that comes from a loading process brings its traceback: then the last line."""
     if isinstance(error, OSError) and error.strerror:

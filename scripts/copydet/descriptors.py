@@ -25,7 +25,7 @@ from copydet.regions import images_of
 
 GROUPS = ("query", "reference", "train")
 BLOCK = 65536  # rows read or written at a time: 64 MiB at 256 dimensions
-COMPARABLE = ("checkpoint_sha256", "input_size", "resize", "gem_eval_p")  # attributes that distances depend on
+COMPARABLE = ("checkpoint_sha256", "input_size", "resize", "gem_eval_p", "mean", "std")  # what distances depend on
 UNIT_TOLERANCE = 1e-3  # float16 rows deviate from unit length by up to 5e-4
 
 

@@ -1,7 +1,8 @@
 """The trained network as a file for other programs: images [n, 3, s, s] -> descriptors [n, dim] of unit length.
 
 The graph holds backbone, pooling, head and normalisation. How to make its input (size, resizing, mean, standard
-deviation) is in the file's metadata, or in config.json beside safetensors.
+deviation) is in the file's metadata, and what else a checkpoint tells: where it comes from, calibration, contamination.
+--weight and `load_descriptor` read all of the formats.
 """
 import io
 import json
@@ -10,23 +11,9 @@ from typing import Any
 
 import torch
 
-from copydet.common import InputError, check_output, replacing
+from copydet.common import InputError, replacing
 
 INPUT = "images: float32 [n, 3, s, s], RGB, images resized to s = input_size as `resize` says, 0..1, (x - mean) / std"
-
-
-def check_target(form: str, path: Path, source: str | Path | None) -> None:
-    """Raise InputError where the file `path` cannot be written, is the checkpoint itself, or would put its config.json
-    in the place of another program's."""
-    check_output("-o", path, [source] if source else [])
-    config = path.with_name("config.json")
-    if form == "safetensors" and config.exists():
-        try:
-            ours = json.loads(config.read_text(encoding="utf-8"))["output"].startswith("descriptors: ")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            ours = False
-        if not ours:
-            raise InputError(f"-o {path}: {config} is there already, of another program; give another folder")
 
 
 def write_onnx(net: torch.nn.Module, config: dict, path: Path) -> None:
@@ -53,12 +40,11 @@ def write_torchscript(net: torch.nn.Module, config: dict, path: Path) -> None:
 
 
 def write_safetensors(net: torch.nn.Module, config: dict, path: Path) -> None:
-    """Weights alone, and config.json beside them; `load_descriptor` and --weight read both."""
+    """Weights alone; `config` of the file's metadata holds the config."""
     from safetensors.torch import save_file
     with replacing(path) as temporary:
-        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, temporary)
-    with replacing(path.with_name("config.json")) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, temporary,
+                  {"config": json.dumps(config)})
 
 
 FORMATS = {"onnx": write_onnx, "torchscript": write_torchscript, "safetensors": write_safetensors}

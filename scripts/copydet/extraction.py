@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from copydet.batches import collate_images, collate_views, make_loader
 from copydet.calibration import measure
-from copydet.checkpoints import FROM_CHECKPOINT, Source, find_source, load_net, take_source
+from copydet.checkpoints import FROM_CHECKPOINT, OF_IMAGES, Source, find_source, load_net, take_source
 from copydet.common import ROOT, InputError, OutputFolder, WorkError, check_output, open_folder, replacing, shown
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.distributed import Rank, gather_objects, pick_precision
 from copydet.images import BLANK, FOLDERS, Group, Odd, beside, list_group, not_read, read_skipped, write_skipped
-from copydet.network import Descriptor, memory_format, quiet_timm
-from copydet.options import LEAST_CALIBRATED, LETTERS, Args, parse_args
+from copydet.network import quiet_timm
+from copydet.options import LEAST_CALIBRATED, LETTERS, PRESETS, Args, parse_args
 from copydet.regions import WHOLE, Box, parse_regions
 from copydet.views import Preprocessing, Views, WholeImages, parse_ops
 
@@ -89,7 +89,7 @@ class Blocks:
 # Images through the network
 
 
-def describe_views(net: Descriptor, describe: Callable, paths: Sequence[str], root: str | Path, pipelines: list[list],
+def describe_views(describe: Callable, paths: Sequence[str], root: str | Path, pipelines: list[list],
                    preprocessing: Preprocessing, seed: int, workers: int, rank: Rank) -> list[torch.Tensor]:
     """Describe images `paths` of `root` in a view by each of the pipelines: -> for each, describe(images [B, 3, s, s])
     [n, d] on the CPU. An unreadable image is replaced as in training."""
@@ -107,7 +107,7 @@ def describe_views(net: Descriptor, describe: Callable, paths: Sequence[str], ro
 @torch.inference_mode()
 def describe_images(describe: Callable, dim: int, blocks: Blocks, paths: Sequence[str], preprocessing: Preprocessing,
                     workers: int, rank: Rank, strict: bool = False, boxes: Sequence[Box] = (WHOLE,)) -> None:
-    """Write this rank's unfinished blocks; `describe`: images [B, 3, s, s] of `paths` -> rows [B, dim]. With several
+    """Write this rank's unfinished blocks; `describe`: images [B, 3, h, w] of `paths` -> rows [B, dim]. With several
     `boxes` an image has a row for each, one after another."""
     batches = [batch for block in blocks.todo for batch in block]
     loader = iter(make_loader(WholeImages(paths, preprocessing, boxes), batches, collate_images, workers, rank))
@@ -115,14 +115,14 @@ def describe_images(describe: Callable, dim: int, blocks: Blocks, paths: Sequenc
         for block in blocks.todo:
             rows, indices, bad = [torch.empty(0, dim)], [], []
             for batch in block:
-                good, images, noted = next(loader)
+                sizes, noted = next(loader)
                 if strict and (unreadable := [(i, reason) for i, reason in noted if reason != BLANK]):
                     raise WorkError(f"{paths[unreadable[0][0]]}: {unreadable[0][1]}")
-                if good:
+                for good, images in sizes:
                     images = images.to(rank.device, non_blocking=True, memory_format=torch.channels_last)
                     described = describe(images).float().cpu().unflatten(0, (len(boxes), len(good)))
                     rows.append(described.transpose(0, 1).flatten(0, 1))
-                indices += [i for i in good for _ in boxes]
+                    indices += [i for i in good for _ in boxes]
                 bad += noted
                 bar.update(len(batch))
             blocks.write(block, torch.cat(rows).numpy(), np.array(indices, dtype=int), bad)
@@ -153,9 +153,15 @@ def prepare_extraction(args: Args) -> tuple[Args, Job]:
     """Find checkpoint, images and ids before anything is computed."""
     args, source = find_source(args)
     groups = {LETTERS[letter]: list_group(args, LETTERS[letter]) for letter in LETTERS if letter in args.target_set}
+    if args.calibrate and args.resize == "short":
+        if "calibrate" in args.given:
+            raise InputError(f"--calibrate {args.calibrate}: the edited copies are squares; not with --resize short")
+        args = args.replace(calibrate=0)
     if args.calibrate:
         parse_ops(args.view1, args.op_prob, "--view1")
     boxes = parse_regions(args.query_regions)
+    if len(boxes) > 1 and args.resize == "short":
+        raise InputError(f"--query-regions {args.query_regions}: not with --resize short, where sizes differ")
     name = f"fb-isc-submission{'-subset' * args.eval_subset}"
     h5 = args.out / (name + (f".shard-{args.shard.replace('/', '-of-')}" if args.shard else "") + ".h5")
     if h5.parent.is_dir():
@@ -179,11 +185,10 @@ def extract(args: Args, job: Job, rank: Rank) -> None:
     quiet_timm()
     net = load_net(args, job.source)
     preprocessing = Preprocessing.of(args, net)
-    layout = memory_format(net)
-    net = net.folded(args.input_size).to(rank.device).to(memory_format=layout)
-    net.amp_dtype = pick_precision(args, rank.device)
-    print(f"=> network   {job.source.arch_tag}, {net.dim}-d, input {args.input_size} px ({args.resize}), GeM p "
-          f"{args.gem_eval_p:g}, from {job.source.file or args.backbone_weights or 'random weights'}")
+    net = net.ready(args.input_size, rank.device, pick_precision(args, rank.device))
+    print(f"=> network   {job.source.arch_tag or 'of another program'}, {net.dim}-d, input {args.input_size} px "
+          f"({args.resize})" + f", GeM p {args.gem_eval_p:g}" * bool(job.source.arch_tag)
+          + f", from {job.source.file or args.backbone_weights or 'random weights'}")
     folder = job.h5.with_suffix(".blocks")
     if rank.is_main:
         paths = json.dumps([group.paths for group in job.groups.values()])
@@ -224,7 +229,7 @@ def collect_groups(args: Args, job: Job, blocks: dict[str, Blocks]) -> tuple[dic
     return groups, noted
 
 
-def calibrate(args: Args, net: Descriptor, preprocessing: Preprocessing, rows: np.ndarray, ids: list[str], group: Group,
+def calibrate(args: Args, net: Callable, preprocessing: Preprocessing, rows: np.ndarray, ids: list[str], group: Group,
               noted: Odd, rank: Rank) -> dict | None:
     """Measure the calibration on the archive, references `ids` [n] with descriptors `rows` [n, dim]: edited copies of
     --calibrate of them, at most half, against the others, all without blank ones. None for a shard and for too few."""
@@ -234,7 +239,7 @@ def calibrate(args: Args, net: Descriptor, preprocessing: Preprocessing, rows: n
     if n < LEAST_CALIBRATED or args.shard:
         return None
     chosen, others = np.split(usable[np.random.default_rng(0).permutation(len(usable))], [n])
-    copies, = describe_views(net, net, [paths[ids[i]] for i in chosen], "", [parse_ops(args.view1, args.op_prob)],
+    copies, = describe_views(net, [paths[ids[i]] for i in chosen], "", [parse_ops(args.view1, args.op_prob)],
                              preprocessing, args.seed or 0, args.workers, rank)
     blocks = (rows[part] for part in np.array_split(np.sort(others), -(-n * len(others) // 2**24)))
     return measure(copies.numpy(), rows[chosen], blocks, "references")
@@ -242,10 +247,11 @@ def calibrate(args: Args, net: Descriptor, preprocessing: Preprocessing, rows: n
 
 def settings_of(args: Args, source: Source) -> dict:
     """What rows depend on, as it stands in the descriptor file: only rows of the same settings are put together."""
-    settings = {name: getattr(args, name) for name in FROM_CHECKPOINT} | {
+    names = FROM_CHECKPOINT if source.arch_tag else (*OF_IMAGES, "mean", "std")
+    settings = {name: getattr(args, name) for name in names} | {
         "arch": source.arch_tag, "checkpoint_sha256": source.sha256, "contaminated": source.contaminated or "",
         "extract_from": args.extract_from * (args.head == "simsiam"), "shard": args.shard or ""}
-    return {name: value for name, value in settings.items() if value != ""}
+    return {name: value for name, value in settings.items() if value not in ("", None)}
 
 
 def write_results(args: Args, job: Job, groups: dict, noted: Odd, calibration: dict | None) -> None:
@@ -262,7 +268,9 @@ def write_results(args: Args, job: Job, groups: dict, noted: Odd, calibration: d
             backup = h5.with_name(f"{h5.stem}.{tag}.h5")
     if "reference" in keep:  # it was measured on them
         calibration = measured
-    others = {"checkpoint": shown(job.source.file or args.backbone_weights or "random weights"), "versions": versions()}
+    others = {"checkpoint": shown(job.source.file or args.backbone_weights or "random weights"),
+              "file_sha256": job.source.file_sha256, "versions": versions()}
+    others |= {"preset": args.preset} if args.preset else {}
     others |= {"calibration": calibration} if calibration else {}
     regions = None
     if len(job.boxes) > 1 and "query" in groups:
@@ -299,8 +307,8 @@ def versions() -> dict[str, str]:
     import pytorch_metric_learning
     import timm
     import torchvision
-    return {module.__name__: str(module.__version__)
-            for module in (torch, torchvision, timm, pytorch_metric_learning, np)}
+    modules = torch, torchvision, timm, pytorch_metric_learning, np, sys.modules.get("onnxruntime")
+    return {module.__name__: str(module.__version__) for module in modules if module}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,28 +316,32 @@ def versions() -> dict[str, str]:
 
 
 def load_descriptor(weight: str | Path, device: str = "cpu", **settings: object) -> Callable[[Sequence], np.ndarray]:
-    """A checkpoint, or an exported .safetensors, as a function: images -> float32 [n, dim], rows of unit length.
+    """A file that --weight takes as a function: images -> float32 [n, dim], rows of unit length.
 
         from copydet import load_descriptor
         descriptor = load_descriptor("exp/v31/train/checkpoint_0004.pth.tar")
+        descriptor = load_descriptor("sscd_disc_mixup.torchscript.pt", preset="sscd", allow_code=True)
         vectors = descriptor(["a.jpg", "b.png"])
 
     Images are paths or PIL images; batches are up to the caller. `settings` are flags of train.py that win over the
-    checkpoint's, such as input_size=320, resize="square", gem_eval_p=1.0.
+    file's, such as input_size=320, resize="square", gem_eval_p=1.0, mean=[0.5, 0.5, 0.5].
 
-    Raises InputError for a file that is no checkpoint or a setting that does not exist, OSError for an image that
+    Raises InputError for a file that cannot be used or a setting that does not exist, OSError for an image that
     cannot be read.
     """
     args = parse_args(["--mode", "extract"])
     if unknown := sorted(set(settings) - vars(args).keys()):
         raise InputError(f"load_descriptor: no such setting: {', '.join(unknown)}")
+    if (preset := settings.get("preset")) and preset not in PRESETS:
+        raise InputError(f"load_descriptor: preset {preset}: none of {', '.join(PRESETS)}")
     args, source = take_source(Args(vars(args) | settings, settings), weight)
     net = load_net(args, source)
     preprocessing = Preprocessing.of(args, net)
-    net = net.folded(args.input_size).to(device)
+    net = net.ready(args.input_size, torch.device(device))
 
     @torch.inference_mode()
     def descriptor(images: Sequence) -> np.ndarray:
-        return net(preprocessing.prepare(images).to(device)).cpu().numpy()
+        batches = [[image] for image in images] if args.resize == "short" else [images]
+        return torch.cat([net(preprocessing.prepare(batch).to(device)) for batch in batches]).cpu().numpy()
 
     return descriptor

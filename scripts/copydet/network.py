@@ -20,7 +20,7 @@ from timm.models import load_state_dict as load_timm_file
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from copydet.common import InputError, first_three
+from copydet.common import InputError, first_line, first_three
 from copydet.options import Args
 
 CONVS, NORMS = (torch.nn.Conv2d, Conv2dSame), (torch.nn.BatchNorm2d, BatchNormAct2d)  # what is folded, subclasses not
@@ -116,7 +116,8 @@ class Descriptor(torch.nn.Module):
         for size in {args.input_size, args.eval_input_size or args.input_size}:
             try:
                 with torch.no_grad():
-                    shape = tuple(self.embed(torch.zeros(1, 3, size, size)).shape)
+                    wide = size * (2 if args.resize == "short" else 1)
+                    shape = tuple(self.embed(torch.zeros(1, 3, size, wide)).shape)
                 if shape != (1, self.dim):
                     raise ValueError(f"output {shape}, not {(1, self.dim)}")
             except Exception as error:  # networks raise many kinds
@@ -191,6 +192,11 @@ class Descriptor(torch.nn.Module):
         fold_batch_norms(self.backbone, torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)))
         return self
 
+    def ready(self, size: int, device: torch.device, amp_dtype: torch.dtype | None = None) -> Descriptor:
+        """The same on a device, its backbone in this precision."""
+        self.amp_dtype = amp_dtype
+        return self.folded(size).to(memory_format=memory_format(self)).to(device)
+
 
 class SimSiam(Descriptor):
     """In training -> projection and prediction, each [B, dim]; else what `extract_from` names (notes v1, v2)."""
@@ -220,13 +226,13 @@ def parse_crops(text: str) -> tuple[float, ...]:
 
 
 def centre_crops(images: torch.Tensor, sides: Sequence[float]) -> list[torch.Tensor]:
-    """Images [B, 3, s, s] -> [centre crops [B, 3, t, t]], all resized to t, the side of the smallest."""
-    size = int(images.shape[-1])  # a tensor while TorchScript traces
-    borders = [round(size * (1 - side) / 2) for side in sides]
-    smallest = size - 2 * max(borders)
-    crops = [images[..., border:size - border, border:size - border] for border in borders]
-    return [crop if crop.shape[-1] == smallest else F.interpolate(crop, (smallest, smallest), mode="bilinear",
-                                                                  antialias=True) for crop in crops]
+    """Images [B, 3, h, w] -> [centre crops [B, 3, t, u]], all resized to the smallest."""
+    height, width = map(int, images.shape[-2:])  # tensors while TorchScript traces
+    borders = [(round(height * (1 - side) / 2), round(width * (1 - side) / 2)) for side in sides]
+    crops = [images[..., y:height - y, x:width - x] for y, x in borders]
+    smallest = height - 2 * max(y for y, _ in borders), width - 2 * max(x for _, x in borders)
+    return [crop if tuple(crop.shape[-2:]) == smallest else F.interpolate(crop, smallest, mode="bilinear",
+                                                                          antialias=True) for crop in crops]
 
 
 def parse_stages(args: Args) -> tuple[int, ...] | None:
@@ -343,11 +349,6 @@ def build_backbone(args: Args, pretrained: bool | dict, stages: tuple[int, ...] 
     except OSError as error:
         raise InputError(f"the weights of {args.arch} cannot be downloaded ({str(error).splitlines()[0]}); give "
                          "--backbone-weights FILE, --weight FILE or --no-pretrained") from None
-
-
-def first_line(error: Exception) -> str:
-    """Of an exception's text, or its kind if there is none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def drop_later_layers(backbone: Any, stage: int) -> None:

@@ -88,6 +88,14 @@ def score(text: str) -> float:
     return value
 
 
+def channels(text: str) -> list[float]:
+    """Type of a flag: a number for each of R,G,B, or one for all."""
+    values = [real(value) for value in text.split(",")]
+    if len(values) not in (1, 3):
+        raise argparse.ArgumentTypeError(f"{text} is not a number for each of R,G,B, or one for all")
+    return values * (3 // len(values))
+
+
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     """Type of a flag: a whole number from `least` to `most`; larger ones fit into nothing that counts them."""
     def parse(text: str) -> int:
@@ -118,6 +126,11 @@ HARD = ("screenshot:p=0.01 crop:area=0.2,p=1 jitter:brightness=0.4,contrast=0.4,
         "shuffle jpeg:p=0.5 gray blur perspective hflip:p=0.5 vflip text emoji erase")
 LETTERS = {"q": "query", "r": "reference", "t": "train"}  # --target-set letter -> group of the descriptor file
 LEAST_CALIBRATED = 10
+# --preset: known networks of other programs, and how their images are made
+PRESETS: dict[str, dict[str, Any]] = {
+    "sscd": {"input_size": 320, "resize": "square", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+}
+OF_OTHERS = ("preset", "mean", "std", "allow_code")  # flags for networks of other programs alone
 # group -> rows of (names and metavar, type or choices or bool or list, default, help)
 FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
     "what to do": [
@@ -153,10 +166,17 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
         ("--eval-input-size PX", int, None, "the same for extraction (default: --input-size)"),
         ("--eval-crops SIDE,SIDE", str, "1", "extraction averages the features of centre crops, sides as fractions of "
          "the input's, all resized to the smallest"),
-        ("--resize", ["crop", "square"], "crop", "whole image to square; crop: shorter side to PX + 32, centre crop "
-         "(notes v3..v51); square: stretch (v52 on)"),
+        ("--resize", ["crop", "square", "short"], "crop", "whole image to square; crop: shorter side to PX + 32, "
+         "centre crop (notes v3..v51); square: stretch (v52 on); short, in extraction: no square, the shorter side to "
+         "PX and the other in proportion, up to 4 times that"),
         ("--weight FILE", str, None, "checkpoint to extract with (default: the newest of --exp) or to start training "
-         "from; it must fit exactly"),
+         "from; it must fit exactly. To extract with also what --mode export wrote, and ONNX or TorchScript of other "
+         "programs, images float32 [n, 3, h, w] or uint8 [n, h, w, 3] to float [n, dim]"),
+        ("--preset", list(PRESETS), None, "--weight of another program: --input-size, --resize, --mean and --std of a "
+         "known network; sscd: 320, square, those of ImageNet"),
+        ("--mean R,G,B", channels, None, "--weight of another program: what is taken from pixels, which are 0 to 1"),
+        ("--std R,G,B", channels, None, "the same: what they are divided by then"),
+        ("--allow-code", bool, False, "load a --weight that is TorchScript: that runs code of whoever made it"),
         ("--backbone-weights FILE", str, None, "timm weights (.pth, .safetensors) to start from instead of a "
          "download; in extract mode: their raw features"),
         ("--no-pretrained", bool, False, "start from random weights"),
@@ -378,6 +398,8 @@ def check_args(args: Args) -> Args:
         file = getattr(args, flag)
         if file and file != "auto":
             check_file(file, f"--{flag.replace('_', '-')}")
+    if args.std and min(args.std) <= 0:
+        raise InputError(f"--std {','.join(map('{:g}'.format, args.std))}: must be above 0")
     if not args.target_set or set(args.target_set) - set(LETTERS):
         raise InputError(f"--target-set must be letters out of q, r, t, not '{args.target_set}'")
     if args.exp is None:
@@ -387,6 +409,12 @@ def check_args(args: Args) -> Args:
         args = check_training_flags(args)
     elif args.mode == "extract":
         check_extraction_flags(args)
+    if args.mode != "extract":
+        for name in OF_OTHERS:
+            if name in args.typed:
+                raise InputError(f"--{name.replace('_', '-')}: for --mode extract")
+        if args.resize == "short":
+            raise InputError("--resize short: for --mode extract; what is trained and exported sees squares")
     folder = "input/training_images" if args.mode == "train" and not args.pairs else "input"
     return args.replace(dir=Path(args.dir or folder))
 

@@ -32,6 +32,7 @@ from copydet.options import Args, split_settings
 from copydet.regions import WHOLE, Box
 
 if TYPE_CHECKING:
+    from copydet.graphs import Graph
     from copydet.network import Descriptor
 
 UNUSABLE = (UnreadableImage, cv2.error)  # OpenCV 4 turns no image with a side of more than 32,767 px
@@ -113,7 +114,7 @@ class Preprocessing:
     decode: str = "draft"
 
     @classmethod
-    def of(cls, args: Args, net: Descriptor, input_size: int | None = None) -> Preprocessing:
+    def of(cls, args: Args, net: Descriptor | Graph, input_size: int | None = None) -> Preprocessing:
         """That of a command line for a network."""
         return cls(input_size or args.input_size, args.resize, net.mean, net.std, args.exif_transpose, args.decode)
 
