@@ -338,6 +338,7 @@ def apply(function, rows, file, title):
                     with replacing(kept_file) as temporary:
                         temporary.write_text(json.dumps(kept))
                 out.write(np.ascontiguousarray(block, np.float32))  # tofile would not tell why it could not
+                out.flush()
                 bar.update(len(block))
     return StoredRows(file, rows.ids, dim), sum(kept.values())
 
