@@ -349,6 +349,7 @@ def apply(change: Change, rows: BlockRows, file: Path, title: str) -> tuple[Stor
                     with replacing(kept_file) as temporary:
                         temporary.write_text(json.dumps(kept))
                 out.write(np.ascontiguousarray(block, np.float32).data)  # tofile would not tell why it could not
+                out.flush()
                 bar.update(len(block))
     return StoredRows(file, rows.ids, dim), sum(kept.values())
 

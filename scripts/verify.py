@@ -41,7 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from copydet.common import (InputError, OutputFolder, WorkError, check_file, check_output, first_three, locked,
-                            open_folder, replacing, run_main, settings_in)
+                            open_folder, read_json, replacing, run_main, settings_in)
 from copydet.descriptors import Descriptors
 from copydet.images import IMAGE_ENDINGS, Odd, find_image, images_by_id, read_skipped, write_skipped
 from copydet.options import positive, processes
@@ -79,8 +79,11 @@ def find_images(folder: Path, ids: Iterable[str]) -> dict[str, str]:
     """
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
-    on_top = lambda name: filter(os.path.isfile, (f"{folder}/{name}{ending}" for ending in IMAGE_ENDINGS))
-    found: dict[str, str | None] = {name: next(on_top(name), None) for name in ids}
+    def on_top(name: str) -> str | None:
+        paths = (f"{folder}/{name}{ending}" for ending in IMAGE_ENDINGS)
+        return next((path for path in paths if os.path.exists(path) and not os.path.isdir(path)), None)
+
+    found = {name: on_top(name) for name in ids}
     if None in found.values():
         below = images_by_id(folder)
         found |= {name: find_image(below, name) for name, path in found.items() if path is None}
@@ -130,7 +133,7 @@ def write_results(output: Path, files: list[Path], skipped: Odd) -> None:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(COLUMNS)
         for file in files:
-            rows, unreadable = json.loads(file.read_text(encoding="utf-8"))
+            rows, unreadable = read_json(file)
             writer.writerows(rows)
             skipped += [(path, reason) for path, reason in unreadable]
     write_skipped(skipped_file(output), skipped)

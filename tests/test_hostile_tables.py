@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import faiss
@@ -723,6 +724,8 @@ def test_errors_name_the_file_that_a_user_knows(tmp_path):
     (InputError("a\nb"), 2, "a b"), (OSError("x\ny"), 1, "x y"), (OSError(), 1, "OSError"),
     (OSError(errno.EACCES, "Permission denied", "caf\u00e9".encode()), 1, "caf\u00e9: Permission denied"),
     (OSError(errno.EBADF, "Bad file descriptor", 3), 1, "Bad file descriptor"),
+    (BrokenProcessPool("A process in the process pool was terminated abruptly"), 1, "A process in the process pool was "
+     "terminated abruptly"),
     (RuntimeError("CUDA out of memory. Tried to\nx"), 1, "CUDA out of memory. Tried to"),
     (MemoryError("Unable to allocate 7 TiB"), 1, "Unable to allocate 7 TiB"),
     (OSError(errno.EPERM, "Not permitted", "image.jpg", None, "cache/0.jpg"), 1,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]  # of the project
 LONGEST = 200  # characters of a name in a message
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_MEMORY = re.compile("out of memory|can.t allocate memory|terminated abruptly")  # PyTorch's; of a pool's process
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MANIFEST = ".written.txt"  # in a folder of ours: what we wrote there, a path per line
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that have none
@@ -407,7 +408,7 @@ def run_main(work: Callable[[], int | None], stopped: str = "stopped") -> int:
         tell(in_a_line(error))
         return 1
     except RuntimeError as error:
-        if not re.search(r"out of memory|can.t allocate memory", str(error), re.IGNORECASE):  # PyTorch's, of any device
+        if not NO_MEMORY.search(str(error)):
             raise
         tell(str(error).splitlines()[0])
         return 1
