@@ -17,8 +17,13 @@ import torch
 from PIL import Image
 
 import find_copies as fc
-from copydet.common import InputError
-from copydet.descriptors import write_descriptors
+from copydet import cache as cached
+from copydet import copies
+from copydet import page as page_of
+from copydet.calibration import Calibration
+from copydet.common import InputError, shown
+from copydet.descriptors import Descriptors, write_descriptors
+from copydet.edits import Source
 from copydet.images import list_images
 from copydet.verification import corners
 from helpers import ROOT, WITH_PACKAGE, draw_images, fake_describe, photo, run, turn, warp
@@ -78,7 +83,7 @@ def test_hostile_folders_become_a_report_and_the_second_run_describes_nothing(tm
     assert sorted(copies) == [(f"{archive}/0000.jpg", f"{archive}/same/0000.jpg"),
                               (f"{archive}/0001.jpg", f"{archive}/bytes \\xff.jpg")]
     names = {row[column] for row in pairs for column in ("query_id", "reference_id")}
-    assert names == {f"{archive}/{fc.shown(path)}" for path in list_images(archive)[0]
+    assert names == {f"{archive}/{shown(path)}" for path in list_images(archive)[0]
                      if not path.startswith("report/")} - {f"{archive}/{name}" for name in BAD}
     skipped = {Path(row["path"]).name: row["reason"] for row in table(report / "skipped.csv")}
     assert set(skipped) == {*BAD, "folder.jpg", "loop"}
@@ -110,15 +115,15 @@ class FakeExtraction:
 
 def bring_up(cache, folder, with_hash=False, extraction=None):
     extraction = extraction or FakeExtraction()
-    stamps, odd = fc.stamp_files(str(folder), with_hash)
-    fc.update(cache, str(folder), stamps, odd, extraction)
+    stamps, odd = cached.stamp_files(str(folder), with_hash)
+    cached.update(cache, str(folder), stamps, odd, extraction)
     return sum(extraction.asked, []), [Path(path).name for path in cache.read(str(folder), stamps.keys())[0]]
 
 
 def test_cache_describes_what_is_new_or_changed_and_forgets_what_is_gone(tmp_path):
     folder = draw_images(tmp_path / "photos", 4)
     names = sorted(path.name for path in folder.iterdir())
-    cache = fc.Cache(tmp_path / "c.sqlite")
+    cache = cached.Cache(tmp_path / "c.sqlite")
     assert bring_up(cache, folder) == (names, names)
     assert bring_up(cache, folder) == ([], names)
     (folder / names[0]).write_bytes(b"other")
@@ -139,9 +144,9 @@ def test_cache_describes_what_is_new_or_changed_and_forgets_what_is_gone(tmp_pat
 def test_photos_in_a_folder_that_cannot_be_read_now_are_not_forgotten(tmp_path, monkeypatch):
     folder = draw_images(tmp_path / "photos", 1)
     draw_images(folder / "drive", 2)
-    cache = fc.Cache(tmp_path / "c.sqlite")
+    cache = cached.Cache(tmp_path / "c.sqlite")
     bring_up(cache, folder)
-    monkeypatch.setattr(fc, "list_images", lambda root, exclude: (["0000.jpg"], [("drive", "Permission denied")]))
+    monkeypatch.setattr(cached, "list_images", lambda root, exclude: (["0000.jpg"], [("drive", "Permission denied")]))
     assert bring_up(cache, folder) == ([], ["0000.jpg"]) and cache.count() == 3
     monkeypatch.undo()
     assert bring_up(cache, folder) == ([], ["0000.jpg", "0000.jpg", "0001.jpg"])
@@ -149,13 +154,14 @@ def test_photos_in_a_folder_that_cannot_be_read_now_are_not_forgotten(tmp_path, 
 
 KILLED = """
 import os, signal, sys
-import find_copies as fc, test_find_copies as t
-fc.CHUNKS = 3, 100
+import test_find_copies as t
+from copydet import cache as cached
+cached.CHUNKS = 3, 100
 class Dies(t.FakeExtraction):
     def describe(self, files, calibrate):
         if len(self.asked) == 2: os.kill(os.getpid(), signal.SIGKILL)
         return super().describe(files, calibrate)
-t.bring_up(fc.Cache(sys.argv[1]), sys.argv[2], extraction=Dies())
+t.bring_up(cached.Cache(sys.argv[1]), sys.argv[2], extraction=Dies())
 """
 
 
@@ -164,7 +170,7 @@ def test_a_killed_run_loses_one_chunk(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "c.sqlite", folder], cwd=ROOT,
                             env=WITH_PACKAGE)
     assert killed.returncode == -9
-    cache = fc.Cache(tmp_path / "c.sqlite")
+    cache = cached.Cache(tmp_path / "c.sqlite")
     assert cache.count() == 6  # chunks of 3, then as many as there are already
     assert bring_up(cache, folder) == ([f"{i:04d}.jpg" for i in range(6, 20)], [f"{i:04d}.jpg" for i in range(20)])
 
@@ -178,7 +184,7 @@ def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, w
         draw_images(archive / f"new {more}", more, seed=more)
         run(*command)
         file, = (tmp_path / "report" / "cache").glob("*.sqlite")
-        cache = fc.Cache(file)
+        cache = cached.Cache(file)
         assert "calibration" not in cache.attrs(str(queries))
         found.append(json.loads(cache.attrs(str(archive))["calibration"]))
         cache.db.close()
@@ -190,13 +196,13 @@ def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, w
 def test_precision_is_measured_on_the_way_that_all_queries_go(tmp_path, weights, monkeypatch):
     """Edited copies are described, searched and verified; again when the archive has doubled."""
     archive, queries = draw_images(tmp_path / "archive", 24, 128), draw_images(tmp_path / "queries", 3, 128, seed=5)
-    monkeypatch.setattr(fc.Extraction, "describe", fake_describe)
+    monkeypatch.setattr(cached.Extraction, "describe", fake_describe)
     found, report = [], tmp_path / "report"
     for more in (0, 1, 30):
         draw_images(archive / f"new {more}", more, 128, seed=more)
         assert fc.main([str(queries), str(archive), "-o", str(report), "--weight", str(weights), "-j", "1"]) == 0
         file, = (file for file in (report / "cache").glob("*.sqlite") if not file.name.startswith("features"))
-        cache = fc.Cache(file)
+        cache = cached.Cache(file)
         found.append(cache.measured(str(archive), "whole, local features"))
         cache.db.close()
         pairs = table(report / "pairs.csv")
@@ -212,11 +218,11 @@ def test_duplicates_and_pasted_images_are_no_false_answers():
     rows[1] = unit_rows(1, 6)[0] * 0.01 + rows[0]  # a duplicate of image 0
     rows[1] /= np.linalg.norm(rows[1])
     names = [f"{i}.jpg" for i in range(6)]
-    archive = fc.Collection("a", names, names, names, [None] * 6, fc.ArrayRows(rows, np.array(names)),
+    archive = copies.Collection("a", names, names, names, [None] * 6, copies.ArrayRows(rows, np.array(names)),
                             np.zeros(6, bool), {})
-    copies = fc.of_copies([("c0", rows[0] * 0.9), ("c2", rows[2] * 0.9)], 1)
-    pairs = np.array([(i, j, -1, -1) for i in range(2) for j in range(6)], fc.PAIRS)
-    true, counted = fc.judge(pairs, archive, copies, np.array([0, 2]), [[fc.Source("3.jpg")], []])
+    edited = copies.of_copies([("c0", rows[0] * 0.9), ("c2", rows[2] * 0.9)], 1)
+    pairs = np.array([(i, j, -1, -1) for i in range(2) for j in range(6)], copies.PAIRS)
+    true, counted = copies.judge(pairs, archive, edited, np.array([0, 2]), [[Source("3.jpg")], []])
     assert true.reshape(2, 6).tolist() == [[j == i for j in range(6)] for i in (0, 2)]
     assert counted.reshape(2, 6).tolist() == [[j not in (1, 3) for j in range(6)], [True] * 6]
 
@@ -251,7 +257,7 @@ def test_pairs_are_those_of_brute_force_best_first(tmp_path):
     file = planted(tmp_path)
     run(SCRIPT, file, "-o", tmp_path / "r", "--topk", 3)
     pairs = table(tmp_path / "r" / "pairs.csv")
-    with fc.Descriptors(file) as f:
+    with Descriptors(file) as f:
         q, r = f["query"].read().astype(float), f["reference"].read().astype(float)
     distances = np.square(q[:, None] - r[None]).sum(axis=2)
     wanted = sorted(((-distances[i, j], i, j) for i in range(100) for j in np.argsort(distances[i])[:3]), reverse=True)
@@ -271,7 +277,7 @@ def test_within_one_collection_each_pair_once_in_groups(tmp_path):
 
 def test_precision_sets_the_threshold_by_the_calibration(tmp_path):
     file = planted(tmp_path, calibration=CALIBRATION)
-    calibration = fc.Calibration(json.dumps(CALIBRATION), "x", 100)
+    calibration = Calibration(json.dumps(CALIBRATION), "x", 100)
     run(SCRIPT, file, "-o", tmp_path / "r", "--precision", 0.9)
     pairs = table(tmp_path / "r" / "pairs.csv")
     assert len(pairs) >= 30 and all(float(p["score"]) >= -0.3 for p in pairs)
@@ -472,7 +478,7 @@ def test_the_page_draws_what_matches_where_it_is(browser, tmp_path):
     visible = "[...closer.querySelectorAll('line')].filter(l => getComputedStyle(l).display != 'none').length"
     assert browser.eval(visible) == 0
     browser.press("p")
-    assert browser.eval(visible) == 2 * min(int(pair["inliers"]), fc.POINTS) and browser.complaints() == []
+    assert browser.eval(visible) == 2 * min(int(pair["inliers"]), page_of.POINTS) and browser.complaints() == []
 
 
 def test_groups_on_the_page_are_those_of_the_table(browser, tmp_path):
@@ -495,8 +501,8 @@ def test_a_photo_of_any_kind_has_a_thumbnail(tmp_path):
     Image.new("RGBA", (600, 30), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("CMYK", (2000, 1000)).save(tmp_path / "cmyk.jpg")
     for name, size in (("16.png", (60, 40)), ("clear.png", (256, 13)), ("cmyk.jpg", (256, 128))):
-        thumb = tmp_path / fc.write_thumbnail(str(tmp_path / name), tmp_path / f"thumb of {name}")
+        thumb = tmp_path / page_of.write_thumbnail(str(tmp_path / name), tmp_path / f"thumb of {name}")
         with Image.open(thumb) as img:
             assert img.size == size and img.getpixel((0, 0)) == (255, 255, 255)
     (tmp_path / "bad.jpg").write_text("no")
-    assert fc.write_thumbnail(str(tmp_path / "bad.jpg"), tmp_path / "thumb") is None
+    assert page_of.write_thumbnail(str(tmp_path / "bad.jpg"), tmp_path / "thumb") is None

@@ -16,7 +16,7 @@ import find_copies
 import ladder
 import make_benchmark
 import select_ref_subset
-from copydet import images, report
+from copydet import images, page, report
 from copydet.common import InputError, run_main
 from copydet.descriptors import write_descriptors
 from copydet.images import ImageFile, UnreadableImage, is_blank, list_group, list_images, open_image, open_thumbnail
@@ -225,7 +225,7 @@ def test_what_is_no_image_is_told_in_a_few_words(tmp_path, name):
             read(tmp_path / "a.jpg")
         assert reason in error.value.reason and len(error.value.reason) < 120
         assert str(error.value) == f"{tmp_path / 'a.jpg'}: {error.value.reason}"
-    assert find_copies.thumbnail(tmp_path / "a.jpg") is None
+    assert page.thumbnail(tmp_path / "a.jpg") is None
 
 
 @pytest.mark.parametrize("name, blank", [
@@ -466,6 +466,6 @@ def test_copies_in_a_hostile_folder(tmp_path, weights):
                "--exclude", "thumb", "--", "-j", 1, "--exif-transpose", env=ENVIRONMENT)
     with open(tmp_path / "r" / "pairs.csv", newline="") as file:
         assert [(row["query_id"], row["reference_id"]) for row in csv.DictReader(file)] == [
-            (f"{folder}/P0.jpg", f"{folder}/{SHOWN}.jpg")]
+            (f"{folder}/e.jpg", f"{folder}/line.png"), (f"{folder}/P0.jpg", f"{folder}/{SHOWN}.jpg")]
     assert "1 pairs with an image of one flat colour left out" in done.stdout and "1 HEIC" in done.stdout
     assert {Path(path).name for path, _ in images.read_skipped(tmp_path / "r" / "skipped.csv")} == SKIPPED

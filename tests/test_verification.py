@@ -431,6 +431,13 @@ def test_what_cannot_be_read_now_is_tried_again_whatever_its_time(tmp_path, monk
     assert len(verifier.cache.read(paths[0]))
 
 
+def test_an_image_without_features_is_kept_too(tmp_path):
+    path, cache = str(tmp_path / "blank.png"), v.FeatureCache(tmp_path)
+    Image.new("RGB", (100, 80), "white").save(path)
+    cache.write(v.describe_files([path]))
+    assert len(cache.read(path)) == 0 and not list(cache.unreadable([path])) and not cache.missing([path])
+
+
 @pytest.mark.parametrize("content", [b"text, no SQLite file" * 100, b"SQLite format 3\0" + b"\xff" * 5000])
 def test_a_cache_that_is_none_is_told_in_a_line(tmp_path, content):
     file = v.FeatureCache(tmp_path).file

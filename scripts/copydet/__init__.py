@@ -23,6 +23,9 @@ In the order the data flows:
     search          exact nearest neighbours
     edits           that make a copy of an image, for benchmarks and calibration
     verification    local features of two images, geometry, pixels: a copy, and where
+    cache           descriptors of folders that are searched again and again
+    copies          collections of images, the pairs between them, verified, and how precise their scores are
+    page            what find_copies.py writes
     metrics         ground truths, micro-AP, recall at 90 % precision
     report          HTML page and picture of a score
 

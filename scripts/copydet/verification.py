@@ -374,8 +374,8 @@ class FeatureCache:
         """Store what is described in one transaction."""
         with self.db:
             self.db.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?)", [
-                (os.fsencode(image.path), *image.stamp, image.features and image.features.to_bytes(), image.reason)
-                for image in described])
+                (os.fsencode(image.path), *image.stamp,
+                 None if image.features is None else image.features.to_bytes(), image.reason) for image in described])
 
     def forget(self, paths: Iterable[str]) -> None:
         with self.db:
