@@ -619,6 +619,8 @@ def train(args: Args, data: Data, rank: Rank) -> None:
 
 def export(args: Args) -> None:
     """Write the network as --format. Raises InputError: no checkpoint, a package that is missing."""
+    if args.half and args.format != "safetensors":
+        raise InputError(f"--half: of --format safetensors, not {args.format}")
     args, source = find_source(args)
     path = Path(args.output or args.out / f"descriptor{ENDINGS[args.format]}")
     make_folder(path.parent)
@@ -628,7 +630,7 @@ def export(args: Args) -> None:
         "mean": net.mean, "std": net.std, "dim": net.dim, "input": INPUT,
         "output": "descriptors: float32 [n, dim], unit length", "calibration": source.calibration,
         **{name: getattr(args, name) for name in ("view1", "op_prob", "calibrate")}}
-    FORMATS[args.format](net, config, path)
+    FORMATS[args.format](net.half() if args.half else net, config, path)
     print(f"=> wrote {path}")
 
 

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """Find copies: from two folders of images to a page of answers.
 
-    python scripts/find_copies.py QUERIES ARCHIVE -o report --exp v31        what of QUERIES is in ARCHIVE?
-    python scripts/find_copies.py image.jpg ARCHIVE -o report --exp v31      one picture
-    python scripts/find_copies.py IMAGES -o report --exp v31                 near-duplicates within one folder
+    python scripts/find_copies.py QUERIES ARCHIVE -o report                  what of QUERIES is in ARCHIVE?
+    python scripts/find_copies.py image.jpg ARCHIVE -o report                one picture
+    python scripts/find_copies.py IMAGES -o report                           near-duplicates within one folder
+    python scripts/find_copies.py QUERIES ARCHIVE -o report --exp v31        described by the experiment v31
     python scripts/find_copies.py queries.h5 archive.h5 -o report            descriptor files
 
-Images are described by train.py, with flags of its own after `--`: -- --input-size 448 --device cpu. What is described
-stays in the cache: the next run describes only images that are new or changed (size or time; --hash: content), tries
-again those that it had no leave or memory to read, and forgets those that are gone. A run that was killed goes on from
-its last chunk. --query-regions 7 looks at parts of each query too, for copies that fill a part of it.
+Images are described by the network that comes with the project, exp/default.safetensors, unless --exp, --weight or
+--backbone-weights names another. train.py does it, with flags of its own after `--`: -- --input-size 448 --device cpu.
+What is described stays in the cache: the next run describes only images that are new or changed (size or time; --hash:
+content), tries again those that it had no leave or memory to read, and forgets those that are gone. A run that was
+killed goes on from its last chunk. --query-regions 7 looks at parts of each query too, for copies that fill a part.
 
 The ten best answers to each query are then verified: local features of both images are compared, and geometry decides
 whether the query shows the archive's image (copy), a part of it (shares a part: a logo, text, frame or texture), or
@@ -42,7 +44,7 @@ import sys
 from pathlib import Path
 
 from copydet.cache import Cache, Extraction
-from copydet.checkpoints import newest_checkpoint
+from copydet.checkpoints import ABOUT_DEFAULT, DEFAULT, newest_checkpoint
 from copydet.common import ROOT, InputError, OutputFolder, WorkError, is_page, run_main, shown
 from copydet.copies import (Collection, calibrate, check_comparable, find_pairs, read_calibration, read_file,
                             read_folder, same_files, told, verify_pairs)
@@ -62,7 +64,8 @@ MOST_PAIRS = 50_000  # what a page can be as high as in every browser
 
 
 def pick_weights(args: argparse.Namespace) -> tuple[str, str]:
-    """The flag and file of what describes the images. Raises InputError: none given, no such file."""
+    """The flag and file of what describes the images, DEFAULT where none is given. Raises InputError: several, no such
+    file."""
     given = [(flag, file) for flag, file in (("--weight", args.weight), ("--backbone-weights", args.backbone_weights))
              if file]
     if args.exp:
@@ -70,6 +73,9 @@ def pick_weights(args: argparse.Namespace) -> tuple[str, str]:
         if not newest:
             raise InputError(f"--exp {args.exp}: no checkpoint in {ROOT / 'exp' / args.exp / 'train'}")
         given.append(("--weight", newest))
+    if not given and DEFAULT.is_file():
+        print(ABOUT_DEFAULT, file=sys.stderr)
+        given.append(("--weight", DEFAULT))
     if len(given) != 1:
         raise InputError("a folder of images needs one of --exp NAME, --weight FILE, --backbone-weights FILE")
     flag, file = given[0]

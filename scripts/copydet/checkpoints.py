@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copydet.common import InputError, read_json
+from copydet.common import ROOT, InputError, read_json
 from copydet.options import OF_OTHERS, Args, can_be
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 OF_NETWORK = ("arch", "pool", "stages", "grid", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "eval_crops")
 OF_IMAGES = ("input_size", "resize", "exif_transpose", "decode")
 FROM_CHECKPOINT = OF_NETWORK + OF_IMAGES
+DEFAULT = ROOT / "exp" / "default.safetensors"  # comes with the project, made by exp/default.args
+ABOUT_DEFAULT = ("described by exp/default.safetensors, a small network trained on 5,000 photos; one trained on images "
+                 "like yours, or SSCD's by --weight, finds more")
 PACKAGED = {"gem_eval_p": 1.0, "resize": "square"}  # how the winner's package evaluates, whatever its files say
 
 
@@ -225,10 +228,14 @@ def check_given(args: Args, file: str | Path | None, checkpoint: dict, stored: d
 
 
 def find_source(args: Args) -> tuple[Args, Source]:
-    """`take_source` of --weight, or of the newest checkpoint of --exp. Raises InputError where there is none."""
+    """`take_source` of --weight, or of the newest checkpoint of --exp, or where no experiment is named of DEFAULT.
+    Raises InputError where there is none."""
     raw = args.backbone_weights or args.no_pretrained
     folder = args.out.parent / "train"
     file = args.weight or (None if raw else newest_checkpoint(folder))
+    if not (file or raw) and "exp" not in args.given and DEFAULT.is_file():
+        file = DEFAULT
+        print(f"=> {ABOUT_DEFAULT}")
     if not (file or raw):
         raise InputError(f"no checkpoint in {folder}; train --exp {args.exp} first, or give --weight FILE, "
                          "--backbone-weights FILE (raw features)")

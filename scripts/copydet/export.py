@@ -40,11 +40,12 @@ def write_torchscript(net: torch.nn.Module, config: dict, path: Path) -> None:
 
 
 def write_safetensors(net: torch.nn.Module, config: dict, path: Path) -> None:
-    """Weights alone; `config` of the file's metadata holds the config."""
-    from safetensors.torch import save_file
+    """Weights alone; `config` of the file's metadata holds the config. A net of 16 bits is written as such, what reads
+    it computes in 32."""
+    from safetensors.torch import save
     with replacing(path) as temporary:
-        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, temporary,
-                  {"config": json.dumps(config)})
+        temporary.write_bytes(save({name: value.contiguous() for name, value in net.state_dict().items()},
+                                   {"config": json.dumps(config)}))
 
 
 FORMATS = {"onnx": write_onnx, "torchscript": write_torchscript, "safetensors": write_safetensors}

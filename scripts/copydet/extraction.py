@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from copydet.batches import collate_images, collate_views, make_loader
 from copydet.calibration import measure
-from copydet.checkpoints import FROM_CHECKPOINT, OF_IMAGES, Source, find_source, load_net, take_source
+from copydet.checkpoints import DEFAULT, FROM_CHECKPOINT, OF_IMAGES, Source, find_source, load_net, take_source
 from copydet.common import ROOT, InputError, OutputFolder, WorkError, check_output, open_folder, replacing, shown
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.distributed import Rank, gather_objects, pick_precision
@@ -315,11 +315,12 @@ def versions() -> dict[str, str]:
 # In other programs
 
 
-def load_descriptor(weight: str | Path, device: str = "cpu", **settings: object) -> Callable[[Sequence], np.ndarray]:
+def load_descriptor(weight: str | Path = DEFAULT, device: str = "cpu",
+                    **settings: object) -> Callable[[Sequence], np.ndarray]:
     """A file that --weight takes as a function: images -> float32 [n, dim], rows of unit length.
 
         from copydet import load_descriptor
-        descriptor = load_descriptor("exp/v31/train/checkpoint_0004.pth.tar")
+        descriptor = load_descriptor()      # or of a file: "exp/v31/train/checkpoint_0004.pth.tar"
         descriptor = load_descriptor("sscd_disc_mixup.torchscript.pt", preset="sscd", allow_code=True)
         vectors = descriptor(["a.jpg", "b.png"])
 

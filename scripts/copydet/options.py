@@ -268,6 +268,7 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
     ],
     "export": [
         ("--format", ["onnx", "torchscript", "safetensors"], "onnx", "of the file for other programs"),
+        ("--half", bool, False, "weights in 16 bits, of .safetensors: half the size"),
         ("-o --output FILE", str, None, "where to (default: exp/NAME/export/descriptor.onnx, .pt or .safetensors)"),
     ],
     "devices and processes (under torchrun its environment decides)": [
