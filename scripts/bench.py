@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # imported where they are used: sections that do without them
 
     from copydet.augmentations import Augmentation
     from copydet.distributed import Rank
+    from copydet.network import Descriptor
     from copydet.views import Views
     from train import Trainer
 
@@ -311,10 +312,19 @@ def done(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def plain_loop(net: Descriptor, paths: list[str], batches: list[range], device: torch.device) -> torch.Tensor:
+    """Rows [n, dim] of images, as a loop of a few lines describes them."""
+    import torch
+    import torchvision.transforms as T
+    transform = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize(net.mean, net.std)])
+    read = lambda batch: torch.stack([transform(Image.open(paths[i]).convert("RGB")) for i in batch])
+    with torch.inference_mode():
+        return torch.cat([net(read(batch).to(device)).float().cpu() for batch in batches])
+
+
 def bench_extract(bench: argparse.Namespace) -> Iterator[Figure]:
     """Images per second of extraction, beside decoding alone and forward alone, and beside a plain loop."""
     import torch
-    import torchvision.transforms as T
 
     from copydet.batches import collate_images, make_loader
     from copydet.checkpoints import load_net, take_source
@@ -344,7 +354,6 @@ def bench_extract(bench: argparse.Namespace) -> Iterator[Figure]:
 
     blocks = Kept(bench.work, "images", len(paths), 64, rank)
     data = WholeImages(paths, preprocessing)
-    transform = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize(net.mean, net.std)])
     ready = torch.randn(64, 3, 224, 224).to(device, memory_format=torch.channels_last)
 
     def decode() -> None:
@@ -356,10 +365,8 @@ def bench_extract(bench: argparse.Namespace) -> Iterator[Figure]:
         for batch in batches:
             faster(ready[:len(batch)]).float().cpu()
 
-    @torch.inference_mode()
     def plain() -> None:
-        plain_rows[:] = [net(torch.stack([transform(Image.open(paths[i]).convert("RGB")) for i in batch]).to(
-            device)).float().cpu() for batch in batches]
+        plain_rows[:] = [plain_loop(net, paths, batches, device)]
 
     @torch.inference_mode()
     def extract() -> None:

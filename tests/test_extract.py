@@ -264,7 +264,7 @@ def find_copies_rows(tmp_path, file, data):
     """Descriptors of the queries in find_copies.py's cache."""
     run("scripts/find_copies.py", data / "query_images", data / "reference_images", "-o", tmp_path / "report",
         "--weight", file, "--", "--device", "cpu", "-j", "1")
-    cache, = (tmp_path / "report" / "cache").glob("*.sqlite")
+    cache, = (file for file in (tmp_path / "report" / "cache").glob("*.sqlite") if not file.name.startswith("features"))
     with sqlite3.connect(cache) as db:
         rows = db.execute("SELECT path, row FROM photos ORDER BY path").fetchall()
     return np.array([np.frombuffer(row, np.float32) for path, row in rows if b"/query_images/" in path])

@@ -372,7 +372,7 @@ def test_two_ids_never_become_one(here, told):
 
 
 def test_another_file_of_edits_ends_no_report(here, told):
-    Path("edits.csv").write_text("date,author\n2024,x\n")
+    Path("edits.csv").write_text("author\nx\n")
     assert "edits.csv: missing column" in told(eval_metrics, "a.h5", "gt.csv", "--report", "r", code=0)[1]
     Path("gt.csv").write_text(f"query_id,reference_id\n{NFC},R0\n")
     Path("edits.csv").write_text(f"query_id,edits\n{NFD},crop+blur\n")

@@ -78,7 +78,8 @@ class LazyCrop:
     def part(self, region: tuple[float, float, float, float]) -> LazyCrop:
         """Region (left, top, right, bottom) of an image as it is, in fractions of its sides."""
         (left, top, right, bottom), (width, height) = region, self.size
-        self.box = left * width, top * height, (right - left) * width, (bottom - top) * height
+        if region != (0, 0, 1, 1):  # else no pixel is lost by rounding
+            self.box = left * width, top * height, (right - left) * width, (bottom - top) * height
         return self
 
     def whole(self, resize: Callable, side: int) -> LazyCrop:

@@ -47,7 +47,7 @@ def kind_of(file: str | Path) -> str:
         with zipfile.ZipFile(file) as archive:
             if any("/code/" in name for name in archive.namelist()):
                 return "torchscript"
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # damaged; its reader tells
         pass
     return "checkpoint"
 
