@@ -1,12 +1,15 @@
 """Fixtures that several test files share. Results go to temporary folders, never to exp/ of the checkout."""
+import os
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # as many tests as cores run at once: more threads only wait for each other
 
 import pytest
 import torch
 
 from copydet.network import build_net
 from copydet.options import parse_args
-from helpers import run
+from helpers import run, run_here
 
 
 @pytest.fixture
@@ -29,9 +32,11 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def extract(exp, weights):
-    """Run extraction with `weights`: extract(data, flags...); extract.out() is its folder."""
-    def call(data, *flags, code=0, suffix=""):
-        return run("train.py", "--mode", "extract", "-j", 1, "--batch-size", 15, "--exp", exp + suffix, "--weight",
-                   weights, *flags, data, code=code)
+    """Run extraction with `weights`, in this process unless `apart` or with several: extract(data, flags...);
+    extract.out() is its folder."""
+    def call(data, *flags, code=0, suffix="", apart=False):
+        words = ["train.py", "--mode", "extract", "-j", 0, "--batch-size", 15, "--exp", exp + suffix, "--weight",
+                 weights, *flags, data]
+        return run(*words, code=code) if apart or "--nproc" in flags else run_here(*words, code=code)
     call.out = lambda suffix="": Path(exp + suffix) / "extract"
     return call

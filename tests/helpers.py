@@ -29,7 +29,7 @@ def run(*command, code=0, cwd=ROOT, env=None, timeout=300, apart=False):
     What is refused (2) is run in this process, unless `apart`: most of its time would be imports.
     """
     if code == 2 and not env and not apart:
-        return run_here(*map(str, command), cwd=cwd)
+        return run_here(*command, cwd=cwd, code=2)
     done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
                           timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
     if code is not None:
@@ -39,10 +39,11 @@ def run(*command, code=0, cwd=ROOT, env=None, timeout=300, apart=False):
     return done
 
 
-def run_here(*command, cwd=ROOT):
-    """The same in this process, for command lines that end with 2."""
+def run_here(*command, code=0, cwd=ROOT):
+    """The same in this process, for command lines that start no others."""
+    command, expected = list(map(str, command)), code
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, os.getcwd())
-    sys.argv = list(command)
+    sys.argv = command
     os.chdir(cwd)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -53,7 +54,7 @@ def run_here(*command, cwd=ROOT):
     finally:
         sys.argv = before[0]
         os.chdir(before[1])
-    assert code == 2, f"exit {code}, expected 2\n{out.getvalue()}\n{err.getvalue()}"
+    assert code == expected, f"exit {code}, expected {expected}\n{out.getvalue()}\n{err.getvalue()}"
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 

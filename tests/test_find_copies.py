@@ -292,7 +292,7 @@ def test_precision_sets_the_threshold_by_the_calibration(tmp_path):
     (["{all}", "{other}", "-o", "{tmp}/r"], "different checkpoint_sha256"),
     (["{bad}", "-o", "{tmp}/r"], "should rise"),
     (["{tmp}", "-o", "{tmp}/r"], "no images in"),
-    (["{tmp}", "-o", "{tmp}/r", "--exp", "x", "--weight", "{all}"], "needs one of --exp"),
+    (["{tmp}", "-o", "{tmp}/r", "--backbone-weights", "x", "--weight", "{all}"], "needs one of --exp"),
     (["{tmp}", "-o", "{tmp}/r", "--exp", "no-such"], "no checkpoint in"),
     (["{tmp}/none", "-o", "{tmp}/r"], "no such file or folder"),
     (["{tmp}", "-o", "{tmp}/r", "--weight", "{all}"], "no images in"),

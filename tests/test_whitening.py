@@ -15,7 +15,7 @@ from copydet.export import write_onnx, write_torchscript
 from copydet.network import build_net, centre_crops, folded_grid
 from copydet.options import parse_args
 from copydet.whitening import learned_whitening, set_head
-from helpers import draw_images, run
+from helpers import draw_images, run, run_here
 
 
 def settings(**changes):
@@ -166,8 +166,8 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
                  ["--target-set", "q"]):
         if more == ["--target-set", "q"]:
             (tmp_path / "one" / "extract" / "fb-isc-submission.h5").unlink()
-        run("train.py", "--mode", "extract", "--weight", tmp_path / "one" / last, "--exp",
-            tmp_path / "one", "--target-set", "qr", *more, tmp_path / "input")
+        run_here("train.py", "--mode", "extract", "--weight", tmp_path / "one" / last, "--exp", tmp_path / "one", "-j",
+                 0, "--device", "cpu", "--target-set", "qr", *more, tmp_path / "input")
         with h5py.File(tmp_path / "one" / "extract" / "fb-isc-submission.h5") as file:
             extracted[" ".join(map(str, more))] = dict(file.attrs)
             rows = file["query"][:]
@@ -175,8 +175,8 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
         if not more:
             queries = sorted((tmp_path / "input" / "query_images").iterdir())
             assert np.allclose(load_descriptor(tmp_path / "one" / last)(queries), rows, atol=1e-5)
-            run("train.py", "--mode", "export", "--weight", tmp_path / "one" / last, "--format", "safetensors", "-o",
-                tmp_path / "net.safetensors")
+            run_here("train.py", "--mode", "export", "--weight", tmp_path / "one" / last, "--format", "safetensors",
+                     "-o", tmp_path / "net.safetensors")
             assert np.allclose(load_descriptor(tmp_path / "net.safetensors")(queries), rows, atol=1e-5)
     assert extracted[""]["input_size"] == 48 and extracted["--input-size 64"]["input_size"] == 64
     calibrations = {more: json.loads(attrs.get("calibration", "{}")) for more, attrs in extracted.items()}
