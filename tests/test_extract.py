@@ -113,7 +113,7 @@ def test_odd_photos_give_finite_descriptors(tmp_path, extract):
 def test_three_processes_write_the_same_file(tmp_path, extract):
     data = data_folder(tmp_path, queries=1003, references=7, training=2)
     (data / "query_images" / "broken.jpg").write_bytes(b"")
-    extract(data, "--target-set", "qrt", "--device", "cpu")
+    extract(data, "--target-set", "qrt", "--device", "cpu", apart=True)
     extract(data, "--target-set", "qrt", "--device", "cpu", "--multiprocessing-distributed", "--nproc", 3, "--dist-url",
             f"tcp://localhost:{20001 + os.getpid() % 20000}", suffix="-3")
     (one, _), (three, _) = (read(extract.out(suffix) / "fb-isc-submission.h5") for suffix in ("", "-3"))
@@ -333,7 +333,7 @@ os.waitpid(start(), 0)
 def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(tmp_path, extract, weights, exp):
     data = data_folder(tmp_path, queries=100, references=101, training=2)
     flags = ["--target-set", "qrt", "--batch-size", 2]
-    extract(data, *flags, suffix="-whole")
+    extract(data, *flags, suffix="-whole", apart=True)
     folder = extract.out() / "fb-isc-submission.blocks"
     done = run("-c", KILLED, folder, "--mode", "extract", "-j", 0, "--device", "cpu", "--exp", exp, "--weight", weights,
                *flags, "--resume", "auto", data, env=WITH_PACKAGE)
@@ -360,7 +360,7 @@ def test_resumed_with_other_settings_is_refused(tmp_path, extract, weights, exp)
 
 def test_two_machines_write_the_same_file(tmp_path, extract, weights, exp):
     data = data_folder(tmp_path, queries=40, references=50)
-    extract(data, "--device", "cpu", suffix="-one")
+    extract(data, "--device", "cpu", suffix="-one", apart=True)
     port = 20000 + os.getpid() % 20000
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend",
                "c10d", "--rdzv-endpoint", f"localhost:{port}", "train.py", "--mode", "extract", "--device", "cpu", "-j",
