@@ -27,6 +27,7 @@ The same command goes on where a stopped ladder stood; rows that failed are trie
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import fcntl
 import importlib.util
@@ -42,7 +43,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -283,6 +284,23 @@ def has_flags(recipes: object) -> bool:
                                              for recipe in recipes.values())
 
 
+@contextlib.contextmanager
+def interrupts_after(last: Callable[[], None]) -> Iterator[None]:
+    """What comes in the meantime, Ctrl-C or SIGTERM, is raised at the end, after `last()`: so no process is started
+    that nobody knows of."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        last()
+    if came:
+        raise KeyboardInterrupt
+
+
 class Ladder:
     """The folder of a ladder, and what is done in it.
 
@@ -345,14 +363,17 @@ class Ladder:
         with open(log, "a+", encoding="utf-8", errors="replace") as out:
             print("$", shlex.join(argv), file=out, flush=True)
             start, began, (alive, held) = out.tell(), time.time(), os.pipe()
-            process = subprocess.Popen(argv, stdout=subprocess.PIPE if piped else out, stderr=out, text=True,
-                                       pass_fds=[self.lock.fileno(), held], env=os.environ | {"PYTHONUNBUFFERED": "1"})
-            os.close(held)
+            process: subprocess.Popen[str] | None = None
             try:
+                with interrupts_after(lambda: os.close(held)):
+                    process = subprocess.Popen(argv, stdout=subprocess.PIPE if piped else out, stderr=out, text=True,
+                                               pass_fds=[self.lock.fileno(), held],
+                                               env=os.environ | {"PYTHONUNBUFFERED": "1"})
                 printed, _ = process.communicate()
             except BaseException:
-                process.terminate()
-                process.wait()
+                if process:
+                    process.terminate()
+                    process.wait()
                 raise
             finally:
                 os.read(alive, 1)  # until all that the command started has ended, and the lock is free

@@ -1,6 +1,7 @@
 """ladder.py through its command line, with a tiny network: stopped and continued, a chain, a recipe that fails."""
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -237,3 +238,12 @@ def test_pairs_and_negatives_are_those_of_the_benchmark(recorder):
     assert (images, flags["--pairs"], flags["--weight"]) == (data, data / ladder.TRUTH, checkpoint)
     assert flags["--negatives-dir"] == data / "reference_images"
     assert recorder.longest_epoch(recipe) == 1 and recorder.longest_epoch(recorder.args.recipes[0]) == 2
+
+
+def test_an_interrupt_waits_until_what_was_started_is_known():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with ladder.interrupts_after(lambda: done.append("last")):
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("started")
+    assert done == ["started", "last"]
