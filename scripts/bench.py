@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -237,11 +238,13 @@ def single_process(args: Args) -> Rank:
 
 
 def trainer(bench: argparse.Namespace) -> Trainer:
-    """train.py's own: what is measured is what it runs."""
-    sys.path.insert(0, str(ROOT))
-    from train import Trainer, prepare_training
-    args, data = prepare_training(recipe(bench, "--sample-size", len(bench.names)))
-    return Trainer(args, data, single_process(args))
+    """train.py's own, loaded by its file: what is measured is what it runs."""
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    assert spec and spec.loader
+    script = sys.modules["train"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    args, data = script.prepare_training(recipe(bench, "--sample-size", len(bench.names)))
+    return script.Trainer(args, data, single_process(args))
 
 
 def bench_train(bench: argparse.Namespace) -> Iterator[Figure]:

@@ -29,7 +29,7 @@ from copydet.common import MANIFEST, InputError, OutputFolder, locked, open_fold
 from copydet.descriptors import write_descriptors
 from copydet.images import list_images
 from copydet.options import parse_args
-from helpers import ROOT, draw_images, fake_describe
+from helpers import ROOT, WITH_PACKAGE, draw_images, fake_describe
 
 MODULES = {"find_copies": fc, "eval_metrics": eval_metrics, "index": index, "ladder": ladder,
            "postprocess": postprocess, "make_benchmark": make_benchmark, "merge_shards": merge_shards,
@@ -311,7 +311,6 @@ def test_links_beside_descriptor_files_are_told(tmp_path, find):
 
 NOBODY = """
 import sys
-sys.path[:0] = ["scripts", "tests"]
 import find_copies as fc, helpers
 from copydet import cache as cached
 cached.Extraction.describe = helpers.fake_describe
@@ -324,7 +323,7 @@ def nobody():
     """(folder of a user without rights, function that runs Python as that user); this user where it has none."""
     folder = Path(tempfile.mkdtemp(prefix="nobody-"))
     before = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if not os.geteuid() else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**WITH_PACKAGE, "OMP_NUM_THREADS": "1", "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def call(*words):
         return subprocess.run([*before, sys.executable, *map(str, words)], cwd=ROOT, env=env, text=True,

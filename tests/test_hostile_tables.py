@@ -39,7 +39,7 @@ from copydet.network import build_net, read_backbone_weights
 from copydet.options import parse_args
 from copydet.report import Thumbnails
 from copydet.views import parse_ops
-from helpers import ROOT, draw_images
+from helpers import ROOT, WITH_PACKAGE, draw_images
 
 faiss.omp_set_num_threads(1)
 MADE_BY = {"checkpoint_sha256": "a" * 64, "shard": "0/1"}
@@ -769,7 +769,6 @@ def test_a_file_system_without_links_is_told_as_that(here, told, monkeypatch, we
 
 AS_NOBODY = """
 import contextlib, importlib, io, json, sys
-sys.path[:0] = sys.argv[1:3]
 sys.argv = ["tool.py"]
 for name, words in json.load(sys.stdin):
     err = io.StringIO()
@@ -835,9 +834,9 @@ def as_nobody(tmp_path_factory, weights):
                            "closed.csv": 0, "i/index.json": 0}.items():
             (folder / name).chmod(mode)
         commands = [(name, [word.replace("HERE", str(folder)) for word in words]) for (name, *words), _ in CLOSED]
-        done = subprocess.run([*user, sys.executable, "-c", AS_NOBODY, str(ROOT), str(ROOT / "scripts")], cwd=folder,
+        done = subprocess.run([*user, sys.executable, "-c", AS_NOBODY], cwd=folder,
                               input=json.dumps(commands), capture_output=True, text=True,
-                              env=os.environ | {"HOME": str(folder / "out"), "PYTHONDONTWRITEBYTECODE": "1"})
+                              env=WITH_PACKAGE | {"HOME": str(folder / "out"), "PYTHONDONTWRITEBYTECODE": "1"})
         (folder / "secret").chmod(0o755), (folder / "closed").chmod(0o755)
     if user and "Permission denied" in done.stderr.splitlines()[-1:]:
         pytest.skip(f"another user cannot run the tests: {done.stderr}")

@@ -18,7 +18,7 @@ from copydet import verification as v
 from copydet.common import InputError
 from copydet.descriptors import write_descriptors
 from copydet.images import open_image
-from helpers import ROOT, SHIPPED, draw_images, photo, run, turn, warp
+from helpers import ROOT, SHIPPED, WITH_PACKAGE, draw_images, photo, run, turn, warp
 
 SCRIPT = "scripts/verify.py"
 def describe(img):
@@ -300,9 +300,9 @@ def draw_textures(folder, count, seed, name):
 
 
 @pytest.fixture(scope="module")
-def benchmark(tmp_path_factory):
+def planted(tmp_path_factory):
     """40 queries, the first half copies of references, mirrored every other one; 30 references; their descriptors."""
-    root = tmp_path_factory.mktemp("benchmark")
+    root = tmp_path_factory.mktemp("planted")
     draw_textures(root / "reference_images", 30, seed=1, name="R{:06d}.png")
     draw_textures(root / "query_images", 40, seed=2, name="Q{:05d}.png")
     rng = np.random.default_rng(0)
@@ -325,8 +325,8 @@ def table(file):
         return list(csv.DictReader(lines))
 
 
-def test_pairs_are_verified_and_scored(benchmark):
-    rows = table(benchmark / "pairs.csv")
+def test_pairs_are_verified_and_scored(planted):
+    rows = table(planted / "pairs.csv")
     assert tuple(rows[0]) == command.COLUMNS
     assert len(rows) == 40 * 3
     assert [row["query_id"] for row in rows] == sorted(row["query_id"] for row in rows)
@@ -340,31 +340,32 @@ def test_pairs_are_verified_and_scored(benchmark):
             i = int(row["query_id"][1:])
             expected = np.array([[-8, -8], [88, -8], [88, 88], [-8, 88]])
             np.testing.assert_allclose(corners, expected * [-1, 1] + [82, 0] if i % 2 else expected, atol=1)
-    assert not (benchmark / "pairs.skipped.csv").exists() and not list(benchmark.glob("*.blocks"))
-    scored = run("scripts/eval_metrics.py", benchmark / "pairs.csv", benchmark / "gt.csv")
+    assert not (planted / "pairs.skipped.csv").exists() and not list(planted.glob("*.blocks"))
+    scored = run("scripts/eval_metrics.py", planted / "pairs.csv", planted / "gt.csv")
     assert '"average_precision": 1.0' in scored.stdout
 
 
-def test_any_number_of_processes_gives_the_same_bytes(benchmark, tmp_path):
-    run(SCRIPT, benchmark / "sub.h5", benchmark, "-o", tmp_path / "pairs.csv", "--candidates", 3, "-j", 4)
-    assert (tmp_path / "pairs.csv").read_bytes() == (benchmark / "pairs.csv").read_bytes()
+def test_any_number_of_processes_gives_the_same_bytes(planted, tmp_path):
+    run(SCRIPT, planted / "sub.h5", planted, "-o", tmp_path / "pairs.csv", "--candidates", 3, "-j", 4)
+    assert (tmp_path / "pairs.csv").read_bytes() == (planted / "pairs.csv").read_bytes()
 
 
-def test_a_killed_run_goes_on(benchmark, tmp_path):
+def test_a_killed_run_goes_on(planted, tmp_path):
     """Killed in the second block of queries; the first is not computed again; other flags begin anew."""
     output = tmp_path / "pairs.csv"
-    flags = [str(benchmark / "sub.h5"), str(benchmark), "-o", str(output), "--candidates", "3", "-j", "2"]
-    die = ("import os, signal, sys; sys.path.insert(0, 'scripts'); import verify; rows_of = verify.rows_of\n"
+    flags = [str(planted / "sub.h5"), str(planted), "-o", str(output), "--candidates", "3", "-j", "2"]
+    die = ("import os, signal, sys; import verify; rows_of = verify.rows_of\n"
            "verify.rows_of = lambda query, *rest: os.kill(os.getpid(), signal.SIGKILL) if query == 'Q00032' else "
            "rows_of(query, *rest)\nverify.main(sys.argv[1:])")
-    killed = subprocess.run([sys.executable, "-c", die, *flags], cwd=ROOT, capture_output=True, timeout=300)
+    killed = subprocess.run([sys.executable, "-c", die, *flags], cwd=ROOT, capture_output=True, timeout=300,
+                            env=WITH_PACKAGE)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     blocks = tmp_path / "pairs.csv.blocks"
     assert [file.name for file in blocks.glob("*.json") if file.name != "settings.json"] == ["0-32.json"]
     before = tmp_path / "before"
     shutil.copytree(blocks, before)
     run(SCRIPT, *flags)
-    assert (tmp_path / "pairs.csv").read_bytes() == (benchmark / "pairs.csv").read_bytes()
+    assert (tmp_path / "pairs.csv").read_bytes() == (planted / "pairs.csv").read_bytes()
     text = (before / "0-32.json").read_text()
     for candidates, taken_up in (("3", True), ("2", False)):
         shutil.copytree(before, blocks)
@@ -373,10 +374,10 @@ def test_a_killed_run_goes_on(benchmark, tmp_path):
         assert ("as it was" in (tmp_path / "pairs.csv").read_text()) == taken_up
 
 
-def test_features_are_kept_until_the_image_changes(benchmark, tmp_path):
+def test_features_are_kept_until_the_image_changes(planted, tmp_path):
     """Marked features in the cache are used by the next run, but for the reference whose file was replaced."""
     data, cache = tmp_path / "data", tmp_path / "cache"
-    shutil.copytree(benchmark, data)
+    shutil.copytree(planted, data)
     flags = [data / "sub.h5", data, "-o", tmp_path / "pairs.csv", "--candidates", 1, "-j", 1, "--cache", cache]
     run(SCRIPT, *flags)
     db = sqlite3.connect(next(cache.glob("*.sqlite")))
@@ -392,10 +393,10 @@ def test_features_are_kept_until_the_image_changes(benchmark, tmp_path):
     assert {verdicts[f"Q{i:05d}"] for i in range(20) if i != 3} == {v.ABSTAIN}
 
 
-def test_unreadable_images_are_listed_and_others_not_opened(benchmark, tmp_path):
+def test_unreadable_images_are_listed_and_others_not_opened(planted, tmp_path):
     data = tmp_path / "data"
-    shutil.copytree(benchmark, data)
-    pairs = table(benchmark / "pairs.csv")
+    shutil.copytree(planted, data)
+    pairs = table(planted / "pairs.csv")
     asked_for = {row["reference_id"] for row in pairs if row["query_id"] in ("Q00000", "Q00001")}
     for file in (data / "reference_images").iterdir():
         if file.stem not in asked_for:
@@ -474,8 +475,8 @@ def test_images_in_subfolders_and_of_any_ending_are_found(tmp_path):
     (["{sub}", "{root}", "--cache", "no/cache"], "--cache no/cache"),
     (["{sub}", "{root}", "-j", "0"], "not a whole number"),
     (["{root}/gt.csv", "{root}"], "gt.csv: not an HDF5 file")])
-def test_wrong_input_is_told_in_one_line(benchmark, tmp_path, flags, message):
-    flags = [flag.format(root=benchmark, sub=benchmark / "sub.h5") for flag in flags]
+def test_wrong_input_is_told_in_one_line(planted, tmp_path, flags, message):
+    flags = [flag.format(root=planted, sub=planted / "sub.h5") for flag in flags]
     output = [] if "-o" in flags else ["-o", tmp_path / "pairs.csv"]
     told = run(ROOT / SCRIPT, *flags, *output, code=2, cwd=tmp_path, apart=True).stderr.splitlines()
     assert message in told[-1] and not list(tmp_path.glob("*.blocks"))
