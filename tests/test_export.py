@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
+import find_copies
 import train
 from copydet import load_descriptor
 from copydet.batches import collate_images
-from copydet.checkpoints import find_source, load_net
+from copydet.checkpoints import DEFAULT, find_source, load_net
 from copydet.common import InputError
 from copydet.options import parse_args
 from copydet.views import Preprocessing, WholeImages
@@ -108,3 +110,18 @@ def test_safetensors_load_as_a_checkpoint(weights, tmp_path, images, expected):
         load_descriptor(path)
     (tmp_path / "config.json").write_text(config)  # as older versions wrote it
     assert np.allclose(load_descriptor(path)(images), expected[1], atol=1e-5)
+
+
+def test_the_network_that_comes_with_the_project(tmp_path, capsys):
+    """Small, of 16 bits, used where no other is named, and told."""
+    assert DEFAULT.stat().st_size < 6e6
+    with safe_open(DEFAULT, "pt") as file:
+        kinds = {file.get_tensor(name).dtype for name in file.keys()}
+    assert kinds <= {torch.float16, torch.int64}
+    images = draw_images(tmp_path / "images", 3, 96)
+    rows = load_descriptor()(sorted(images.iterdir()))
+    assert rows.shape == (3, 256) and np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    args = find_copies.parse_args([str(images), "-o", str(tmp_path / "r")])
+    assert find_copies.pick_weights(args) == ("--weight", str(DEFAULT))
+    assert "exp/default.safetensors" in capsys.readouterr().err
+    assert "--half" in run("train.py", "--mode", "export", "--half", "--weight", DEFAULT, code=2).stderr
