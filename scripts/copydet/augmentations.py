@@ -26,6 +26,7 @@ from augly.image.utils import get_template_and_bbox, rotated_rect_with_max_area
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from copydet.images import ImageFile, through_jpeg
+from copydet.regions import WHOLE, Box
 
 LONGEST = 4  # times the shorter side, of what --resize short makes
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
@@ -75,10 +76,10 @@ class LazyCrop:
         self.box, self.side, self.size = box, side, (side, side)
         return self
 
-    def part(self, region: tuple[float, float, float, float]) -> LazyCrop:
+    def part(self, region: Box) -> LazyCrop:
         """Region (left, top, right, bottom) of an image as it is, in fractions of its sides."""
         (left, top, right, bottom), (width, height) = region, self.size
-        if region != (0, 0, 1, 1):  # else no pixel is lost by rounding
+        if region != WHOLE:  # else no pixel is lost by rounding
             self.box = left * width, top * height, (right - left) * width, (bottom - top) * height
         return self
 

@@ -133,9 +133,9 @@ class Preprocessing:
         parts = [LazyCrop(file).part(box).whole(square, self.input_size) for box in boxes]
         for part in parts:
             file.shrink(part.shrink())
+        whole = LazyCrop(file).whole(square, self.input_size)
         pixels = [part.pixels() for part in parts]
-        whole = LazyCrop(file).whole(square, self.input_size).pixels()
-        return [whole if is_blank(part) else part for part in pixels]
+        return [whole.pixels() if box != WHOLE and is_blank(part) else part for box, part in zip(boxes, pixels)]
 
     def prepare(self, images: Sequence[str | Image.Image]) -> Images:
         """Whole images, paths or Pillow images, on their way to the device."""
