@@ -45,7 +45,7 @@ from pathlib import Path
 
 from copydet.cache import Cache, Extraction
 from copydet.checkpoints import ABOUT_DEFAULT, DEFAULT, newest_checkpoint
-from copydet.common import ROOT, InputError, OutputFolder, WorkError, is_page, run_main, shown
+from copydet.common import ROOT, InputError, OutputFolder, database, is_page, run_main, shown
 from copydet.copies import (Collection, calibrate, check_comparable, find_pairs, read_calibration, read_file,
                             read_folder, same_files, told, verify_pairs)
 from copydet.descriptors import Descriptors
@@ -134,12 +134,11 @@ def open_cache_folder(args: argparse.Namespace, stack: contextlib.ExitStack) -> 
     return folder
 
 
-def open_cache(folder: Path, args: argparse.Namespace, regions: str,
+def open_cache(folder: Path, weights: tuple[str, str], args: argparse.Namespace, regions: str,
                stack: contextlib.ExitStack) -> tuple[Cache, Extraction]:
     """What describes the folders on the command line, and where in `folder` that is kept. What a killed run with the
     same flags left there is removed."""
-    extraction = Extraction(pick_weights(args), args.flags, folder, regions)
-    extraction.calibrates = args.no_verify and args.query_regions == "whole"
+    extraction = Extraction(weights, args.flags, folder, regions, args.no_verify and args.query_regions == "whole")
     file = folder / f"{extraction.key}.sqlite"
     try:
         cache = Cache(file)
@@ -168,12 +167,13 @@ def read_collections(sources: list[str | Descriptors], folder: Path | None, args
     file under two names; and, where both are folders, what describes queries. It is kept in `folder`."""
     if len(sources) == 1 and isinstance(sources[0], Descriptors) and {"query", "reference"} <= set(sources[0].groups):
         sources = sources * 2
+    weights = pick_weights(args) if any(isinstance(source, str) for source in sources) else None
     caches: dict[str, Describer] = {}
     collections, preferences = [], (("query", "reference", "train"), ("reference", "query", "train"))
     for source, names, regions in zip(sources, preferences, (args.query_regions, "whole")):
-        if isinstance(source, str) and folder:
+        if isinstance(source, str) and folder and weights:
             if regions not in caches:
-                caches[regions] = open_cache(folder, args, regions, stack)
+                caches[regions] = open_cache(folder, weights, args, regions, stack)
             collections.append(read_folder(source, *caches[regions], args))
         elif isinstance(source, Descriptors):
             collections.append(read_file(source, names, args.images))
@@ -239,8 +239,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--topk", type=int, default=10, metavar="K", help="answers per query (default: %(default)s)")
     g.add_argument("--threshold", type=score, metavar="SCORE", help="pairs.csv holds pairs from this score on, the "
                    "page starts with it; 0: verified copies (default: all)")
-    g.add_argument("--precision", type=fraction, metavar="P", help="the threshold that reaches this precision, by the "
-                   "checkpoint's calibration for an archive of this size")
+    g.add_argument("--precision", type=fraction, metavar="P", help="the threshold that reaches this precision, as "
+                   "measured on edited copies of the archive's images; of descriptor files by their calibration")
     g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy, for "
                    "the precision (default: the calibration's)")
     g.add_argument("--no-verify", action="store_true", help="do not compare the images of the best pairs by local "
@@ -261,11 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     def work() -> None:
-        try:
+        with database(args.cache or Path(args.output) / "cache", "what was described before is kept"):
             find_copies(args)
-        except sqlite3.Error as error:
-            raise WorkError(f"{args.cache or Path(args.output) / 'cache'}: {error}; what was described before is "
-                            "kept") from None
 
     return run_main(work, "stopped; what was described is kept")
 

@@ -8,8 +8,8 @@
 The images are those of DIR/query_images and DIR/reference_images, by id. pairs.csv holds a row for each candidate:
 
     query_id, reference_id
-    score                    above 0, up to 1, where local features say copy; else the descriptors' alone, minus their
-                             squared distance. Comparable between queries
+    score                    above 0, up to 1, where local features say copy; else minus the squared distance of the
+                             descriptors, nearer to 0 where a part is shared. Comparable between queries
     inliers                  pairs of local features that agree with one affine transform
     coverage_query, coverage_reference   the part of each image that overlaps and is alike there
     verdict                  copy; shares a part (a logo, text, frame or texture); none; not verifiable (blank, tiny,
@@ -29,7 +29,6 @@ import json
 import os
 import re
 import shutil
-import sqlite3
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -40,7 +39,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from copydet.common import (InputError, OutputFolder, WorkError, check_file, check_output, first_three, locked,
+from copydet.common import (InputError, OutputFolder, check_file, check_output, database, first_three, locked,
                             open_folder, read_json, replacing, run_main, settings_in)
 from copydet.descriptors import Descriptors
 from copydet.images import IMAGE_ENDINGS, Odd, find_image, images_by_id, read_skipped, write_skipped
@@ -96,9 +95,8 @@ def rows_of(query: str, references: Sequence[str], nearness: Sequence[float], ma
     """Rows of the CSV of one query's candidates, best first."""
     rows = []
     for reference, near, match in zip(references, nearness, matches):
-        outline = "" if match.outline is None else " ".join(f"{x:.1f}" for x in match.outline.ravel())
         rows.append((query, reference, round(pair_score(match, near), 6), match.inliers, round(match.coverage_query, 3),
-                     round(match.coverage_reference, 3), match.verdict, outline))
+                     round(match.coverage_reference, 3), match.verdict, match.outline_text))
     return sorted(rows, key=lambda row: (-row[2], row[1]))
 
 
@@ -190,11 +188,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def work() -> None:
-        try:
+        with database(args.cache or f"{args.output}.blocks", "what was verified before is kept"):
             verify_submission(args)
-        except sqlite3.Error as error:
-            raise WorkError(f"{args.cache or f'{args.output}.blocks'}: {error}; what was verified before is "
-                            "kept") from None
 
     return run_main(work, "stopped; the same command goes on")
 

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from copydet.checkpoints import weights_sha256
-from copydet.common import ROOT, InputError, WorkError, shown, time_of
+from copydet.common import ROOT, InputError, WorkError, sha256_of, shown, time_of
 from copydet.descriptors import COMPARABLE, Descriptors
 from copydet.images import BLANK, FOLDERS, NOT_NOW, beside, id_of, list_images, read_skipped
 from copydet.regions import parse_regions
@@ -166,15 +166,6 @@ def stamp_files(root: str, with_hash: bool,
     return stamps, odd
 
 
-def sha256_of(path: str) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[str, str]],
            extraction: Extraction) -> list[tuple[str, str]]:
     """Describe what is new or changed below `root`, chunk by chunk, and forget what is gone. Returns [(path, reason)]
@@ -213,10 +204,11 @@ class Extraction:
     With several `regions`, as --query-regions has them, an image's row is the rows of its regions one after another.
     """
 
-    def __init__(self, weights: tuple[str, str], flags: list[str], folder: Path, regions: str = "whole") -> None:
+    def __init__(self, weights: tuple[str, str], flags: list[str], folder: Path, regions: str = "whole",
+                 calibrates: bool = True) -> None:
         self.weights, self.flags, self.folder, self.regions = weights, flags, folder, len(parse_regions(regions))
         self.group = "reference" if self.regions == 1 else "query"
-        self.calibrates = True  # on the images it describes, as train.py does
+        self.calibrates = calibrates  # on the images it describes, as train.py does
         if self.regions > 1:
             self.flags = [*flags, "--query-regions", regions]
         self.key = self.hash_settings(weights_sha256(weights[1]))

@@ -3,7 +3,6 @@ export wrote, graphs of other programs; and what they say of their network."""
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import pickle
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copydet.common import ROOT, InputError, read_json
+from copydet.common import ROOT, InputError, read_json, sha256_of
 from copydet.options import OF_OTHERS, Args, can_be
 
 if TYPE_CHECKING:
@@ -140,13 +139,8 @@ def exported(file: str | Path, config: dict) -> dict:
 
 def weights_sha256(file: str | Path) -> str:
     """Hex digest of a file of weights; with FILE.data, where large ONNX keeps them."""
-    digest = hashlib.sha256()
-    for part in (str(file), f"{file}.data"):
-        if part == str(file) or os.path.isfile(part):
-            with open(part, "rb") as data:
-                while block := data.read(2**20):
-                    digest.update(block)
-    return digest.hexdigest()
+    beside = f"{file}.data"
+    return sha256_of(file, *[beside] * os.path.isfile(beside))
 
 
 def load_weights(net: torch.nn.Module, state: dict, file: str | Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
 import re
 import secrets
 import shutil
+import sqlite3
 import stat
 import sys
 import unicodedata
@@ -338,6 +340,25 @@ def open_folder(folder: Path, settings: dict, resume: bool) -> None:
     if differ:
         raise InputError(f"--resume auto: {folder} holds an extraction with other settings ({'; '.join(differ[:3])}); "
                          "without --resume it starts anew")
+
+
+def sha256_of(*files: str | Path) -> str:
+    """Hex digest of files, one after another."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as data:
+            while block := data.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def database(place: str | Path, kept: str) -> Iterator[None]:
+    """What SQLite raises in here becomes a WorkError that names the place, and says what is `kept`."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise WorkError(f"{place}: {error}; {kept}") from None
 
 
 def warn(text: str) -> None:

@@ -141,6 +141,7 @@ def read_calibration(args: argparse.Namespace, queries: Collection, archive: Col
 # ---------------------------------------------------------------------------------------------------------------------
 # Search
 
+
 def same_files(queries: Collection, archive: Collection) -> list[tuple[int, int]]:
     """[(query, reference)] that are one file under two names. Within one collection: each further name of a file, and
     the one that is no link, or comes first."""

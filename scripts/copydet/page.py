@@ -46,7 +46,7 @@ def match_columns(matches: Sequence[Match | None]) -> dict[str, list]:
 
     return {"inliers": text(lambda m: m.inliers), "coverage_query": text(lambda m: f"{m.coverage_query:.3f}"),
             "coverage_reference": text(lambda m: f"{m.coverage_reference:.3f}"), "verdict": text(lambda m: m.verdict),
-            "outline": text(lambda m: "" if m.outline is None else " ".join(f"{x:.1f}" for x in m.outline.ravel()))}
+            "outline": text(lambda m: m.outline_text)}
 
 
 def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.ndarray, matches: list[Match] | None,

@@ -133,6 +133,11 @@ class Match:
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     @property
+    def outline_text(self) -> str:
+        """The outline as tables have it: x and y of each corner, in px; nothing without."""
+        return "" if self.outline is None else " ".join(f"{x:.1f}" for x in self.outline.ravel())
+
+    @property
     def part(self) -> np.ndarray:
         """float64 [4, 2], the query's corners in the reference: what the outline is for the reference."""
         assert self.transform is not None and self.sizes is not None
