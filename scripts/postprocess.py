@@ -15,7 +15,9 @@ training rows alone (`train` in the file: train.py --mode extract --target-set q
     dba        training rows become the mean of their k neighbours, weighted by similarity^alpha: k=10,alpha=3
     isolate    minus beta x the mean of the k nearest training rows, then unit length, q and r times for queries and
                references: beta=0.35,k=10,q=3,r=3; only neighbours more similar than threshold=-1, weighted by
-               similarity^alpha=0; centroids=0: of that many k-means centroids instead of the training rows
+               similarity^alpha=0; centroids=0: of that many k-means centroids instead of the training rows;
+               among=reference: of the nearest other references, which needs no training rows; then q=0 keeps queries
+               as they are, as their originals are among these
     norm       score normalisation: score = -(squared L2) - beta x level, level = mean similarity of the query to its k
                nearest training rows, or with level=distance minus their mean squared L2: beta=0.5,k=3,level=similarity.
                It is one more column, so that plain search gives this score less a constant
@@ -59,6 +61,7 @@ PRESETS = {  # the notes' results; each with the state of the notes' script that
     "v23-isolation-norm": "isolate:beta=0.35,k=10,q=3,r=3 norm:beta=1,k=3",  # 7cc692d: the other reading of "w/ norm"
     "v36-isolation-norm": "isolate:beta=0.35,k=10,q=3,r=3 norm:beta=0.5,k=3",  # d61e3b1
     "v72-v75-ensemble": "concat l2 svd:dim=256 l2 isolate:beta=0.35,k=10,q=3,r=3",  # ea65c07
+    "archive-isolation": "isolate:among=reference,q=0,r=3",  # not of the notes
     "v107-final": "dba:k=10,alpha=3 isolate:beta=0.35,k=10,q=1,r=1",  # 4d950c9
 }
 
@@ -225,16 +228,18 @@ def isolate(groups: Groups, p: Parameters, ngpu: int) -> dict[str, Change]:
     """x <- normalise(x - beta * n), n the weighted mean of the nearest training rows (notes, 7cc692d).
 
     Weights are similarity^alpha above the threshold, else 0; their sum is guarded by 1e-9 as in the notes. A row that
-    the subtraction makes zero keeps its direction and is counted.
+    the subtraction makes zero keeps its direction and is counted. Among the references no row counts for itself.
     """
-    rows = groups["train"].read()
-    pool = Pool(centroids(rows, p["centroids"]) if p["centroids"] else rows, ngpu)
+    rows = groups[p["among"]].read()
+    pool = Pool(centroids(rows, p["centroids"], p["among"]) if p["centroids"] else rows, ngpu)
 
     def iterate(iterations: int, x: np.ndarray) -> tuple[np.ndarray, int]:
-        kept = 0
+        kept, first = 0, x
         for _ in range(iterations):
-            similarity, near = pool.search(x, p["k"])
+            similarity, near = pool.search(x, p["k"] + (p["among"] == "reference"))
             weights = power(similarity, p["alpha"]) * (similarity > p["threshold"])
+            if p["among"] == "reference":
+                weights *= others(first, pool.rows, near)
             mean = pool.weighted_sum(weights / (weights.sum(axis=1, keepdims=True) + 1e-9), near)
             x, zero = normalize(x - np.float32(p["beta"]) * mean, x)
             kept += zero
@@ -243,10 +248,17 @@ def isolate(groups: Groups, p: Parameters, ngpu: int) -> dict[str, Change]:
     return {name: partial(iterate, p[name[0]]) for name in ("query", "reference") if p[name[0]]}
 
 
-def centroids(rows: np.ndarray, n: int) -> np.ndarray:
+def others(x: np.ndarray, pool: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Rows `near` [n, k + 1] of a pool [m, d], nearest first -> bool [n, k + 1]: the first k that are not x [n, d]."""
+    own = np.stack([(pool[column] == x).all(1) for column in near.T], 1)
+    own[~own.any(1), -1] = True
+    return ~own
+
+
+def centroids(rows: np.ndarray, n: int, name: str) -> np.ndarray:
     """n k-means centroids of rows [m, d], of unit length (notes, 7cc692d: 20 iterations, 10,000 rows a centroid)."""
     if n > len(rows):
-        raise InputError(f"isolate:centroids={n}: there are {len(rows)} training rows")
+        raise InputError(f"isolate:centroids={n}: `{name}` has {len(rows)} rows")
     kmeans = faiss.Kmeans(rows.shape[1], n, niter=20, max_points_per_centroid=10000, min_points_per_centroid=1, seed=0)
     kmeans.train(rows)
     return normalize(kmeans.centroids)[0]
@@ -279,7 +291,8 @@ def norm_constant(p: Parameters) -> float:
 STEPS: dict[str, tuple[Step, Parameters]] = {  # name -> (step, parameters with their defaults)
     "l2": (l2, {}), "center": (center, {}), "whiten": (whiten, {"dim": 256}), "svd": (svd, {"dim": 256}),
     "dba": (dba, {"k": 10, "alpha": 3.0}),
-    "isolate": (isolate, {"beta": 0.35, "k": 10, "q": 3, "r": 3, "threshold": -1.0, "alpha": 0.0, "centroids": 0}),
+    "isolate": (isolate, {"beta": 0.35, "k": 10, "q": 3, "r": 3, "threshold": -1.0, "alpha": 0.0, "centroids": 0,
+                          "among": "train"}),
     "norm": (norm, {"beta": 0.5, "k": 3, "level": "similarity"}),
     "concat": (lambda groups, p, ngpu: {}, {}),  # `join` has put the files side by side
 }
@@ -302,6 +315,8 @@ def parse_step(text: str) -> tuple[str, Parameters]:
             raise InputError(f"{text}: {key}={value} is too small")
     if parameters.get("level") not in (None, "similarity", "distance"):
         raise InputError(f"{text}: level is similarity or distance")
+    if parameters.get("among") not in (None, "train", "reference"):
+        raise InputError(f"{text}: among is train or reference")
     return name, parameters
 
 
@@ -404,12 +419,13 @@ def check_steps(steps: Sequence[tuple[str, Parameters]], files: Sequence[Descrip
         raise InputError(f"no step given: {', '.join(STEPS)}, or --preset")
     if (len(files) > 1) != ("concat" in names) or "concat" in names[1:]:
         raise InputError("concat is the first step where there are several inputs, and only there")
-    for name in names:
-        if name not in ("l2", "concat"):
-            for file in files:
-                if "train" not in file.groups:
-                    raise InputError(f"{file.path}: `train` is missing, which {name} learns from; "
-                                     "python train.py --mode extract --target-set qrt writes it")
+    for name, parameters in steps:
+        group = parameters.get("among", "train")
+        for file in files if name not in ("l2", "concat") else ():
+            if group not in file.groups:
+                letters = "qrt" if group == "train" else "qr"
+                raise InputError(f"{file.path}: `{group}` is missing, which {name} learns from; "
+                                 f"python train.py --mode extract --target-set {letters} writes it")
     for file in files:
         file.check_checkpoint()
 

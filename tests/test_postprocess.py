@@ -120,9 +120,24 @@ def test_isolate_with_smoothed_pool_and_centroids(tmp_path, raw):
     out = process(tmp_path, "dba:k=3", "isolate:q=1,r=1")
     np.testing.assert_allclose(out["query"], [isolated(x, pool, times=1) for x in raw["query"]], atol=1e-6)
     out = process(tmp_path, "isolate:centroids=8,k=3,q=1,r=1")
-    pool = postprocess.centroids(raw["train"].astype(np.float32), 8)
+    pool = postprocess.centroids(raw["train"].astype(np.float32), 8, "train")
     np.testing.assert_allclose(np.linalg.norm(pool, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(out["query"], [isolated(x, pool, k=3, times=1) for x in raw["query"]], atol=1e-6)
+
+
+def test_isolate_among_the_references(tmp_path, raw):
+    """Each reference moves away from the others, never from itself; training rows are not needed."""
+    expected = []
+    for i, x in enumerate(raw["reference"]):
+        expected.append(isolated(x, np.delete(raw["reference"], i, axis=0)))
+    out = process(tmp_path, "--preset", "archive-isolation", inputs=[save(tmp_path / "q.h5", train=False)])
+    same(out, {"query": raw["query"], "reference": np.array(expected)})
+    out = process(tmp_path, "isolate:among=reference,k=4,q=1,r=0")
+    same(out, raw | {"query": np.array([isolated(x, raw["reference"], k=4, times=1) for x in raw["query"]])})
+    twice = np.vstack([raw["reference"][:5], raw["reference"][:5]]).astype(np.float32)  # the same image under two ids
+    write_descriptors(tmp_path / "d.h5", {"reference": (twice, [f"R{i}" for i in range(10)])}, {})
+    out = process(tmp_path, "--preset", "archive-isolation", inputs=[tmp_path / "d.h5"])["reference"]
+    np.testing.assert_allclose(out[:5], out[5:], atol=1e-6)
 
 
 def test_isolate_keeps_what_would_become_zero(tmp_path, capsys):
@@ -196,7 +211,7 @@ def test_steps_and_taint_reach_the_evaluation(tmp_path, capsys):
     process(tmp_path, "l2", inputs=[tmp_path / "out.h5"], output="again.h5")
     assert file.read_bytes() == before
     with Descriptors(tmp_path / "again.h5") as out:
-        assert out.attrs["steps"] == ('["isolate:beta=0.35,k=10,q=1,r=1,threshold=-1,alpha=0,centroids=0", "l2"]')
+        assert out.attrs["steps"] == ('["isolate:beta=0.35,k=10,q=1,r=1,threshold=-1,alpha=0,centroids=0,among=train", "l2"]')
         assert out.attrs["contaminated"] == "gt.csv" and out.attrs["arch"] == "net"
     (tmp_path / "gt.csv").write_text("Q00,R00\n")
     assert eval_main([str(tmp_path / "again.h5"), str(tmp_path / "gt.csv")]) == 2
@@ -241,7 +256,8 @@ def test_ensemble_of_other_order_or_dimension(tmp_path, capsys):
     (["isolate:k=x"], "k should be int, is 'x'"),
     (["dba:k=0"], "k=0 is too small"), (["norm:level=loud"], "level is similarity or distance"),
     (["smooth"], "smooth: neither a file nor a step"), ([], "no step given"), (["concat"], "only there"),
-    (["svd:dim=7"], "span 6 dimensions"), (["isolate:centroids=99"], "50 training rows"),
+    (["svd:dim=7"], "span 6 dimensions"), (["isolate:centroids=99"], "`train` has 50 rows"),
+    (["isolate:among=query"], "among is train or reference"),
     (["center", "norm"], "not of unit length")])
 def test_wrong_steps(tmp_path, capsys, words, message):
     process(tmp_path, *words, code=2)
