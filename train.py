@@ -65,7 +65,7 @@ from copydet.images import IMAGE_ENDINGS, list_images, list_negatives, list_pair
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
                             SNRDistance)
-from copydet.network import build_net, check_arch, memory_format, quiet_timm, read_backbone_weights
+from copydet.network import (STANDARDISED, build_net, check_arch, memory_format, quiet_timm, read_backbone_weights)
 from copydet.views import Pairs, Preprocessing, Views, list_augmentations, parse_ops, write_views_png
 from copydet.whitening import set_head
 
@@ -306,7 +306,7 @@ class Trainer:
         """Pooled features [n, channels] of these images in each view; with --pool grid their mean and variance become
         the network's."""
         views = self.describe_views(lambda images: torch.cat(features(images), 1), paths, pipelines, preprocessing)
-        return self.net.fit_standard(*views) if self.args.pool == "grid" else views
+        return self.net.fit_standard(*views) if self.args.pool in STANDARDISED else views
 
     def finish(self) -> None:
         """Fit the head anew to the trained backbone and measure the calibration, on images as extraction sees them."""

@@ -211,7 +211,8 @@ def test_steps_and_taint_reach_the_evaluation(tmp_path, capsys):
     process(tmp_path, "l2", inputs=[tmp_path / "out.h5"], output="again.h5")
     assert file.read_bytes() == before
     with Descriptors(tmp_path / "again.h5") as out:
-        assert out.attrs["steps"] == ('["isolate:beta=0.35,k=10,q=1,r=1,threshold=-1,alpha=0,centroids=0,among=train", "l2"]')
+        assert out.attrs["steps"] == (
+            '["isolate:beta=0.35,k=10,q=1,r=1,threshold=-1,alpha=0,centroids=0,among=train", "l2"]')
         assert out.attrs["contaminated"] == "gt.csv" and out.attrs["arch"] == "net"
     (tmp_path / "gt.csv").write_text("Q00,R00\n")
     assert eval_main([str(tmp_path / "again.h5"), str(tmp_path / "gt.csv")]) == 2

@@ -69,12 +69,14 @@ PARENTS = {  # recipe -> its parent and the flags that its note changes (besides
 }
 
 COMPLETE = set(
-    "exp arch pool gem-p gem-eval-p stages grid head dim pred-dim input-size resize sample-size ncrops view0 view1 "
-    "op-prob loss margin scale temperature pos-margin neg-margin miner type-of-triplets memory-size epochs batch-size "
-    "optimizer lr momentum wd lr-schedule batch-norm amp seed".split())
+    "exp arch pool gem-p gem-eval-p stages grid width head dim pred-dim input-size resize sample-size ncrops view0 "
+    "view1 op-prob loss margin scale temperature pos-margin neg-margin miner type-of-triplets memory-size epochs "
+    "batch-size optimizer lr momentum wd lr-schedule batch-norm amp seed".split())
 MATTERS = {  # flag -> given a recipe's arguments, whether it has an effect; flags that are not here always have one
-    ("gem-p", "gem-eval-p"): lambda a: a.pool == "gem",
-    ("stages", "grid"): lambda a: a.pool == "grid",
+    ("gem-p", "gem-eval-p"): lambda a: a.pool in ("gem", "conv-gem"),
+    ("stages",): lambda a: a.pool in ("grid", "conv-gem"),
+    ("grid",): lambda a: a.pool == "grid",
+    ("width",): lambda a: a.pool == "conv-gem",
     ("pred-dim", "fix-pred-lr", "extract-from"): lambda a: a.head == "simsiam",
     ("view1",): lambda a: len(views_in_use(a)) > 1,
     ("op-prob",): lambda a: any(parse_ops(ops, 0.1) != parse_ops(ops, 0.9) for ops in views_in_use(a)),

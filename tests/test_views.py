@@ -23,7 +23,7 @@ from helpers import draw_images
 
 SIZE = 96
 PARAMETERS = {"crop": [0.2], "overlay-crop": [0.2, 1, 0.3, 0.7, 0.4], "jitter": [0.4] * 4, "saturation": [2],
-              "brightness": [0.5, 1.5]}  # of the operations that want some
+              "brightness": [0.5, 1.5], "paste": [0.2, 0.9], "blend": [0.4]}  # of the operations that want some
 PIPELINES = "crop:0.5=1 hflip=0.5", "rotation=0.5 crop:0.2=1 [gray=0.5 vflip=0.5]"
 
 
@@ -154,6 +154,31 @@ def test_operations_leave_their_input_as_it_is(pixels):
         result = result.pixels() if isinstance(result, LazyCrop) else result
         assert np.array_equal(pixels, before), name
         assert name == "erase" or (result.dtype == np.uint8 and result.ndim == 3 and result.flags.writeable), name
+
+
+def test_pasted_tiled_and_blended_images_are_there_whole():
+    """Red among images of other colours: its share of the view, and the box that it fills."""
+    red, other = np.full((40, 30, 3), (250, 0, 0), np.uint8), np.full((50, 50, 3), (0, 0, 90), np.uint8)
+    data = SimpleNamespace(size=64, random_image=lambda rng: other)
+    sides, tiles = [], set()
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        for name, parameters in (("paste", [0.3, 0.6]), ("collage", [])):
+            view = OPS[name](red, rng, data, *parameters)
+            mask = (view == (250, 0, 0)).all(2)
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+            assert view.shape == (64, 64, 3) and mask.sum() == height * width, (name, seed)
+            if name == "paste":
+                sides.append(np.sqrt(height * width) / 64)
+                assert 0.7 < height / width < 1.4
+            else:
+                tiles.add((round(64 / (height + 2)), round(64 / (width + 2))))  # between gaps of 0 to 4
+        share = OPS["blend"](red, rng, data, 0.4)[0, 0] / (250, 1, 90)
+        assert 0.39 < share[0] <= 1 and share[0] + share[2] == pytest.approx(1, abs=0.02)
+    assert 0.28 < min(sides) < 0.33 and 0.57 < max(sides) < 0.62
+    assert tiles == {(1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2)}
+    OPS["collage"](red, rng, SimpleNamespace(size=1, random_image=lambda rng: other))  # no room for tiles
 
 
 def test_perspective_is_torchvisions(img, pixels):

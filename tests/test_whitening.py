@@ -67,7 +67,16 @@ def test_crops_are_centred_and_seen_at_the_size_of_the_smallest():
     assert torch.equal(centre_crops(x, (1,))[0], x)
 
 
-@pytest.mark.parametrize("pool", ["grid", "gem", "backbone"])
+def test_conv_gem_pools_a_convolution_of_each_map():
+    net, x = network(pool="conv-gem", width=7, gem_eval_p=2.5).eval(), images()
+    assert [tuple(part.shape) for part in net.features(x)] == [(6, 7)] * 2 and net.fc.in_features == 14
+    for conv, x, found in zip(net.convs, net.maps(x), net.features(x)):
+        maps = torch.einsum("oc,bchw->bohw", conv[0].weight[..., 0, 0], x) / (1 + conv[1].eps) ** 0.5
+        expected = maps.clamp(min=1e-6).pow(2.5).mean((-2, -1)).pow(1 / 2.5)
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["grid", "conv-gem", "gem", "backbone"])
 def test_extraction_averages_the_features_of_crops(pool):
     net, x = network(pool=pool, eval_crops="1,0.5").eval(), images()
     whole = F.interpolate(x, (16, 16), mode="bilinear", antialias=True)
@@ -140,13 +149,14 @@ def test_frozen_batch_norm_and_frozen_stages():
         train.freeze_stages(net.backbone, 9)
 
 
-def test_train_whitened_and_calibrated_then_extract(tmp_path):
+@pytest.mark.parametrize("pool", ["grid", "conv-gem"])
+def test_train_whitened_and_calibrated_then_extract(pool, tmp_path):
     """The laptop's recipe at a small scale, in two processes and in one: what the checkpoint carries is in the file."""
     images = draw_images(tmp_path / "input" / "training_images", 60)
     draw_images(tmp_path / "input" / "query_images", 5, name="Q{}.jpg")
     draw_images(tmp_path / "input" / "reference_images", 40, name="R{}.jpg")
-    words = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--pool", "grid", "--stages", "1,2",
-             "--dim", 16, "--input-size", 32, "--eval-input-size", 48, "--resize", "square",
+    words = ["train.py", "-a", "test_efficientnet", "--no-pretrained", "--pool", pool, "--width", 24,
+             "--stages", "1,2", "--dim", 16, "--input-size", 32, "--eval-input-size", 48, "--resize", "square",
              "--loss", "ntxent", "--memory-size", 64, "--batch-size", 8, "--epochs", 1, "--optimizer", "adamw", "--lr",
              1e-3, "--freeze", 1, "--batch-norm", "frozen", "--whiten", 40,
              "--calibrate", 20, "--eval-crops", "1,0.5", "--grid", 3, "--seed", 3, "-j", 1, "--device", "cpu", images]
@@ -192,7 +202,8 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     (["--head", "deep", "--whiten", 10], "--head deep"), (["--calibrate", 30], "--calibrate 30"),
     (["--freeze", 9], "--freeze 9"),
     (["--eval-crops", "1,2"], "--eval-crops 1,2"),
-    (["-a", "test_vit", "--eval-crops", "0.5"], "images of one size"), (["--grid", 0], "--grid")])
+    (["-a", "test_vit", "--eval-crops", "0.5"], "images of one size"), (["--grid", 0], "--grid"),
+    (["--pool", "conv-gem", "--width", 0], "--width")])
 def test_what_does_not_fit_is_told_in_one_line(flags, message, tmp_path, capsys):
     images = draw_images(tmp_path / "photos", 40)
     words = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "-j", 0, "--device",

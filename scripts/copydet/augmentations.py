@@ -29,6 +29,7 @@ from copydet.images import ImageFile, through_jpeg
 from copydet.regions import WHOLE, Box
 
 LONGEST = 4  # times the shorter side, of what --resize short makes
+COLLAGES = ((1, 2), (2, 1), (2, 2), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2))  # rows, columns
 EDGE_FILTERS = (ImageFilter.EDGE_ENHANCE, ImageFilter.EDGE_ENHANCE_MORE)
 
 
@@ -347,6 +348,52 @@ def overlay(below: Image.Image, above: Image.Image, overlay_size: float, **place
     return imaugs.overlay_image(below, overlay=above, overlay_size=overlay_size, **place)
 
 
+def part_of_another(rng: np.random.Generator, views: Training, height: int, width: int) -> np.ndarray:
+    """A crop of at least 0.3 of another training image, made height x width."""
+    return resize(cropped(views.random_image(rng), rng, 0.3), height, width)
+
+
+def cropped(pixels: np.ndarray, rng: np.random.Generator, smallest: float) -> np.ndarray:
+    left, top, width, height = crop_box(size_of(pixels), rng, smallest)
+    return pixels[top:top + height, left:left + width]
+
+
+def canvas(rng: np.random.Generator, views: Training) -> np.ndarray:
+    """A square of a view's side: another training image, or one colour, which is often a grey."""
+    if rng.random() < 0.65:
+        return part_of_another(rng, views, views.size, views.size)
+    colour = rng.integers(0, 256, 3) if rng.random() < 0.5 else rng.choice((0, 30, 240, 255))
+    return np.full((views.size, views.size, 3), colour, np.uint8)
+
+
+def paste(pixels: np.ndarray, rng: np.random.Generator, views: Training, low: float, high: float) -> np.ndarray:
+    """Onto a canvas, at `low`..`high` of its side and an aspect ratio of 3/4..4/3, anywhere inside."""
+    below, side = canvas(rng, views), views.size
+    size, ratio = side * rng.uniform(low, high), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)) / 2)
+    height, width = (min(side, max(1, round(value))) for value in (size * ratio, size / ratio))
+    top, left = rng.integers(side - height + 1), rng.integers(side - width + 1)
+    below[top:top + height, left:left + width] = resize(pixels, height, width)
+    return below
+
+
+def collage(pixels: np.ndarray, rng: np.random.Generator, views: Training) -> np.ndarray:
+    """One of two to six tiles on a canvas, the others show other training images."""
+    below, side = canvas(rng, views), views.size
+    rows, columns = COLLAGES[rng.integers(len(COLLAGES))]
+    gap, own = int(rng.integers(0, side // 32 + 1)), rng.integers(rows * columns)
+    for tile in range(rows * columns):
+        (top, bottom), (left, right) = ((side * i // n + gap, side * (i + 1) // n - gap)
+                                        for i, n in zip(divmod(tile, columns), (rows, columns)))
+        if top < bottom and left < right:
+            below[top:bottom, left:right] = resize(pixels, bottom - top, right - left) if tile == own else \
+                part_of_another(rng, views, bottom - top, right - left)
+    return below
+
+
+def blend_with_another(pixels: np.ndarray, rng: np.random.Generator, views: Training, low: float) -> np.ndarray:
+    return blend(pixels, part_of_another(rng, views, *pixels.shape[:2]), rng.uniform(low, 1))
+
+
 def erased_part(side: int, rng: np.random.Generator) -> tuple[int, int, np.ndarray] | None:
     """A rectangle of 0.02..0.33 of a square's area, ratio 0.3..3.3, that becomes N(0, 1) noise before normalisation:
     (top, left, float32 [3, h, w]), or None where ten attempts do not fit."""
@@ -427,6 +474,12 @@ OPS = {  # name -> augmentation; --list-augmentations prints this table
                                lambda img, rng, v: overlay_onto_screenshot(img, rng)),
     "overlay": Augmentation("pasted onto another image, 0.1..0.5 of its height",
                             lambda img, rng, v: overlay_onto_image(img, rng, v)),
+    "paste": Augmentation("pasted onto another image or a colour, `low`..`high` of the view's side",
+                          lambda img, rng, v, low, high: paste(img, rng, v, low, high)),
+    "collage": Augmentation("one of two to six tiles, beside other images",
+                            lambda img, rng, v: collage(img, rng, v)),
+    "blend": Augmentation("mixed with another image, its own part `low`..1",
+                          lambda img, rng, v, low: blend_with_another(img, rng, v, low)),
     "erase": Augmentation("a rectangle of 0.02..0.33 of the area becomes noise; comes last",  # no colour: see Images
                           lambda img, rng, v: erased_part(v.size, rng)),
 }

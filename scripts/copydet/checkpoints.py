@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from copydet.graphs import Graph
     from copydet.network import Descriptor
 
-OF_NETWORK = ("arch", "pool", "stages", "grid", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "eval_crops")
+OF_NETWORK = ("arch", "pool", "stages", "grid", "width", "head", "dim", "pred_dim", "gem_p", "gem_eval_p",
+              "eval_crops")
 OF_IMAGES = ("input_size", "resize", "exif_transpose", "decode")
 FROM_CHECKPOINT = OF_NETWORK + OF_IMAGES
 DEFAULT = ROOT / "exp" / "default.safetensors"  # comes with the project, made by exp/default.args

@@ -23,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from copydet.common import InputError, first_line, first_three
 from copydet.options import Args
 
+STANDARDISED = ("grid", "conv-gem")  # poolings over --stages: features get mean 0 and variance 1, maps unit length
 CONVS, NORMS = (torch.nn.Conv2d, Conv2dSame), (torch.nn.BatchNorm2d, BatchNormAct2d)  # what is folded, subclasses not
 
 
@@ -41,6 +42,12 @@ def folded_grid(x: torch.Tensor, n: int) -> torch.Tensor:
 
 def linear_bn(channels: int, dim: int, affine: bool = True) -> list[torch.nn.Module]:
     return [torch.nn.Linear(channels, dim, bias=False), torch.nn.BatchNorm1d(dim, affine=affine)]
+
+
+def conv_bn_relu(channels: int, width: int) -> torch.nn.Module:
+    """A 1 x 1 convolution with batch norm and ReLU: what GeM takes the mean of, of each place by itself."""
+    return torch.nn.Sequential(torch.nn.Conv2d(channels, width, 1, bias=False), torch.nn.BatchNorm2d(width),
+                               torch.nn.ReLU())
 
 
 def projector(channels: int, dim: int) -> torch.nn.Module:
@@ -78,6 +85,7 @@ class Descriptor(torch.nn.Module):
     fc: Any
     bn: Any
     standard: Any
+    convs: Any
 
     def __init__(self, args: Args, pretrained: bool | dict) -> None:
         super().__init__()
@@ -96,7 +104,10 @@ class Descriptor(torch.nn.Module):
         elif args.pool == "gem":
             channels = self.backbone.feature_info.channels()[-1]
         else:
-            widths = [width * ((args.grid + 1) // 2) ** 2 for width in self.backbone.feature_info.channels()]
+            maps = self.backbone.feature_info.channels()
+            if args.pool == "conv-gem":
+                self.convs = torch.nn.ModuleList(conv_bn_relu(width, args.width) for width in maps)
+            widths = [args.width if args.pool == "conv-gem" else width * ((args.grid + 1) // 2) ** 2 for width in maps]
             self.standard = torch.nn.ModuleList(torch.nn.BatchNorm1d(width, affine=False) for width in widths)
             channels = sum(widths)
         modules = HEADS[args.head](channels, args)
@@ -146,10 +157,13 @@ class Descriptor(torch.nn.Module):
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images [B, 3, s, s] -> [features [B, c] of each feature map], fp32."""
+        p = self.gem_p if self.training else self.gem_eval_p
         if self.pool == "backbone":
             return [self.maps(images)]
         if self.pool == "gem":
-            return [gem(self.maps(images)[-1], self.gem_p if self.training else self.gem_eval_p)]
+            return [gem(self.maps(images)[-1], p)]
+        if self.pool == "conv-gem":
+            return [gem(conv(x), p) for conv, x in zip(self.convs, self.maps(images))]
         return [folded_grid(x, self.grid) for x in self.maps(images)]
 
     def eval_features(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -175,7 +189,7 @@ class Descriptor(torch.nn.Module):
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, s, s] -> pooled features [B, channels], fp32."""
         parts = self.features(images) if self.training else self.eval_features(images)
-        return self.standardised(parts) if self.pool == "grid" else parts[0]
+        return self.standardised(parts) if self.pool in STANDARDISED else parts[0]
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, s, s] -> descriptors [B, dim] before they get unit length."""
@@ -237,7 +251,7 @@ def centre_crops(images: torch.Tensor, sides: Sequence[float]) -> list[torch.Ten
 
 def parse_stages(args: Args) -> tuple[int, ...] | None:
     """--stages "2,3" -> (2, 3), or None: the last feature map."""
-    if args.pool != "grid":
+    if args.pool not in STANDARDISED:
         return None
     try:
         return tuple(sorted({int(stage) for stage in args.stages.split(",")}))

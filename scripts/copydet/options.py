@@ -149,11 +149,14 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
     ],
     "network (extract mode takes these from the checkpoint unless given)": [
         ("-a --arch NAME", str, "resnet50", "timm model, old names too"),
-        ("--pool", ["gem", "grid", "backbone"], "gem", "gem: GeM over the last feature map; grid: means over the cells "
-         "of a grid over the maps of --stages, those that flips exchange averaged; backbone: the network's own final "
-         "norm and pooling, as for Swin in the notes"),
-        ("--stages N,N", str, "3", "pool grid: feature maps, 0 the finest; layers after the last one are left out"),
+        ("--pool", ["gem", "grid", "conv-gem", "backbone"], "gem", "gem: GeM over the last feature map; grid: means "
+         "over the cells of a grid over the maps of --stages, those that flips exchange averaged; conv-gem: GeM over "
+         "a 1 x 1 convolution of each of these maps; backbone: the network's own final norm and pooling, as for Swin "
+         "in the notes"),
+        ("--stages N,N", str, "3", "pool grid, conv-gem: feature maps, 0 the finest; layers after the last one are "
+         "left out"),
         ("--grid N", int, 5, "pool grid: N x N cells"),
+        ("--width N", int, 512, "pool conv-gem: channels of the convolution"),
         ("--gem-p P", real, 3.0, "GeM exponent in training"),
         ("--gem-eval-p P", real, 4.0, "GeM exponent in extraction"),
         ("--head", ["linear-bn", "deep", "linear", "simsiam", "none"], "linear-bn",
@@ -377,7 +380,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 def check_args(args: Args) -> Args:
     """The command line with its folders filled in. Raises InputError naming the flag that is wrong."""
     for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq",
-                          "accumulate", "grid"), 1),
+                          "accumulate", "grid", "width"), 1),
                          (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives", "freeze",
                            "whiten", "calibrate", "start_epoch", "seed"), 0)):
         for name in names:
