@@ -38,8 +38,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
-from copydet.common import (InputError, OutputFolder, WorkError, check_output, locked, make_folder, manifest_of,
-                            open_folder, replacing, run_main, shown)
+from copydet.common import (InputError, OutputFolder, WorkError, check_output, make_folder, manifest_of, open_folder,
+                            replacing, run_main, shown)
 from copydet.options import Args, parse_args
 
 if __name__ == "__main__":
@@ -59,8 +59,8 @@ from copydet.calibration import measure
 from copydet.checkpoints import find_source, load_net, load_weights, newest_checkpoint, read_checkpoint
 from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
 from copydet.export import ENDINGS, FORMATS, INPUT
-from copydet.extraction import (Blocks, describe_images, describe_views, extract, load_descriptor, output_folder,
-                                prepare_extraction, settings_of, versions)
+from copydet.extraction import (Blocks, describe_images, describe_views, load_descriptor, run_extraction, settings_of,
+                                versions)
 from copydet.images import IMAGE_ENDINGS, list_images, list_negatives, list_pairs, not_read, write_skipped
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
@@ -643,10 +643,7 @@ def main(args: Args) -> None:
         with training_folder(args) if leads(args) else contextlib.nullcontext():
             launch(train, *prepare_training(args))
     elif args.mode == "extract":
-        folder = output_folder(args) if leads(args) else contextlib.nullcontext()
-        args, job = prepare_extraction(args)
-        with folder, locked(job.lock, job.h5) if leads(args) else contextlib.nullcontext():
-            launch(extract, args, job)
+        run_extraction(args)
     else:
         export(args)
 

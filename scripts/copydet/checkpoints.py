@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copydet.common import ROOT, InputError, read_json, sha256_of
+from copydet.common import HERE, INSTALLED, ROOT, InputError, read_json, sha256_of
 from copydet.options import OF_OTHERS, Args, can_be
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 OF_NETWORK = ("arch", "pool", "stages", "grid", "head", "dim", "pred_dim", "gem_p", "gem_eval_p", "eval_crops")
 OF_IMAGES = ("input_size", "resize", "exif_transpose", "decode")
 FROM_CHECKPOINT = OF_NETWORK + OF_IMAGES
-DEFAULT = ROOT / "exp" / "default.safetensors"  # comes with the project, made by exp/default.args
+DEFAULT = (HERE if INSTALLED else ROOT) / "exp" / "default.safetensors"  # comes along, made by exp/default.args
 ABOUT_DEFAULT = ("described by exp/default.safetensors, a small network trained on 5,000 photos; one trained on images "
                  "like yours, or SSCD's by --weight, finds more")
 PACKAGED = {"gem_eval_p": 1.0, "resize": "square"}  # how the winner's package evaluates, whatever its files say

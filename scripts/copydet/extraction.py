@@ -6,6 +6,7 @@ batch size, and so are the rows.
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,9 +26,10 @@ from tqdm import tqdm
 from copydet.batches import collate_images, collate_views, make_loader
 from copydet.calibration import measure
 from copydet.checkpoints import DEFAULT, FROM_CHECKPOINT, OF_IMAGES, Source, find_source, load_net, take_source
-from copydet.common import ROOT, InputError, OutputFolder, WorkError, check_output, open_folder, replacing, shown
+from copydet.common import (COMMANDS, InputError, OutputFolder, WorkError, check_output, locked, open_folder, replacing,
+                            shown)
 from copydet.descriptors import Descriptors, write_descriptors
-from copydet.distributed import Rank, gather_objects, pick_precision
+from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
 from copydet.images import BLANK, FOLDERS, Group, Odd, beside, list_group, not_read, read_skipped, write_skipped
 from copydet.network import quiet_timm
 from copydet.options import LEAST_CALIBRATED, LETTERS, PRESETS, Args, parse_args
@@ -180,6 +182,15 @@ def output_folder(args: Args) -> OutputFolder:
     return OutputFolder(args.out, "--exp", older, parents=True, shared=True)
 
 
+def run_extraction(args: Args) -> None:
+    """The command line, in as many processes as it says."""
+    quiet_timm()
+    folder = output_folder(args) if leads(args) else contextlib.nullcontext()
+    args, job = prepare_extraction(args)
+    with folder, locked(job.lock, job.h5) if leads(args) else contextlib.nullcontext():
+        launch(extract, args, job)
+
+
 def extract(args: Args, job: Job, rank: Rank) -> None:
     """Describe all images, each rank every n-th block of them; the main one writes the file from the blocks."""
     quiet_timm()
@@ -288,7 +299,7 @@ def write_results(args: Args, job: Job, groups: dict, noted: Odd, calibration: d
     truth = args.dir / "public_ground_truth.csv"
     if {"query", "reference"} <= set(groups) and truth.is_file() and not (args.dryrun or args.shard):
         sys.stdout.flush()
-        command = [sys.executable, ROOT / "scripts" / "eval_metrics.py", h5, truth]
+        command = [sys.executable, COMMANDS / "eval_metrics.py", h5, truth]
         if subprocess.run(command + ["--allow-contaminated"] * bool(job.source.contaminated)).returncode:  # it says so
             raise WorkError(f"scripts/eval_metrics.py failed on {h5}")
 
