@@ -629,9 +629,11 @@ def export(args: Args) -> None:
     config = settings_of(args, source) | {
         "mean": net.mean, "std": net.std, "dim": net.dim, "input": INPUT,
         "output": "descriptors: float32 [n, dim], unit length", "calibration": source.calibration,
+        "provenance": source.provenance,
         **{name: getattr(args, name) for name in ("view1", "op_prob", "calibrate")}}
     FORMATS[args.format](net.half() if args.half else net, config, path)
-    print(f"=> wrote {path}")
+    print(f"=> wrote {path}, with " + ("the calibration" if source.calibration else "no calibration")
+          + f"; contaminated by {source.contaminated}" * bool(source.contaminated))
 
 
 def main(args: Args) -> None:

@@ -230,7 +230,7 @@ def test_duplicates_and_pasted_images_are_no_false_answers():
 def test_a_cache_in_use_is_an_error(tmp_path, weights):
     args = fc.parse_args([str(draw_images(tmp_path / "a", 1)), "-o", str(tmp_path), "--weight", str(weights)])
     with ExitStack() as stack:
-        fc.open_cache(tmp_path, fc.pick_weights(args), args, "whole", stack)
+        finding.open_cache(tmp_path, finding.pick_weights(args), args, "whole", stack)
         with pytest.raises(InputError, match="in use by another run"):
             finding.open_cache(tmp_path, finding.pick_weights(args), args, "whole", stack)
 

@@ -14,7 +14,8 @@ from copydet.options import parse_args
 
 
 def main() -> int:
-    args = parse_args(["--mode", "extract", *sys.argv[1:]])  # before the imports that take seconds: --help, wrong flags
+    about = "Describe the images in DIR: train.py --mode extract. Results go to exp/NAME/extract."
+    args = parse_args(["--mode", "extract", *sys.argv[1:]], about)  # before the imports that take seconds
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's idle threads leave cores to the loading processes
 
     def work() -> None:
