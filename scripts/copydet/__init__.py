@@ -3,6 +3,7 @@
 In the order the data flows:
 
     common          errors in one line, files that appear when they are whole
+    record          run.json of a run
     options         train.py's flags, recipes
     images          find, open and decode images; those of a run
     augmentations   operations on the pixels of one image

@@ -384,7 +384,11 @@ def database(place: str | Path, kept: str) -> Iterator[None]:
         raise WorkError(f"{place}: {error}; {kept}") from None
 
 
+WARNED: list[str] = []  # by this process
+
+
 def warn(text: str) -> None:
+    WARNED.append(text)
     print(f"warning: {text}", file=sys.stderr)
 
 

@@ -33,6 +33,7 @@ from copydet.distributed import Rank, gather_objects, launch, leads, pick_precis
 from copydet.images import BLANK, FOLDERS, Group, Odd, beside, list_group, not_read, read_skipped, write_skipped
 from copydet.network import quiet_timm
 from copydet.options import LEAST_CALIBRATED, LETTERS, PRESETS, Args, parse_args
+from copydet.record import Record, record
 from copydet.regions import WHOLE, Box, parse_regions
 from copydet.views import Preprocessing, Views, WholeImages, parse_ops
 
@@ -193,6 +194,11 @@ def run_extraction(args: Args) -> None:
 
 def extract(args: Args, job: Job, rank: Rank) -> None:
     """Describe all images, each rank every n-th block of them; the main one writes the file from the blocks."""
+    with record(beside(job.h5, "run", ".json") if rank.is_main else None, args) as run:
+        extract_recorded(args, job, rank, run)
+
+
+def extract_recorded(args: Args, job: Job, rank: Rank, run: Record) -> None:
     quiet_timm()
     net = load_net(args, job.source)
     preprocessing = Preprocessing.of(args, net)
@@ -211,17 +217,22 @@ def extract(args: Args, job: Job, rank: Rank) -> None:
     blocks = {name: Blocks(folder, name, len(group.paths), args.batch_size // rank.local_world_size, rank,
                            len(job.boxes_of(name))) for name, group in job.groups.items()}
     for name, group in job.groups.items():
-        describe_images(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict,
-                        job.boxes_of(name))
+        with run.stage(f"describe {name}"):
+            describe_images(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict,
+                            job.boxes_of(name))
     gather_objects(None)  # once every rank has written its blocks
     if rank.is_main:
         groups, noted = collect_groups(args, job, blocks)
         calibration = job.source.calibration
         if "reference" in groups:
             rows, ids = groups["reference"]
-            calibration = calibrate(args, net, preprocessing, rows, ids, job.groups["reference"], noted,
-                                    rank) or calibration
-        write_results(args, job, groups, noted, calibration)
+            with run.stage("calibrate"):
+                calibration = calibrate(args, net, preprocessing, rows, ids, job.groups["reference"], noted,
+                                        rank) or calibration
+        run.counts |= {name: len(ids) for name, (_, ids) in groups.items()} | {
+            "blank": (blank := sum(reason == BLANK for _, reason in noted)), "skipped": len(noted) - blank}
+        with run.stage("write"):
+            write_results(args, job, groups, noted, calibration)
         shutil.rmtree(folder)
 
 

@@ -22,8 +22,10 @@ from copydet.descriptors import Descriptors
 from copydet.images import FOLDERS, IMAGE, what_is
 from copydet.options import MOST_PROCESSES
 from copydet.page import write_report
+from copydet.record import record
 from copydet.regions import WHOLE, parse_regions
 from copydet.search import count_gpus
+from copydet.verification import COPY
 
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
@@ -161,28 +163,39 @@ def write_found(args: argparse.Namespace) -> list[Pair]:
     """Run the command line: the report, and its pairs."""
     check_args(args)
     report = OutputFolder(args.output, "-o", older_report, besides=filter(None, (args.queries, args.archive)))
-    report.check("index.html", "pairs.csv", "skipped.csv")
+    files = "index.html", "pairs.csv", "skipped.csv", "run.json"
+    report.check(*files)
     with contextlib.ExitStack() as stack:
         sources = open_sources(args, stack)
-        stack.enter_context(report).add("index.html", "pairs.csv", "skipped.csv")
+        stack.enter_context(report).add(*files)
+        run = stack.enter_context(record(report.path / "run.json", args))
         verify = not args.no_verify and all(isinstance(source, str) or args.images for source in sources)
         if not verify and (args.threshold or 0) > 0:
             raise InputError(f"--threshold {args.threshold:g} is above 0, which only verified copies reach")
         keeps = verify or any(isinstance(source, str) for source in sources)
         folder = open_cache_folder(args, stack) if keeps else None
-        queries, archive, same, describer = read_collections(sources, folder, args, stack)
+        with run.stage("describe"):
+            queries, archive, same, describer = read_collections(sources, folder, args, stack)
         check_comparable(queries, archive)
+        run.counts |= {"queries": len(queries.ids), "references": len(archive.ids), "same_files": len(same),
+                       "skipped": len(queries.skipped) + len(archive.skipped) * (archive is not queries)}
         measured = None
         if folder and describer and not describer[1].calibrates:
-            measured = calibrate(archive, describer[0], describer[1], folder, args)
+            with run.stage("measure precision"):
+                measured = calibrate(archive, describer[0], describer[1], folder, args)
         calibration, threshold = read_calibration(args, queries, archive, measured), args.threshold
         if calibration and args.precision is not None:
             threshold = calibration.threshold(args.precision, "--precision")
-        pairs, matches = find_pairs(queries, archive, args.topk, args.ngpu), None
+        with run.stage("search"):
+            pairs, matches = find_pairs(queries, archive, args.topk, args.ngpu), None
         if folder and verify:
-            pairs, matches = verify_pairs(queries, archive, pairs, folder, args.workers)
-        write_report(report, queries, archive, pairs, same, matches, threshold, calibration, args.pairs)
-        return read_pairs(report.path / "pairs.csv")
+            with run.stage("verify"):
+                pairs, matches = verify_pairs(queries, archive, pairs, folder, args.workers)
+        with run.stage("write"):
+            write_report(report, queries, archive, pairs, same, matches, threshold, calibration, args.pairs)
+            found = read_pairs(report.path / "pairs.csv")
+        run.counts |= {"pairs": len(found), "copies": sum(pair.verdict == COPY for pair in found)}
+        return found
 
 
 class Pair(NamedTuple):
