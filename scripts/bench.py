@@ -395,17 +395,21 @@ def bench_extract(bench: argparse.Namespace) -> Iterator[Figure]:
         describe_images(faster, faster.dim, blocks, paths, preprocessing, args.workers, rank)
 
     decoding, network, loop, ours = in_turns(bench.repeats, decode, forward, plain, extract)
-    longer = max(decoding, network)
-    of, limit = ("forward alone", "the network") if network == longer else ("decoding alone", "decoding")
-    limit = limit if ours < 1.5 * longer else "both: they share the cores"
-    yield Figure("extraction, beside the longer of the two", len(paths) / ours, "images/s", len(paths) / longer,
-                 verdict(longer / ours, of, limit))
+    yield Figure("extraction, beside the longer of the two", len(paths) / ours, "images/s",
+                 len(paths) / max(decoding, network), extraction_verdict(ours, decoding, network))
     yield Figure("  decoding alone", len(paths) / decoding, "images/s")
     yield Figure("  forward alone", len(paths) / network, "images/s")
     yield Figure("extraction, beside a plain loop", len(paths) / ours, "images/s", len(paths) / loop)
     rows, expected = np.stack([found[i] for i in range(len(paths))]), torch.cat(plain_rows).numpy()
     cosines = (rows * expected).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(expected, axis=1)
     yield Figure("  median cosine to the plain loop's descriptors", float(np.median(cosines)), "")
+
+
+def extraction_verdict(ours: float, decoding: float, network: float) -> str:
+    """Of an extraction's seconds and those of its parts alone."""
+    longer = max(decoding, network)
+    of, limit = ("forward alone", "the network") if network == longer else ("decoding alone", "decoding")
+    return verdict(longer / ours, of, limit if ours < 1.5 * longer else "both, which share the cores")
 
 
 def bench_start(bench: argparse.Namespace) -> Iterator[Figure]:

@@ -29,6 +29,7 @@ from copydet.verification import COPY
 
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
+FILES = ("index.html", "pairs.csv", "skipped.csv", "run.json")
 TOPK, ON_PAGE = 10, 20_000  # answers per query, pairs on the page, unless told
 
 
@@ -163,11 +164,10 @@ def write_found(args: argparse.Namespace) -> list[Pair]:
     """Run the command line: the report, and its pairs."""
     check_args(args)
     report = OutputFolder(args.output, "-o", older_report, besides=filter(None, (args.queries, args.archive)))
-    files = "index.html", "pairs.csv", "skipped.csv", "run.json"
-    report.check(*files)
+    report.check(*FILES)
     with contextlib.ExitStack() as stack:
         sources = open_sources(args, stack)
-        stack.enter_context(report).add(*files)
+        stack.enter_context(report).add(*FILES)
         run = stack.enter_context(record(report.path / "run.json", args))
         verify = not args.no_verify and all(isinstance(source, str) or args.images for source in sources)
         if not verify and (args.threshold or 0) > 0:
