@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
-from copydet.common import (InputError, OutputFolder, WorkError, check_output, locked, make_folder, manifest_of,
+from copydet.common import (WARNED, InputError, OutputFolder, WorkError, check_output, make_folder, manifest_of,
                             open_folder, replacing, run_main, shown)
 from copydet.options import Args, parse_args
 
@@ -59,13 +59,14 @@ from copydet.calibration import measure
 from copydet.checkpoints import find_source, load_net, load_weights, newest_checkpoint, read_checkpoint
 from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
 from copydet.export import ENDINGS, FORMATS, INPUT
-from copydet.extraction import (Blocks, describe_images, describe_views, extract, load_descriptor, output_folder,
-                                prepare_extraction, settings_of, versions)
+from copydet.extraction import (Blocks, describe_images, describe_views, load_descriptor, run_extraction, settings_of,
+                                versions)
 from copydet.images import IMAGE_ENDINGS, list_images, list_negatives, list_pairs, not_read, write_skipped
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
                             SNRDistance)
 from copydet.network import (STANDARDISED, build_net, check_arch, memory_format, quiet_timm, read_backbone_weights)
+from copydet.record import record
 from copydet.views import Pairs, Preprocessing, Views, list_augmentations, parse_ops, write_views_png
 from copydet.whitening import set_head
 
@@ -391,7 +392,7 @@ class Trainer:
         folder = training_folder(args)
         if args.overwrite and not self.data.resume_file:
             folder.remove(*filter(CHECKPOINT.fullmatch, manifest_of(folder.path)))
-        folder.add("args.json", "log.csv", "views.png", "skipped.csv")
+        folder.add("args.json", "log.csv", "views.png", "skipped.csv", "run.json")
         write_views_png(self.views, args.out / "views.png")
         with replacing(args.out / "args.json") as temporary:
             temporary.write_text(json.dumps(args.plain(), indent=2) + "\n")
@@ -551,7 +552,8 @@ class Trainer:
             if self.device.type == "cuda" and state["rng"][self.rank.rank]["cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng"][self.rank.rank]["cuda"])
         if moved:
-            print(f"=> warning: not the run that {file} comes from: {'; '.join(moved)}")
+            WARNED.append(text := f"not the run that {file} comes from: {'; '.join(moved)}")
+            print(f"=> warning: {text}")
         print(f"=> resumed {file} at epoch {self.epoch}, step {self.step}")
 
     def load_criterion(self, state: dict) -> list[str]:
@@ -610,7 +612,15 @@ def train(args: Args, data: Data, rank: Rank) -> None:
         raise InputError(f"--memory-size {args.memory_size} with --batch-size {args.batch_size} needs about "
                          f"{need:,.1f} GiB of {have:,.1f} GiB")
     check_shared_memory(args.workers, rank, shape_of_batch(args, args.batch_size // rank.local_world_size))
-    Trainer(args, data, rank).run()
+    with record(args.out / "run.json" if rank.is_main else None, args) as run:
+        with run.stage("prepare"):
+            trainer = Trainer(args, data, rank)
+        try:
+            with run.stage("train"):
+                trainer.run()
+        finally:
+            run.counts |= {"images": len(trainer.views), "epochs": trainer.epoch, "steps": trainer.step,
+                           "skipped": len(trainer.skipped), "operations_left_out": trainer.failed}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -629,9 +639,11 @@ def export(args: Args) -> None:
     config = settings_of(args, source) | {
         "mean": net.mean, "std": net.std, "dim": net.dim, "input": INPUT,
         "output": "descriptors: float32 [n, dim], unit length", "calibration": source.calibration,
+        "provenance": source.provenance,
         **{name: getattr(args, name) for name in ("view1", "op_prob", "calibrate")}}
     FORMATS[args.format](net.half() if args.half else net, config, path)
-    print(f"=> wrote {path}")
+    print(f"=> wrote {path}, with " + ("the calibration" if source.calibration else "no calibration")
+          + f"; contaminated by {source.contaminated}" * bool(source.contaminated))
 
 
 def main(args: Args) -> None:
@@ -643,10 +655,7 @@ def main(args: Args) -> None:
         with training_folder(args) if leads(args) else contextlib.nullcontext():
             launch(train, *prepare_training(args))
     elif args.mode == "extract":
-        folder = output_folder(args) if leads(args) else contextlib.nullcontext()
-        args, job = prepare_extraction(args)
-        with folder, locked(job.lock, job.h5) if leads(args) else contextlib.nullcontext():
-            launch(extract, args, job)
+        run_extraction(args)
     else:
         export(args)
 

@@ -11,7 +11,9 @@ Where there are fewer than --count they come again.
 Every figure and the one it is compared with are measured in turns, --repeats times; the table shows medians. `views`
 and `decode` use one core. Floors: the notes' pipeline as written, with AugLy and torchvision (views); Pillow at full
 size (decode); forward, backward and optimizer on a ready batch (train, and loop, which trains from files); forward or
-decoding alone, whichever is longer (extract); os.walk (start); one faiss search (search). Other flags go to train.py.
+decoding alone, whichever is longer (extract); os.walk (start); one faiss search (search). Below the table a line says
+how far each figure is from what it cannot do without, and what limits it: for views decoding and resizing, for decode
+a memory copy of the pixels, for others the floor. Other flags go to train.py.
 """
 from __future__ import annotations
 
@@ -20,7 +22,6 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -67,6 +68,12 @@ class Figure(NamedTuple):
     value: float
     unit: str
     floor: float | None = None
+    verdict: str = ""  # how far from what cannot be undercut, and what limits it
+
+
+def verdict(share: float, of: str, limit: str) -> str:
+    """A figure's verdict: it is `share` of the rate of what it cannot do without."""
+    return f"{share:.2f} of {of}; limited by {limit}"
 
 
 def plain_pair(size: int, q: float = 0.2, mean: Sequence[float] = (0.5,) * 3,
@@ -162,11 +169,14 @@ def bench_views(bench: argparse.Namespace) -> Iterator[Figure]:
 
     random.seed(0), torch.manual_seed(0)
     slow, fast = len(data) / in_turns(bench.repeats, plain, ours)
-    yield Figure(f"{bench.recipe} pairs of views, {data.size} px", fast, "pairs/s", slow)
     spent: dict[str, float] = {}
     with watched(ImageFile, spent, {"pixels": "decode"}), watched(augmentations, spent, {"resize": "resize"}), \
             watched(views, spent, {"resize": "resize"}), watched_operations(augmentations.OPS, spent):
         total = timed(ours)
+    most = max(spent, key=lambda name: spent[name])
+    yield Figure(f"{bench.recipe} pairs of views, {data.size} px", fast, "pairs/s", slow, verdict(
+        (spent["decode"] + spent.get("resize", 0)) / total, "decoding and resizing alone",
+        f"{most}, {spent[most] / total:.0%} of the time"))
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         if seconds > 0.005 * total:
             yield Figure(f"  of which {name}", 100 * seconds / total, "%")
@@ -223,10 +233,12 @@ def bench_decode(bench: argparse.Namespace) -> Iterator[Figure]:
         for name in bench.names:
             np.asarray(open_image(bench.folder / name))
 
-    pillow, whole, least = len(bench.names) / in_turns(
-        bench.repeats, with_pillow, lambda: decode(math.inf), lambda: decode(256))
-    yield Figure("decode whole", whole, "images/s", pillow)
-    yield Figure("decode for 224 px", least, "images/s", pillow)
+    pixels = [np.asarray(open_image(bench.folder / bench.names[0]))] * len(bench.names)
+    pillow, whole, least, copied = len(bench.names) / in_turns(
+        bench.repeats, with_pillow, lambda: decode(math.inf), lambda: decode(256), lambda: [x.copy() for x in pixels])
+    for what, rate in (("decode whole", whole), ("decode for 224 px", least)):
+        yield Figure(what, rate, "images/s", pillow, verdict(rate / copied, "a memory copy of the pixels",
+                                                             "the JPEG decoder"))
 
 
 def single_process(args: Args) -> Rank:
@@ -268,8 +280,9 @@ def bench_train(bench: argparse.Namespace) -> Iterator[Figure]:
         done(device)
 
     floor, ours = len(images) / in_turns(bench.repeats, bare_step(run), step)
+    limit = "the network" if ours > 0.8 * floor else "loss, memory and the batch's way to the device"
     yield Figure(f"training step, {args.arch}, {args.input_size} px, memory {args.memory_size:,}", ours, "images/s",
-                 floor)
+                 floor, verdict(ours / floor, "forward, backward and optimizer alone", limit))
 
 
 def bare_step(run: Trainer) -> Callable[[], None]:
@@ -296,16 +309,22 @@ def bench_loop(bench: argparse.Namespace) -> Iterator[Figure]:
     batches = run.load(run.batches.after(0, 0, (bench.repeats + 1) * (1 + math.ceil(ready / steps))))
     run.objective.train()
 
-    def loop(n: int) -> None:
-        for images, labels, *_ in itertools.islice(batches, n):
+    waited: dict[str, float] = {}
+
+    def loop(n: int, waited: dict[str, float]) -> None:
+        take = timing(lambda: next(batches), waited, "loading")
+        for _ in range(n):
+            images, labels, *_ = take()
             run.train_step(images, labels)
         done(run.device)
 
     floor, _, ours = args.batch_size * args.ncrops / (in_turns(
-        bench.repeats, bare_step(run), lambda: loop(ready),  # what was loaded meanwhile
-        lambda: loop(steps)) / [1, 1, steps])
+        bench.repeats, bare_step(run), lambda: loop(ready, {}),  # what was loaded meanwhile
+        lambda: loop(steps, waited)) / [1, 1, steps])
+    share = waited["loading"] * ours / ((bench.repeats + 1) * steps * args.batch_size * args.ncrops)
     yield Figure(f"{steps} steps from files, {args.arch}, {args.input_size} px, -j {args.workers}", ours, "images/s",
-                 floor)
+                 floor, verdict(ours / floor, "forward, backward and optimizer alone",
+                                f"loading, waited for {share:.0%} of the time" if share > 0.1 else "the training step"))
 
 
 def done(device: torch.device) -> None:
@@ -377,13 +396,20 @@ def bench_extract(bench: argparse.Namespace) -> Iterator[Figure]:
 
     decoding, network, loop, ours = in_turns(bench.repeats, decode, forward, plain, extract)
     yield Figure("extraction, beside the longer of the two", len(paths) / ours, "images/s",
-                 len(paths) / max(decoding, network))
+                 len(paths) / max(decoding, network), extraction_verdict(ours, decoding, network))
     yield Figure("  decoding alone", len(paths) / decoding, "images/s")
     yield Figure("  forward alone", len(paths) / network, "images/s")
     yield Figure("extraction, beside a plain loop", len(paths) / ours, "images/s", len(paths) / loop)
     rows, expected = np.stack([found[i] for i in range(len(paths))]), torch.cat(plain_rows).numpy()
     cosines = (rows * expected).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(expected, axis=1)
     yield Figure("  median cosine to the plain loop's descriptors", float(np.median(cosines)), "")
+
+
+def extraction_verdict(ours: float, decoding: float, network: float) -> str:
+    """Of an extraction's seconds and those of its parts alone."""
+    longer = max(decoding, network)
+    of, limit = ("forward alone", "the network") if network == longer else ("decoding alone", "decoding")
+    return verdict(longer / ours, of, limit if ours < 1.5 * longer else "both, which share the cores")
 
 
 def bench_start(bench: argparse.Namespace) -> Iterator[Figure]:
@@ -395,7 +421,8 @@ def bench_start(bench: argparse.Namespace) -> Iterator[Figure]:
         os.link(files[i % len(files)], folder / f"{i // 1000:03d}" / f"{i:06d}.jpg")
     walk, listing = in_turns(bench.repeats, lambda: sum(len(names) for *_, names in os.walk(folder)),
                              lambda: list_images(folder))
-    yield Figure(f"list {count:,} images, beside os.walk", count / listing, "files/s", count / walk)
+    yield Figure(f"list {count:,} images, beside os.walk", count / listing, "files/s", count / walk, verdict(
+        walk / listing, "os.walk", "the file system" if listing < 2 * walk else "the look at each name"))
     tracemalloc.start()
     paths, _ = list_images(folder)
     memory = tracemalloc.get_traced_memory()[0] / 2**20
@@ -427,7 +454,8 @@ def bench_search(bench: argparse.Namespace) -> Iterator[Figure]:
         ours, floor = 1000 / in_turns(
             bench.repeats, lambda: search_topk(queries, descriptors["reference"], 10, np.empty(0, np.int64)),
             lambda: faiss.knn(queries, references, 10))
-    yield Figure("exact top 10 of 50,000 references", ours, "queries/s", floor)
+    yield Figure("exact top 10 of 50,000 references", ours, "queries/s", floor, verdict(
+        ours / floor, "faiss.knn alone", "faiss" if ours > 0.8 * floor else "reading the file and merging its blocks"))
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Figure]]] = {
@@ -473,6 +501,9 @@ def show(rows: list[dict], old: list[dict]) -> None:
         print(f"{row['section']:8}{row['what']:52}{value:10.4g} {row['unit']:9}"
               + (f"{floor:10.4g}{value / floor:7.2f}" if floor else " " * 17 * bool(then))
               + (f"{then:10.4g}{value / then - 1:+8.0%}" if then else ""))
+    for row in rows:
+        if row["verdict"]:
+            print(f"{row['section']}: {row['what']}: {row['verdict']}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -493,7 +524,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure(bench: argparse.Namespace) -> list[dict]:
-    """Rows {section, what, value, unit, floor} of the sections asked for."""
+    """Rows {section, what, value, unit, floor, verdict} of the sections asked for."""
     if set(bench.sections) != {"search"} and not bench.images:
         raise InputError("--images DIR is needed")
     with tempfile.TemporaryDirectory() as work:
@@ -501,8 +532,8 @@ def measure(bench: argparse.Namespace) -> list[dict]:
         if bench.images:
             copy_images(bench)
         return [{"section": name, "what": what, "value": float(value), "unit": unit,
-                 "floor": None if floor is None else float(floor)}
-                for name in bench.sections for what, value, unit, floor in SECTIONS[name](bench)]
+                 "floor": None if floor is None else float(floor), "verdict": told}
+                for name in bench.sections for what, value, unit, floor, told in SECTIONS[name](bench)]
 
 
 def read_rows(file: str) -> list[dict]:

@@ -18,7 +18,7 @@ The images are those of DIR/query_images and DIR/reference_images, by id. pairs.
 
 Only images that are asked for are opened. References' features are kept in --cache, and computed again if an image's
 file changes. A run that was killed goes on where it was, in OUTPUT.blocks; the result is the same, whatever -j is.
-Images that cannot be read are listed beside the output, in pairs.skipped.csv.
+Images that cannot be read are listed beside the output, in pairs.skipped.csv; pairs.run.json tells the run.
 """
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ from copydet.common import (InputError, OutputFolder, check_file, check_output, 
 from copydet.descriptors import Descriptors
 from copydet.images import IMAGE_ENDINGS, Odd, find_image, images_by_id, read_skipped, write_skipped
 from copydet.options import positive, processes
+from copydet.record import check_record, record
 from copydet.search import search_topk
 from copydet.verification import PER_JOB, Match, Verifier, pair_score, stamp
 
@@ -125,8 +126,9 @@ def block_file(folder: Path, block: range) -> Path:
     return folder / f"{block.start}-{block.stop}.json"
 
 
-def write_results(output: Path, files: list[Path], skipped: Odd) -> None:
-    """pairs.csv and pairs.skipped.csv from the finished blocks; `skipped`: unreadable references."""
+def write_results(output: Path, files: list[Path], skipped: Odd) -> Odd:
+    """pairs.csv and pairs.skipped.csv from the finished blocks; `skipped`: unreadable references. Returns all that is
+    in the second."""
     with replacing(output) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -135,6 +137,12 @@ def write_results(output: Path, files: list[Path], skipped: Odd) -> None:
             writer.writerows(rows)
             skipped += [(path, reason) for path, reason in unreadable]
     write_skipped(skipped_file(output), skipped)
+    return skipped
+
+
+def record_file(output: Path) -> Path:
+    """Where the run is told."""
+    return output.with_name(f"{output.stem}.run.json")
 
 
 def skipped_file(output: Path) -> Path:
@@ -154,6 +162,7 @@ def verify_submission(args: argparse.Namespace) -> None:
     for file in (output, skipped_file(output)):
         check_output("-o", file, [args.submission])
     read_skipped(skipped_file(output))  # where it is there it is ours
+    check_record("-o", record_file(output))
     cache = OutputFolder(args.cache, "--cache", older_cache, shared=True) if args.cache else contextlib.nullcontext()
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # what the search takes of memory goes with its process
         candidates = pool.submit(find_candidates, args.submission, args.candidates).result()
@@ -164,10 +173,14 @@ def verify_submission(args: argparse.Namespace) -> None:
                 "dir": os.path.realpath(args.dir), "candidates": args.candidates}
     with locked(output.with_name(f".{output.name}.lock"), f"-o {output}"), cache:
         open_folder(folder, settings, settings_in(folder) == settings)
-        with Verifier(args.workers, args.cache or folder) as verifier:
-            passing = verifier.describe(list(references.values()))
-            files = verify_blocks(candidates, queries, references, verifier, folder)
-            write_results(output, files, verifier.cache.unreadable(references.values()) + passing)
+        with record(record_file(output), args) as run, Verifier(args.workers, args.cache or folder) as verifier:
+            run.counts |= {"queries": len(queries), "references": len(references), "pairs": candidates.references.size}
+            with run.stage("describe"):
+                passing = verifier.describe(list(references.values()))
+            with run.stage("verify"):
+                files = verify_blocks(candidates, queries, references, verifier, folder)
+            skipped = write_results(output, files, verifier.cache.unreadable(references.values()) + passing)
+            run.counts["skipped"] = len(skipped)
         shutil.rmtree(folder)
 
 

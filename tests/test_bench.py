@@ -28,6 +28,9 @@ def test_figures_stand_beside_floors_and_earlier_ones(images, tmp_path, capsys):
     assert len(shares) > 5 and sum(shares) < 130
     table = measured(capsys, "decode", *small, "--compare", tmp_path / "a.json")
     assert "change" in table and table.count("%") == 2
+    assert table.count(" of a memory copy of the pixels; limited by the JPEG decoder") == 2
+    verdicts = [row["verdict"] for row in rows if row["verdict"]]
+    assert len(verdicts) == 3 and " of decoding and resizing alone; limited by " in verdicts[0]
 
 
 def test_training_and_extraction_with_a_tiny_network(images, capsys):
@@ -36,6 +39,8 @@ def test_training_and_extraction_with_a_tiny_network(images, capsys):
                      "--memory-size", 64, "-j", 0, "--device", "cpu")
     assert "training step, test_efficientnet, 32 px, memory 64" in table and "beside a plain loop" in table
     assert "2 steps from files, test_efficientnet, 32 px, -j 0" in table
+    assert table.count(" of forward, backward and optimizer alone; limited by ") == 2
+    assert table.count("; limited by ") == 3  # training step, loop, extraction
     cosine = float(table.split("descriptors")[1].split()[0])
     assert cosine > 0.99
 

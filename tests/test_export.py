@@ -13,6 +13,7 @@ from copydet import load_descriptor
 from copydet.batches import collate_images
 from copydet.checkpoints import DEFAULT, find_source, load_net
 from copydet.common import InputError
+from copydet.finding import pick_weights
 from copydet.options import parse_args
 from copydet.views import Preprocessing, WholeImages
 from helpers import ROOT, WITH_PACKAGE, draw_images, run
@@ -122,6 +123,6 @@ def test_the_network_that_comes_with_the_project(tmp_path, capsys):
     rows = load_descriptor()(sorted(images.iterdir()))
     assert rows.shape == (3, 256) and np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     args = find_copies.parse_args([str(images), "-o", str(tmp_path / "r")])
-    assert find_copies.pick_weights(args) == ("--weight", str(DEFAULT))
+    assert pick_weights(args) == ("--weight", str(DEFAULT))
     assert "exp/default.safetensors" in capsys.readouterr().err
     assert "--half" in run("train.py", "--mode", "export", "--half", "--weight", DEFAULT, code=2).stderr

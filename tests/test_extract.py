@@ -73,7 +73,12 @@ def test_bad_files_are_skipped_and_listed(tmp_path, extract):
     assert "4 skipped" in done.stdout and "6 query" in done.stdout
     assert set(skipped(extract.out())) == {"empty.jpg", "text.jpg", "cut.jpg", "folder.jpg"}
     assert all(skipped(extract.out()).values())
+    told = json.loads((extract.out() / "run.json").read_text())
+    assert told["counts"] == {"query": 6, "reference": 10, "blank": 0, "skipped": 4} and told["outcome"] == "done"
+    assert {"describe query", "describe reference", "write", "total"} <= told["seconds"].keys()
     assert "cut.jpg" in extract(data, "--strict", code=1).stderr
+    told = json.loads((extract.out() / "run.json").read_text())
+    assert told["outcome"] == "failed" and "cut.jpg" in told["error"]
     for name in folder.glob("Q*"):
         name.unlink()
     done = extract(data, code=2)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import find_copies as fc
 from copydet import cache as cached
-from copydet import copies
+from copydet import copies, finding
 from copydet import page as page_of
 from copydet.calibration import Calibration
 from copydet.common import InputError, shown
@@ -230,9 +230,9 @@ def test_duplicates_and_pasted_images_are_no_false_answers():
 def test_a_cache_in_use_is_an_error(tmp_path, weights):
     args = fc.parse_args([str(draw_images(tmp_path / "a", 1)), "-o", str(tmp_path), "--weight", str(weights)])
     with ExitStack() as stack:
-        fc.open_cache(tmp_path, fc.pick_weights(args), args, "whole", stack)
+        finding.open_cache(tmp_path, finding.pick_weights(args), args, "whole", stack)
         with pytest.raises(InputError, match="in use by another run"):
-            fc.open_cache(tmp_path, fc.pick_weights(args), args, "whole", stack)
+            finding.open_cache(tmp_path, finding.pick_weights(args), args, "whole", stack)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

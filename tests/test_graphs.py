@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,16 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
+import copydet
 import find_copies
 import train
+from copydet import cache as cached
 from copydet import load_descriptor
 from copydet.checkpoints import take_source
 from copydet.common import InputError
 from copydet.descriptors import Descriptors
 from copydet.options import parse_args
-from helpers import data_folder, draw_images
+from helpers import data_folder, draw_images, run_here
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
 KNOWN = {"input_size": 32, "resize": "square", "mean": MEAN, "std": STD}
@@ -266,7 +269,7 @@ def trained(weights, tmp_path_factory):
     """A checkpoint with a calibration, that was trained on a ground truth."""
     checkpoint = torch.load(weights, weights_only=True)
     checkpoint["args"] |= {"calibrate": 40, "view1": "hflip:p=1", "op_prob": 0.3}
-    torch.save(checkpoint | {"calibration": CALIBRATION, "contaminated": "gt.csv"},
+    torch.save(checkpoint | {"calibration": CALIBRATION, "contaminated": "gt.csv", "epoch": 3, "photos": 99},
                file := tmp_path_factory.mktemp("trained") / "net.pth.tar")
     return file
 
@@ -284,17 +287,46 @@ def test_exports_are_taken_up_as_the_checkpoint(trained, tmp_path, images, form)
     args, source = take_source(parse_args(["--mode", "extract", "x", *["--allow-code"] * len(allowed)]), file)
     assert (source.calibration, source.contaminated, source.arch_tag) == (CALIBRATION, "gt.csv",
                                                                          "test_efficientnet.r160_in1k")
+    told = source.provenance
+    assert (told["file"], told["epoch"], told["images"], told["loss"]) == ("net.pth.tar", 3, 99, "contrastive")
     assert source.sha256 == hashlib.sha256(trained.read_bytes()).hexdigest()
     assert source.file_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     assert (args.input_size, args.resize, args.calibrate, args.view1, args.op_prob) == (32, "crop", 40, "hflip:p=1",
                                                                                        0.3)
     args, source = take_source(parse_args(["--mode", "extract", "x", "--resize", "square", "--allow-code"]), file)
     assert source.calibration is None and args.resize == "square"  # it was measured with crops
-    if form != "safetensors":
+    if form == "safetensors":  # an export of an export says the same
+        train.main(parse_args(["--mode", "export", "--weight", str(file), "--format", form, "-o", str(file) + "2"]))
+        os.replace(f"{file}2", file)
+        again = take_source(parse_args(["--mode", "extract", "x"]), file)[1]
+        assert (again.provenance, again.calibration, again.contaminated, again.sha256) == (
+            told, CALIBRATION, "gt.csv", hashlib.sha256(trained.read_bytes()).hexdigest())
+    else:
         with pytest.raises(InputError, match="--gem-eval-p 3.0: .* is a finished network, which has 5"):
             load_descriptor(file, gem_eval_p=3.0, **allowed)
         with pytest.raises(InputError, match="takes images of 32 x 32 px only"):
             load_descriptor(file, input_size=64, **allowed)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("count", [6, 24], ids=["carried", "measured on the archive"])
+def test_find_copies_promises_on_an_export_what_it_does_on_the_checkpoint(trained, tmp_path, monkeypatch, count):
+    pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(cached.subprocess, "run", lambda words, stdout: run_here(*words[1:]))  # PyTorch starts once
+    archive, query = draw_images(tmp_path / "archive", count), tmp_path / "query.jpg"
+    Image.open(archive / "0001.jpg").crop((4, 4, 64, 60)).save(query)
+    promises = {}
+    for form in ("", *train.ENDINGS):
+        file = tmp_path / f"net{train.ENDINGS[form]}" if form else trained
+        if form:
+            train.main(parse_args(["--mode", "export", "--weight", str(trained), "--format", form, "-o", str(file)]))
+        pairs = copydet.find_copies(query, archive, output=tmp_path / f"report{form}", weight=file, no_verify=True,
+                               flags=["-j", "0", "--allow-code"])
+        promises[form] = {pair.reference: (pair.score, pair.precision) for pair in pairs}
+    assert len(promises[""]) == min(count, 10) and all(precision is not None for _, precision in promises[""].values())
+    for form, found in promises.items():
+        assert found.keys() == promises[""].keys(), form
+        assert np.allclose(list(found.values()), [promises[""][name] for name in found], atol=1e-4), form
 
 
 def test_metadata_that_export_did_not_write_are_refused(tmp_path):

@@ -477,11 +477,11 @@ def test_a_run_is_resumed_or_told_why_not(tmp_path, capsys, monkeypatch, flags, 
 TOGETHER = """
 import importlib, json, os, sys, traceback
 import helpers
+from copydet.cache import Extraction
 from copydet.common import run_main
 tool, rounds = sys.argv[1], json.loads(sys.argv[2])
 module = importlib.import_module(tool)
-if tool == "find_copies":
-    module.Extraction.describe = helpers.fake_describe
+Extraction.describe = helpers.fake_describe
 work = module.main if tool != "train" else lambda words: run_main(lambda: module.main(module.parse_args(words)))
 codes = []
 for number, commands in enumerate(rounds):

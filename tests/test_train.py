@@ -44,6 +44,10 @@ def checkpoint(exp, name="checkpoint_0001"):
     return torch.load(Path(exp) / "train" / f"{name}.pth.tar", weights_only=True)
 
 
+def record_of(exp):
+    return json.loads((Path(exp) / "train" / "run.json").read_text())
+
+
 def assert_same_state(a, b):
     assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
     assert a["state_dict"].keys() == b["state_dict"].keys()
@@ -226,6 +230,10 @@ def test_views_png_and_args_json_show_the_run(images, exp):
     assert json.loads((out / "args.json").read_text())["ncrops"] == 3
     log = list(csv.DictReader(open(out / "log.csv")))
     assert log[-1]["step"] == "6" and float(log[-1]["loss"]) > 0 and list(out.glob("events.*"))
+    told = record_of(exp)
+    assert (told["outcome"], told["settings"]["ncrops"]) == ("done", 3) and "torch" in told["versions"]
+    assert told["counts"] == {"images": 24, "epochs": 1, "steps": 6, "skipped": 0, "operations_left_out": 0}
+    assert 0 < told["seconds"]["train"] < told["seconds"]["total"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,6 +372,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues(images, exp):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loading processes too
     assert "continue with --resume auto" in process.communicate(timeout=60)[0] and process.returncode == 130
     step = checkpoint(exp, "latest")["step"]
+    assert record_of(exp)["outcome"] == "stopped" and record_of(exp)["counts"]["steps"] == step
     done = run("train.py", *TINY, "--exp", exp, "--epochs", step // 6 + 1, "--resume", "auto", images)
     assert f"step {step}" in done.stdout
 
@@ -372,6 +381,7 @@ def test_nan_loss_stops_with_step_and_checkpoint(images, exp):
     done = run("train.py", *TINY, "--exp", exp, "--lr", 1e30, "--amp", "off", "-p", 1, "--epochs", 3, images, code=1)
     assert re.search(r"the loss is (nan|inf) at step \d+; last checkpoint: ", done.stderr)
     assert "Traceback" not in done.stderr
+    assert record_of(exp)["outcome"] == "failed" and record_of(exp)["error"] in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

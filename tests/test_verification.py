@@ -1,5 +1,6 @@
 """copydet.verification and verify.py: transforms, verdicts, false friends; the command resumed, in parallel, cached."""
 import csv
+import json
 import os
 import shutil
 import signal
@@ -407,6 +408,8 @@ def test_unreadable_images_are_listed_and_others_not_opened(planted, tmp_path):
     broken = [row for row in rows if row["query_id"] == "Q00001" or row["reference_id"] == "R000000"]
     assert len(broken) >= 4 and {row["verdict"] for row in broken} == {v.ABSTAIN}
     skipped = {Path(row["path"]).stem: row["reason"] for row in table(tmp_path / "pairs.skipped.csv")}
+    told = json.loads((tmp_path / "pairs.run.json").read_text())
+    assert told["outcome"] == "done" and told["counts"]["skipped"] == 2 and told["counts"]["queries"] == 2
     assert set(skipped) == {"Q00001", "R000000"} and set(skipped.values()) == {"no image of a kind that is read here"}
 
 

@@ -3,6 +3,7 @@
 In the order the data flows:
 
     common          errors in one line, files that appear when they are whole
+    record          run.json of a run
     options         train.py's flags, recipes
     images          find, open and decode images; those of a run
     augmentations   operations on the pixels of one image
@@ -17,6 +18,7 @@ In the order the data flows:
     graphs          ONNX and TorchScript as descriptors
     log             of a training run
     extraction      descriptors of all images of a run
+    extract         train.py --mode extract where the package is alone
     descriptors     the HDF5 files they are kept in
     calibration     scores to precision
     export          the network for other programs
@@ -26,16 +28,25 @@ In the order the data flows:
     cache           descriptors of folders that are searched again and again
     copies          collections of images, the pairs between them, verified, and how precise their scores are
     page            what find_copies.py writes
+    finding         find_copies.py as a function
     metrics         ground truths, micro-AP, recall at 90 % precision
     report          HTML page and picture of a score
 
 Importing it changes nothing but what is imported.
 """
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from copydet.extraction import load_descriptor
+    from copydet.finding import find_copies
+
+__all__ = ["find_copies", "load_descriptor"]
+__version__ = "1.0"
+LATE = {"find_copies": "copydet.finding", "load_descriptor": "copydet.extraction"}  # what they need takes seconds
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_descriptor":  # late, as it needs PyTorch
-        from copydet.extraction import load_descriptor
-        return load_descriptor
+    if name in LATE:
+        return getattr(importlib.import_module(LATE[name]), name)
     raise AttributeError(f"module 'copydet' has no attribute '{name}'")

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from copydet.checkpoints import weights_sha256
-from copydet.common import ROOT, InputError, WorkError, sha256_of, shown, time_of
+from copydet.common import HERE, InputError, WorkError, sha256_of, shown, time_of
 from copydet.descriptors import COMPARABLE, Descriptors
 from copydet.images import BLANK, FOLDERS, NOT_NOW, beside, id_of, list_images, read_skipped
 from copydet.regions import parse_regions
@@ -199,7 +199,8 @@ def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[st
 
 
 class Extraction:
-    """Runs of `train.py --mode extract` with one checkpoint and one set of flags, in staging folders below `folder`.
+    """Runs of extract.py, train.py --mode extract, with one checkpoint and one set of flags, in staging folders below
+    `folder`.
 
     With several `regions`, as --query-regions has them, an image's row is the rows of its regions one after another.
     """
@@ -224,9 +225,9 @@ class Extraction:
 
     def describe(self, files: list[str], calibrate: bool) -> tuple[list[Described], dict]:
         """What is known of each image, and the descriptor file's attributes, with a calibration measured on these
-        images if `calibrate`. Raises InputError or WorkError, as train.py ended.
+        images if `calibrate`. Raises InputError or WorkError, as extract.py ended.
 
-        train.py takes ids from file names: here they are numbers, the names of links, so that any name will do.
+        It takes ids from file names: here they are numbers, the names of links, so that any name will do.
         """
         staging = Path(tempfile.mkdtemp(prefix=self.prefix, dir=self.folder))
         try:
@@ -234,13 +235,13 @@ class Extraction:
             images.mkdir()
             for i, file in enumerate(files):
                 os.symlink(file, images / f"{i:08d}.jpg")
-            code = subprocess.run([sys.executable, ROOT / "train.py", "--mode", "extract", "--target-set",
-                                   self.group[0], "--exp", staging, "-b", "128", *self.weights, *self.flags,
+            code = subprocess.run([sys.executable, HERE / "extract.py", "--target-set", self.group[0], "--exp", staging,
+                                   "-b", "128", *self.weights, *self.flags,
                                    *([] if calibrate else ["--calibrate", "0"]), staging],
                                   stdout=subprocess.DEVNULL).returncode
             described = {int(Path(path).stem): Described(None, why) for path, why in read_skipped(out / "skipped.csv")}
             attrs: dict = {}
-            if len(described) < len(files):  # train.py also fails where no image of a chunk can be read
+            if len(described) < len(files):  # extract.py also fails where no image of a chunk can be read
                 if code:
                     self.fail(code)
                 rows, attrs = self.read_rows(out / "fb-isc-submission.h5")
@@ -261,8 +262,8 @@ class Extraction:
                                for name in ("calibration", *COMPARABLE) if name in descriptors.attrs}
 
     def fail(self, code: int) -> NoReturn:
-        """Raise what train.py's exit code means."""
+        """Raise what extract.py's exit code means."""
         if shutil.disk_usage(self.folder).free < 2**20:
             raise WorkError(f"{self.folder}: no space left on device; what was described before is kept")
         error = InputError if code == 2 else WorkError
-        raise error("train.py could not describe the images, see above; what was described before is kept")
+        raise error("the images could not be described, see above; what was described before is kept")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copydet.common import ROOT, InputError, read_json, sha256_of
+from copydet.common import HERE, INSTALLED, ROOT, InputError, read_json, sha256_of
 from copydet.options import OF_OTHERS, Args, can_be
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ OF_NETWORK = ("arch", "pool", "stages", "grid", "width", "head", "dim", "pred_di
               "eval_crops")
 OF_IMAGES = ("input_size", "resize", "exif_transpose", "decode")
 FROM_CHECKPOINT = OF_NETWORK + OF_IMAGES
-DEFAULT = ROOT / "exp" / "default.safetensors"  # comes with the project, made by exp/default.args
+DEFAULT = (HERE if INSTALLED else ROOT) / "exp" / "default.safetensors"  # comes along, made by exp/default.args
 ABOUT_DEFAULT = ("described by exp/default.safetensors, a small network trained on 5,000 photos; one trained on images "
                  "like yours, or SSCD's by --weight, finds more")
 PACKAGED = {"gem_eval_p": 1.0, "resize": "square"}  # how the winner's package evaluates, whatever its files say
@@ -135,7 +135,20 @@ def exported(file: str | Path, config: dict) -> dict:
                                                                   ("mean", list), ("std", list))):
         raise InputError(f"{file}: its metadata are not what --mode export writes")
     return {"args": config, "arch": config["arch"], "preprocess": config, "contaminated": config.get("contaminated"),
-            "calibration": config.get("calibration"), "made_from": config.get("checkpoint_sha256")}
+            "calibration": config.get("calibration"), "made_from": config.get("checkpoint_sha256"),
+            "provenance": config.get("provenance")}
+
+
+def provenance_of(file: str | Path | None, checkpoint: dict) -> dict:
+    """Where a network comes from: the checkpoint's name, its run, and the libraries that it was trained with; of an
+    export as the export tells it."""
+    if file is None or checkpoint.get("provenance"):
+        return checkpoint.get("provenance") or {}
+    stored = checkpoint.get("args", {})
+    found = {"file": Path(file).name, "exp": Path(str(stored.get("exp") or "")).name or None,
+             **{name: stored.get(name) for name in ("seed", "epochs", "loss")}, "epoch": checkpoint.get("epoch"),
+             "images": checkpoint.get("photos"), "versions": checkpoint.get("versions")}
+    return {name: value for name, value in found.items() if isinstance(value, (str, int, dict))}
 
 
 def weights_sha256(file: str | Path) -> str:
@@ -169,6 +182,7 @@ class Source:
     contaminated: str | None = None  # the ground truth that it was trained on
     calibration: dict | None = None
     graph: Graph | None = None
+    provenance: dict = field(default_factory=dict)
 
 
 def take_source(args: Args, file: str | Path | None) -> tuple[Args, Source]:
@@ -205,7 +219,7 @@ def take_source(args: Args, file: str | Path | None) -> tuple[Args, Source]:
     return args, Source(file, arch_tag, checkpoint.get("made_from") or sha256, sha256, checkpoint.get("state_dict", {}),
                         checkpoint.get("preprocess", {}), checkpoint.get("contaminated"),
                         checkpoint.get("calibration") if same else None,  # it was measured with those settings
-                        graph)
+                        graph, provenance_of(file, checkpoint))
 
 
 def check_given(args: Args, file: str | Path | None, checkpoint: dict, stored: dict) -> None:

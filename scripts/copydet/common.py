@@ -8,6 +8,8 @@ import fcntl
 import hashlib
 import io
 import json
+import multiprocessing
+import multiprocessing.context
 import os
 import re
 import secrets
@@ -15,6 +17,7 @@ import shutil
 import sqlite3
 import stat
 import sys
+import types
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +27,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]  # of the project
+HERE = Path(__file__).resolve().parent
+INSTALLED = (HERE / "commands").is_dir()  # without the rest of the project: what of it is needed lies below the package
+ROOT = Path() if INSTALLED else HERE.parents[1]  # of the project: exp/NAME holds results
+COMMANDS = HERE / "commands" if INSTALLED else HERE.parent
 LONGEST = 200  # characters of a name in a message
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 NO_MEMORY = re.compile("out of memory|can.t allocate memory|terminated abruptly")  # PyTorch's; of a pool's process
@@ -342,6 +348,23 @@ def open_folder(folder: Path, settings: dict, resume: bool) -> None:
                          "without --resume it starts anew")
 
 
+class ProcessApart(multiprocessing.context.SpawnProcess):
+    """A new process that does not import the program's main module, which may have no `if __name__ == "__main__"`."""
+
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class ProcessesApart(multiprocessing.context.SpawnContext):
+    """Context of multiprocessing that starts such processes."""
+    Process = ProcessApart
+
+
 def sha256_of(*files: str | Path) -> str:
     """Hex digest of files, one after another."""
     digest = hashlib.sha256()
@@ -361,7 +384,11 @@ def database(place: str | Path, kept: str) -> Iterator[None]:
         raise WorkError(f"{place}: {error}; {kept}") from None
 
 
+WARNED: list[str] = []  # by this process
+
+
 def warn(text: str) -> None:
+    WARNED.append(text)
     print(f"warning: {text}", file=sys.stderr)
 
 

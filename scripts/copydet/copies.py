@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from copydet.cache import Cache, Extraction, inode_of, stamp_files, update
 from copydet.calibration import DUPLICATE, Calibration, measure_answers
-from copydet.common import InputError, shown
+from copydet.common import InputError, shown, warn
 from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
 from copydet.images import (FOLDERS, IMAGE_ENDINGS, Odd, beside, find_image, id_of, images_by_id, not_read,
                             read_skipped, write_skipped)
@@ -134,7 +134,7 @@ def read_calibration(args: argparse.Namespace, queries: Collection, archive: Col
     if args.precision is not None:
         raise InputError(f"--precision: the descriptors of {shown(archive.source)} carry no calibration; "
                          "--threshold takes a score")
-    print("no calibration (train.py --calibrate): scores only", file=sys.stderr)
+    warn("no calibration (train.py --calibrate): scores only")
     return None
 
 

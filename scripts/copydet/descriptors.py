@@ -20,7 +20,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from copydet.common import InputError, check_file, error_number, first_three, parse_json, replacing
+from copydet.common import InputError, check_file, error_number, first_three, parse_json, replacing, warn
 from copydet.regions import images_of
 
 GROUPS = ("query", "reference", "train")
@@ -345,6 +345,5 @@ class Descriptors:
         """Close, and warn of rows read that are not of unit length, unless post-processing left them so."""
         for name, rows in self.groups.items():
             if rows.deviation > UNIT_TOLERANCE and "steps" not in self.attrs:
-                print(f"warning: {self.path}: `{name}` is not of unit length, largest deviation {rows.deviation:.3g}",
-                      file=sys.stderr)
+                warn(f"{self.path}: `{name}` is not of unit length, largest deviation {rows.deviation:.3g}")
         self.file.close()

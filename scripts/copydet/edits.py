@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ from augly.image import functional as imaugs
 from augly.image.utils import get_template_and_bbox
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
 
+from copydet.common import ProcessesApart
 from copydet.images import UnreadableImage, open_image
 
 LARGEST = 1024  # pixels, longer side of a query
@@ -309,5 +309,5 @@ def make_copy(query: Query, strength: str, folder: Path) -> Path | None:
 
 def make_copies(queries: Sequence[Query], strength: str, folder: Path, workers: int) -> list[Path | None]:
     """The copies' files, made in `folder` by so many processes."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, ProcessesApart()) as pool:
         return list(pool.map(partial(make_copy, strength=strength, folder=folder), queries, chunksize=8))

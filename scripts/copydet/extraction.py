@@ -6,6 +6,7 @@ batch size, and so are the rows.
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,12 +26,14 @@ from tqdm import tqdm
 from copydet.batches import collate_images, collate_views, make_loader
 from copydet.calibration import measure
 from copydet.checkpoints import DEFAULT, FROM_CHECKPOINT, OF_IMAGES, Source, find_source, load_net, take_source
-from copydet.common import ROOT, InputError, OutputFolder, WorkError, check_output, open_folder, replacing, shown
+from copydet.common import (COMMANDS, InputError, OutputFolder, WorkError, check_output, locked, open_folder, replacing,
+                            shown)
 from copydet.descriptors import Descriptors, write_descriptors
-from copydet.distributed import Rank, gather_objects, pick_precision
+from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
 from copydet.images import BLANK, FOLDERS, Group, Odd, beside, list_group, not_read, read_skipped, write_skipped
 from copydet.network import quiet_timm
 from copydet.options import LEAST_CALIBRATED, LETTERS, PRESETS, Args, parse_args
+from copydet.record import Record, record
 from copydet.regions import WHOLE, Box, parse_regions
 from copydet.views import Preprocessing, Views, WholeImages, parse_ops
 
@@ -180,8 +183,22 @@ def output_folder(args: Args) -> OutputFolder:
     return OutputFolder(args.out, "--exp", older, parents=True, shared=True)
 
 
+def run_extraction(args: Args) -> None:
+    """The command line, in as many processes as it says."""
+    quiet_timm()
+    folder = output_folder(args) if leads(args) else contextlib.nullcontext()
+    args, job = prepare_extraction(args)
+    with folder, locked(job.lock, job.h5) if leads(args) else contextlib.nullcontext():
+        launch(extract, args, job)
+
+
 def extract(args: Args, job: Job, rank: Rank) -> None:
     """Describe all images, each rank every n-th block of them; the main one writes the file from the blocks."""
+    with record(beside(job.h5, "run", ".json") if rank.is_main else None, args) as run:
+        extract_recorded(args, job, rank, run)
+
+
+def extract_recorded(args: Args, job: Job, rank: Rank, run: Record) -> None:
     quiet_timm()
     net = load_net(args, job.source)
     preprocessing = Preprocessing.of(args, net)
@@ -200,17 +217,22 @@ def extract(args: Args, job: Job, rank: Rank) -> None:
     blocks = {name: Blocks(folder, name, len(group.paths), args.batch_size // rank.local_world_size, rank,
                            len(job.boxes_of(name))) for name, group in job.groups.items()}
     for name, group in job.groups.items():
-        describe_images(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict,
-                        job.boxes_of(name))
+        with run.stage(f"describe {name}"):
+            describe_images(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict,
+                            job.boxes_of(name))
     gather_objects(None)  # once every rank has written its blocks
     if rank.is_main:
         groups, noted = collect_groups(args, job, blocks)
         calibration = job.source.calibration
         if "reference" in groups:
             rows, ids = groups["reference"]
-            calibration = calibrate(args, net, preprocessing, rows, ids, job.groups["reference"], noted,
-                                    rank) or calibration
-        write_results(args, job, groups, noted, calibration)
+            with run.stage("calibrate"):
+                calibration = calibrate(args, net, preprocessing, rows, ids, job.groups["reference"], noted,
+                                        rank) or calibration
+        run.counts |= {name: len(ids) for name, (_, ids) in groups.items()} | {
+            "blank": (blank := sum(reason == BLANK for _, reason in noted)), "skipped": len(noted) - blank}
+        with run.stage("write"):
+            write_results(args, job, groups, noted, calibration)
         shutil.rmtree(folder)
 
 
@@ -288,7 +310,7 @@ def write_results(args: Args, job: Job, groups: dict, noted: Odd, calibration: d
     truth = args.dir / "public_ground_truth.csv"
     if {"query", "reference"} <= set(groups) and truth.is_file() and not (args.dryrun or args.shard):
         sys.stdout.flush()
-        command = [sys.executable, ROOT / "scripts" / "eval_metrics.py", h5, truth]
+        command = [sys.executable, COMMANDS / "eval_metrics.py", h5, truth]
         if subprocess.run(command + ["--allow-contaminated"] * bool(job.source.contaminated)).returncode:  # it says so
             raise WorkError(f"scripts/eval_metrics.py failed on {h5}")
 

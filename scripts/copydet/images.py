@@ -421,10 +421,11 @@ def through_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
 NOTED = "path", "reason"  # columns of skipped.csv and blank.csv
 
 
-def beside(h5: Path, what: str) -> Path:
-    """skipped.csv or blank.csv of a descriptor file; a shard's or a subset's is its own: several may run at a time."""
+def beside(h5: Path, what: str, ending: str = ".csv") -> Path:
+    """skipped.csv, blank.csv or run.json of a descriptor file; a shard's or a subset's is its own: several may run at a
+    time."""
     name = h5.stem.removeprefix("fb-isc-submission")
-    return h5.with_name(f"{what}{name if name != h5.stem else ''}.csv")
+    return h5.with_name(f"{what}{name if name != h5.stem else ''}{ending}")
 
 
 def read_skipped(file: Path) -> Odd:

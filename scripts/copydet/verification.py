@@ -33,7 +33,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from copydet.common import InputError, WorkError, time_of
+from copydet.common import InputError, ProcessesApart, WorkError, time_of
 from copydet.images import NOT_NOW, ImageFile, UnreadableImage
 
 SIDES = 256, 400  # px: smaller images are enlarged to the one, larger ones reduced to the other (their longer side)
@@ -440,7 +440,7 @@ class Verifier:
     def __enter__(self) -> Verifier:
         self.before = {name: os.environ.get(name) for name in THREADS}
         os.environ.update(dict.fromkeys(THREADS, "1"))  # processes start with this environment, as they are needed
-        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), start_worker,
+        self.pool = ProcessPoolExecutor(self.workers, ProcessesApart(), start_worker,
                                         (self.cache.file.parent,))
         return self
 
