@@ -179,6 +179,7 @@ def test_threads_keep_to_the_cores_that_others_leave():
     assert chosen([1, 0], 1, {0}) == {0, 1}  # the other has ended
     assert chosen([1, 1], 0.1, {1}) == {1} and len(chosen([1] * 2, 0)) == 1  # beside more than there are cores
     assert len(chosen([1] * 16, 8)) == 8 and len(chosen([1] * 16, 15)) == 16  # a core less would cost a turn as well
+    assert len(chosen([1] * 16, 0.5)) == 8  # a fair share, beside whatever there is
     assert len(chosen([1] * 16, 8, threads=8)) == 16  # one of two ranks
 
 

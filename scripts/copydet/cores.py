@@ -41,16 +41,14 @@ def count_cores(root: Path = Path("/")) -> int:
 
 
 def free_cores(load: Mapping[int, float], own: float, current: Collection[int], threads: int) -> frozenset[int]:
-    """Of the cores with `load`, {core: share of a time that it was busy}, those that `threads` run on next: all, or
-    where others leave so few that each thread would wait a turn, so many that all wait the same number of turns. Those
-    that others use least. `own`: this process's part of the load, in cores, on `current`."""
-    free = max(1.0, len(load) - others_on(load, own))
-    turns = max(1, round(threads / free))
-    if turns == 1:
+    """Of the cores with `load`, {core: share of a time that it was busy}, those that `threads` run on next: all; or
+    where others leave so few that some would wait a turn, half as many as threads, which is a fair share beside
+    whatever there is. Those that others use least. `own`: this process's part of the load, in cores, on `current`."""
+    if 1.5 * (len(load) - others_on(load, own)) > threads:
         return frozenset(load)
     others = {core: busy - own / len(current) * (core in current) for core, busy in load.items()}
     best = sorted(load, key=lambda core: (round(others[core], 1), core not in current, random.random()))
-    return frozenset(best[:math.ceil(threads / turns)])
+    return frozenset(best[:math.ceil(threads / 2)])
 
 
 def others_on(load: Mapping[int, float], own: float) -> float:
