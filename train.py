@@ -59,7 +59,7 @@ from tqdm import tqdm
 from copydet.batches import (EpochBatches, Images, check_shared_memory, collate_views, make_loader, shape_of_batch,
                              size_of_memory)
 from copydet.calibration import measure
-from copydet.capacity import Footprint, footprint, free_memory, in_gib, largest, out_of_memory
+from copydet.capacity import Footprint, footprint, free_memory, largest, out_of_memory, told
 from copydet.checkpoints import find_source, load_net, load_weights, newest_checkpoint, read_checkpoint
 from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
 from copydet.export import ENDINGS, FORMATS, INPUT
@@ -416,7 +416,7 @@ class Trainer:
               f"(--sample-size {args.sample_size:,}); {self.batches.steps():,} steps per epoch of "
               f"{self.batches.batch * world} images x {args.ncrops} views\n"
               f"=> loss      {args.loss}, memory of {args.memory_size:,} descriptors\n"
-              f"=> needs     about {in_gib(need)} of {in_gib(self.need.free)} free"
+              f"=> needs     {told(need, self.need.free, self.device)}"
               + f", in {args.accumulate} parts" * (args.accumulate > 1) + "\n"
               f"=> device    {world} process{'es' * (world > 1)} on {self.device.type}, backbone in "
               f"{str(self.amp_dtype or torch.float32).removeprefix('torch.')}, {self.rank.threads}, {args.workers} "
@@ -651,8 +651,8 @@ class Need:
         flags = [f"--accumulate {parts} (or auto)"] * bool(parts) + [f"--batch-size {batch}"] * bool(batch)
         flags += ["--grad-checkpointing"] * (not args.grad_checkpointing and self.fits_twice_computed(at_once))
         raise InputError(
-            f"--batch-size {args.batch_size} x {self.views} views of {args.input_size} px needs about "
-            f"{in_gib(self.of(self.batch, at_once))} of {in_gib(self.free)} free on the {self.rank.device.type.upper()}"
+            f"--batch-size {args.batch_size} x {self.views} views of {args.input_size} px needs "
+            + told(self.of(self.batch, at_once), self.free, self.rank.device)
             + (f"; what fits: {', '.join(flags)}" if flags else "; no batch fits: lower --input-size or --memory-size"))
 
     def fits_twice_computed(self, parts: int) -> bool:
@@ -672,8 +672,8 @@ def train(args: Args, data: Data, rank: Rank) -> None:
     batch = args.batch_size // rank.local_world_size
     need, have = bytes_of_loss(args, data, args.dim, rank, batch), free_memory(rank.device)
     if need > have:
-        raise InputError(f"--memory-size {args.memory_size} with --batch-size {args.batch_size} needs about "
-                         f"{in_gib(need)} of {in_gib(have)} free")
+        raise InputError(f"--memory-size {args.memory_size} with --batch-size {args.batch_size} needs "
+                         + told(need, have, rank.device))
     check_shared_memory(args.workers, rank, shape_of_batch(args, batch))
     with out_of_memory(f"--batch-size {args.batch_size} x {args.ncrops + args.negatives} views of {args.input_size} px "
                        "did not fit; lower it, or give --accumulate N or --grad-checkpointing; --resume auto goes on"):

@@ -108,7 +108,7 @@ def test_training_that_does_not_fit_is_refused_with_flags_that_do(images, exp, m
     need = need_of(f"{exp}0", images, monkeypatch)
     free = (need.of(8, 1) + need.of(8, 2)) / 2
     monkeypatch.setattr(train, "free_memory", lambda device: free)
-    with pytest.raises(InputError, match=r"^--batch-size 8 x 2 views of 32 px needs about .* free on the CPU; what "
+    with pytest.raises(InputError, match=r"^--batch-size 8 x 2 views of 32 px needs about .* on this machine; what "
                                          r"fits: --accumulate 2 \(or auto\), --batch-size \d") as refused:
         training(exp, images)
     assert not (Path(exp) / "train" / "args.json").exists()
@@ -140,7 +140,7 @@ def test_extraction_that_does_not_fit_is_refused_with_a_batch_that_does(tmp_path
     monkeypatch.setattr(extraction, "footprint", lambda *_, **__: capacity.Footprint(1000, 0))
     monkeypatch.setattr(extraction, "free_memory", lambda device: 4500)
     done = extract(data, code=2)
-    assert re.search("^train.py: --batch-size 15 needs about .* on the CPU; what fits: --batch-size 4$", done.stderr)
+    assert re.search("^train.py: --batch-size 15 needs about .* machine; what fits: --batch-size 4$", done.stderr)
     assert not list(extract.out().glob("*.blocks"))
     extract(data, "--batch-size", 4)
     monkeypatch.setattr(extraction, "free_memory", lambda device: 1)

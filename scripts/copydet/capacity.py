@@ -150,8 +150,10 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return least
 
 
-def in_gib(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB"
+def told(need: float, free: float, device: torch.device) -> str:
+    """Bytes in words."""
+    where = "the GPU" if device.type == "cuda" else "this machine"
+    return f"about {need / 2**30:,.1f} GiB of {free / 2**30:,.1f} GiB free on {where}"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from copydet.batches import collate_images, collate_views, make_loader, size_of_memory
 from copydet.calibration import measure
-from copydet.capacity import footprint, free_memory, in_gib, largest, out_of_memory
+from copydet.capacity import footprint, free_memory, largest, out_of_memory, told
 from copydet.checkpoints import DEFAULT, FROM_CHECKPOINT, OF_IMAGES, Source, find_source, load_net, take_source
 from copydet.common import ROOT, InputError, OutputFolder, WorkError, check_output, open_folder, replacing, shown
 from copydet.descriptors import Descriptors, write_descriptors
@@ -238,9 +238,8 @@ def check_memory(args: Args, job: Job, net: Any, rank: Rank) -> None:
     batch = min(args.batch_size // world, max(len(group.paths) for group in job.groups.values()) * regions)
     fits = min(gather_objects(largest(lambda n: need(n) <= free, batch)))
     if fits < batch:
-        raise InputError(f"--batch-size {args.batch_size} needs about {in_gib(need(batch))} of {in_gib(free)} free on "
-                         f"the {rank.device.type.upper()}; what fits: " + (f"--batch-size {fits * world}" if fits else
-                                                                           "a smaller --input-size"))
+        raise InputError(f"--batch-size {args.batch_size} needs {told(need(batch), free, rank.device)}; what fits: "
+                         + (f"--batch-size {fits * world}" if fits else "a smaller --input-size"))
 
 
 def collect_groups(args: Args, job: Job, blocks: dict[str, Blocks]) -> tuple[dict, Odd]:
