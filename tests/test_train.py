@@ -353,11 +353,11 @@ def rank_processes(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-@pytest.mark.parametrize("victim", [0, 1])
-def test_where_a_rank_is_killed_the_others_end_in_words_and_the_run_goes_on(images, exp, victim):
+def test_where_a_rank_is_killed_the_others_end_in_words_and_the_run_goes_on(images, exp):
+    """The one that writes; test_extract.py kills another."""
     flags = [*TINY, "--exp", exp, "--device", "cpu", "-j", 0, "-p", 1, "--save-steps", 2,
              "--multiprocessing-distributed", "--nproc", 2, "--dist-url",
-             f"tcp://localhost:{20002 + victim + os.getpid() % 20000}"]
+             f"tcp://localhost:{20002 + os.getpid() % 20000}"]
     process = subprocess.Popen(list(map(str, [sys.executable, "train.py", *flags, "--epochs", 2000, images])), cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     out = Path(exp) / "train"
@@ -365,17 +365,15 @@ def test_where_a_rank_is_killed_the_others_end_in_words_and_the_run_goes_on(imag
         time.sleep(0.05)
     ranks = rank_processes(process.pid)
     assert len(ranks) == 2, process.communicate(timeout=60)
-    os.kill(ranks[victim], signal.SIGKILL)
+    os.kill(ranks[0], signal.SIGKILL)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in told, told
-    assert f"process {victim} of 2 was killed (SIGKILL" in told or "has lost the others" in told
+    assert "process 0 of 2 was killed (SIGKILL" in told or "has lost the others" in told
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
-    step = torch.load(newest_checkpoint(out), weights_only=True)["step"]
+    step = torch.load(newest_checkpoint(out), weights_only=True)["step"]  # whole
     assert step >= 2
-    if victim:
-        done = run("train.py", *flags, "--epochs", step // 6 + 2, "--resume", "auto", images)
-        assert f"step {step}" in done.stdout and "warning" not in done.stdout
+    done = run("train.py", *flags, "--epochs", step // 6 + 2, "--resume", "auto", images)
+    assert f"step {step}" in done.stdout and "warning" not in done.stdout
 
 
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(images, exp):
