@@ -23,6 +23,7 @@ Extract descriptors of queries, references and training images with the newest c
 A recipe (@exp/NAME.args) is a list of flags; flags after it on the command line win. Results go to exp/NAME.
 """
 import contextlib
+import copy
 import json
 import math
 import os
@@ -54,8 +55,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from copydet.batches import EpochBatches, Images, check_shared_memory, collate_views, make_loader, shape_of_batch
+from copydet.batches import (EpochBatches, Images, check_shared_memory, collate_views, make_loader, shape_of_batch,
+                             size_of_memory)
 from copydet.calibration import measure
+from copydet.capacity import Footprint, footprint, free_memory, largest, out_of_memory, told
 from copydet.checkpoints import find_source, load_net, load_weights, newest_checkpoint, read_checkpoint
 from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
 from copydet.export import ENDINGS, FORMATS, INPUT
@@ -65,7 +68,7 @@ from copydet.images import IMAGE_ENDINGS, list_images, list_negatives, list_pair
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
                             SNRDistance)
-from copydet.network import (STANDARDISED, build_net, check_arch, memory_format, quiet_timm, read_backbone_weights)
+from copydet.network import STANDARDISED, build_net, check_arch, memory_format, quiet_timm, read_backbone_weights
 from copydet.record import record
 from copydet.views import Pairs, Preprocessing, Views, list_augmentations, parse_ops, write_views_png
 from copydet.whitening import set_head
@@ -99,6 +102,7 @@ SCHEDULES: dict[str, Callable] = {  # name -> learning rate factor at (epoch, ep
     "linear": lambda epoch, now, epochs: 1 - epoch / epochs,
     "constant": lambda epoch, now, epochs: 1.0,
 }
+LATE_LIBRARIES = 2**28  # bytes that a process grows by, beside its work, from the first step on (measured)
 STANDARD_IMAGES, CALIBRATION_IMAGES = 2000, 2000  # training images that --pool grid and --calibrate look at
 
 
@@ -142,8 +146,10 @@ def prepare_training(args: Args) -> tuple[Args, Data]:
     held_back, rest = hold_back(images, args.calibrate) if args.calibrate else ([], images)
     rest = rest[:max(args.sample_size, args.grow_to * bool(args.grow_epochs))]
     resume_file = find_resume_file(args)
-    if resume_file and args.seed is None:
-        args = args.replace(seed=read_checkpoint(resume_file)["args"].get("seed"))
+    if resume_file and (args.seed is None or not args.accumulate):
+        before = read_checkpoint(resume_file)["args"]
+        args = args.replace(seed=before.get("seed") if args.seed is None else args.seed,
+                            accumulate=args.accumulate or before.get("accumulate", 1))
     return args, Data(rest, len(images), held_back, [(str(args.dir / path), reason) for path, reason in odd],
                       list_negatives(args, rest if args.pairs else []) if args.negatives else [], resume_file)
 
@@ -277,6 +283,12 @@ class Trainer:
         self.net.try_out(args)
         self.net.amp_dtype = self.amp_dtype
         self.net = self.net.to(self.device, memory_format=memory_format(self.net))
+        if args.freeze:
+            freeze_stages(self.net.backbone, args.freeze)
+        if args.grad_checkpointing:
+            self.net.backbone.set_grad_checkpointing()
+        self.need = Need(args, self.data, self.net, self.rank)
+        self.args = args = args.replace(accumulate=self.need.parts())
         self.preprocessing = Preprocessing.of(args, self.net)
         if args.whiten and self.net.dim > self.net.fc.in_features:
             raise InputError(f"--dim {args.dim}: --whiten chooses from {self.net.fc.in_features} pooled features")
@@ -286,10 +298,6 @@ class Trainer:
         if args.pool == "grid" and self.rank.is_main and not (args.weight or self.data.resume_file):  # DDP: to the rest
             self.pool_views(self.data.images[:args.sample_size][:STANDARD_IMAGES], [self.pipelines[0], self.hard_view],
                             self.preprocessing, self.net.features)
-        if args.freeze:
-            freeze_stages(self.net.backbone, args.freeze)
-        if args.grad_checkpointing:
-            self.net.backbone.set_grad_checkpointing()
         if args.compile:
             self.net.backbone.compile()
         if synchronised(args, self.rank):
@@ -399,6 +407,7 @@ class Trainer:
 
     def print_summary(self) -> None:
         args, n, world, tag = self.args, len(self.views), self.rank.world_size, check_arch(self.args.arch)
+        need = self.need.of(self.need.batch, args.accumulate)
         print(f"=> recipe    {recipe_of(args)}\n"
               f"=> network   {tag}" + f" (asked for: {args.arch})" * (tag != args.arch) +
               f", {sum(p.numel() for p in self.net.parameters()) / 1e6:.1f} M parameters, descriptor {self.net.dim}-d, "
@@ -406,11 +415,12 @@ class Trainer:
               f"=> images    {self.data.found:,} found in {args.dir}{not_read(self.data.odd)}, {n:,} used "
               f"(--sample-size {args.sample_size:,}); {self.batches.steps():,} steps per epoch of "
               f"{self.batches.batch * world} images x {args.ncrops} views\n"
-              f"=> loss      {args.loss}, memory of {args.memory_size:,} descriptors, about "
-              f"{memory_estimate(args, self.data, self.net.dim, self.rank):.2f} GiB for both\n"
+              f"=> loss      {args.loss}, memory of {args.memory_size:,} descriptors\n"
+              f"=> needs     {told(need, self.need.free, self.device)}"
+              + f", in {args.accumulate} parts" * (args.accumulate > 1) + "\n"
               f"=> device    {world} process{'es' * (world > 1)} on {self.device.type}, backbone in "
-              f"{str(self.amp_dtype or torch.float32).removeprefix('torch.')}, {args.workers} loading processes, seed "
-              f"{args.seed}\n"
+              f"{str(self.amp_dtype or torch.float32).removeprefix('torch.')}, {self.rank.threads}, {args.workers} "
+              f"loading processes, seed {args.seed}\n"
               f"=> output    {args.out}", flush=True)
 
     def train_epoch(self) -> None:
@@ -591,28 +601,84 @@ def recipe_of(args: Args) -> str:
             "recipes, such as @exp/v31.args")
 
 
-def memory_estimate(args: Args, data: Data, dim: int, rank: Rank) -> float:
-    """GiB of memory and loss, which has matrices of batch x memory: about 32 bytes a pair (measured); or of the
-    classes with gradient and momentum, and the logits."""
-    rows = args.batch_size // rank.local_world_size * rank.world_size * (args.ncrops + args.negatives)
+def bytes_of_loss(args: Args, data: Data, dim: int, rank: Rank, batch: int) -> float:
+    """Bytes of memory and loss for `batch` images of a rank: matrices of batch x memory, about 32 bytes a pair
+    (measured); or the classes with gradient and momentum, and the logits."""
+    rows = batch * rank.world_size * (args.ncrops + args.negatives)
     if args.loss == "arcface":
         classes = max(data.sample_of_epoch(args, epoch, rank.local_world_size)[0] for epoch in range(args.epochs))
-        return classes * (dim * 12 + rows * 20) / 2**30
-    return max(args.memory_size, rows) * (dim * 4 + rows * 32) / 2**30
+        return classes * (dim * 12 + rows * 20)
+    return max(args.memory_size, rows) * (dim * 4 + rows * 32)
+
+
+class Need:
+    """Bytes that the training of `net` takes: of a rank on its GPU, of all ranks on a machine without. They make it
+    together, before the first step, and agree.
+
+    Attributes: free: bytes that can be had.
+    """
+
+    def __init__(self, args: Args, data: Data, net: Any, rank: Rank) -> None:
+        self.args, self.data, self.net, self.rank = args, data, net, rank
+        self.batch, self.views = args.batch_size // rank.local_world_size, args.ncrops + args.negatives
+        self.free = min(gather_objects(free_memory(rank.device)))
+        measured = footprint(net, (args.input_size, args.input_size), rank.device, training=True)
+        self.footprint = Footprint(*map(max, zip(*gather_objects(measured))))
+
+    def of(self, batch: int, parts: int) -> float:
+        """For `batch` images of a rank, computed in `parts`."""
+        args, rank, rows = self.args, self.rank, batch * self.views
+        trained = sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
+        copies = 1 + {"sgd": 1}.get(args.optimizer, 2) + (rank.world_size > 1)  # gradients, moments, DDP's buckets
+        pixels = rows * 12 * args.input_size ** 2 * (parts > 1)  # of the other parts
+        size = (trained * copies + bytes_of_loss(args, self.data, self.net.dim, rank, batch) + pixels
+                + self.footprint.of(math.ceil(rows / parts)))
+        if rank.device.type == "cuda":
+            return size
+        loading = size_of_memory(args.workers, rank, shape_of_batch(args, batch))
+        return (size + LATE_LIBRARIES) * rank.local_world_size + loading
+
+    def parts(self) -> int:
+        """--accumulate, for auto the least that fits. Raises InputError that names flags with which the batch fits."""
+        args, wanted, at_once = self.args, self.args.accumulate, max(1, self.args.accumulate)
+        if self.of(self.batch, at_once) <= self.free:
+            return at_once
+        whole = args.loss == "simsiam"  # which sees its views in no parts
+        fitting = (n for n in range(2, self.batch * self.views // 2 + 1) if self.of(self.batch, n) <= self.free)
+        parts = None if whole else next(fitting, None)
+        if parts and not wanted:
+            return parts
+        batch = self.rank.local_world_size * largest(lambda n: self.of(n, at_once) <= self.free, self.batch)
+        flags = [f"--accumulate {parts} (or auto)"] * bool(parts) + [f"--batch-size {batch}"] * bool(batch)
+        flags += ["--grad-checkpointing"] * (not args.grad_checkpointing and self.fits_twice_computed(at_once))
+        raise InputError(
+            f"--batch-size {args.batch_size} x {self.views} views of {args.input_size} px needs "
+            + told(self.of(self.batch, at_once), self.free, self.rank.device)
+            + (f"; what fits: {', '.join(flags)}" if flags else "; no batch fits: lower --input-size or --memory-size"))
+
+    def fits_twice_computed(self, parts: int) -> bool:
+        """Whether --grad-checkpointing makes it fit."""
+        net = copy.deepcopy(self.net)
+        try:
+            net.backbone.set_grad_checkpointing()
+        except (AttributeError, AssertionError):  # a network without
+            return False
+        return Need(self.args, self.data, net, self.rank).of(self.batch, parts) <= self.free
 
 
 def train(args: Args, data: Data, rank: Rank) -> None:
-    """Train as the command line says. Raises InputError: memory and loss do not fit into the device."""
+    """Train as the command line says. Raises InputError: memory and loss do not fit into the device; WorkError: what
+    was estimated to fit did not."""
     quiet_timm()
-    need = memory_estimate(args, data, args.dim, rank)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if rank.device.type == "cuda":
-        have = torch.cuda.mem_get_info(rank.device)[0] / 2**30
+    batch = args.batch_size // rank.local_world_size
+    need, have = bytes_of_loss(args, data, args.dim, rank, batch), free_memory(rank.device)
     if need > have:
-        raise InputError(f"--memory-size {args.memory_size} with --batch-size {args.batch_size} needs about "
-                         f"{need:,.1f} GiB of {have:,.1f} GiB")
-    check_shared_memory(args.workers, rank, shape_of_batch(args, args.batch_size // rank.local_world_size))
-    with record(args.out / "run.json" if rank.is_main else None, args) as run:
+        raise InputError(f"--memory-size {args.memory_size} with --batch-size {args.batch_size} needs "
+                         + told(need, have, rank.device))
+    check_shared_memory(args.workers, rank, shape_of_batch(args, batch))
+    advice = (f"--batch-size {args.batch_size} x {args.ncrops + args.negatives} views of {args.input_size} px did not "
+              "fit; lower it, or give --accumulate N or --grad-checkpointing; --resume auto goes on")
+    with record(args.out / "run.json" if rank.is_main else None, args) as run, out_of_memory(advice):
         with run.stage("prepare"):
             trainer = Trainer(args, data, rank)
         try:

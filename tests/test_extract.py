@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import train
 from copydet import load_descriptor, options
 from copydet.checkpoints import load_weights, read_checkpoint
 from copydet.common import MANIFEST, InputError, WorkError
+from copydet.distributed import launch
 from copydet.extraction import Blocks, prepare_extraction, settings_of
 from copydet.network import build_net
 from copydet.options import parse_args
@@ -348,6 +350,42 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(tmp_path, extr
     for name, rows in whole[0].items():
         assert np.array_equal(rows, broken[0][name]), name
     assert not folder.exists()
+
+
+def killed_in_second_block(args, job, rank):
+    """Extract, but rank 1 is killed when it is about to write its second block."""
+    write, written = Blocks.write, []
+
+    def write_once(self, *rest):
+        if written:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(rest)
+        write(self, *rest)
+
+    if rank.rank == 1:
+        Blocks.write = write_once
+    train.extract(args, job, rank)
+
+
+def test_where_a_rank_is_killed_what_was_finished_is_whole_and_the_rest_follows(tmp_path, extract, weights, exp):
+    data = data_folder(tmp_path, queries=30, references=41)
+    extract(data, "--batch-size", 2, suffix="-one")
+    args, job = prepare_extraction(parse_args([
+        "--mode", "extract", "--device", "cpu", "-j", "0", "--batch-size", "4", "--exp", exp, "--weight", str(weights),
+        "--multiprocessing-distributed", "--nproc", "2", "--dist-url",
+        f"tcp://localhost:{20003 + os.getpid() % 20000}", str(data)]))
+    with train.output_folder(args):
+        with pytest.raises((WorkError, SystemExit), match="process 1 of 2 was killed|1"):
+            launch(killed_in_second_block, args, job)
+        blocks = job.h5.with_suffix(".blocks")
+        assert list(blocks.glob("*.npz")) and not list(blocks.rglob("*.tmp")) and not job.h5.exists()
+        for file in blocks.glob("*.npz"):
+            assert np.load(file)["rows"].shape[1] == 256
+        launch(train.extract, args.replace(resume="auto"), job)
+    one, two = read(extract.out("-one") / "fb-isc-submission.h5")[0], read(job.h5)[0]
+    for name, rows in one.items():
+        assert np.array_equal(rows, two[name]) if rows.dtype.kind == "S" else np.allclose(rows, two[name], atol=1e-6)
+    assert not blocks.exists()
 
 
 def test_resumed_with_other_settings_is_refused(tmp_path, extract, weights, exp):

@@ -24,9 +24,10 @@ import train
 from copydet import augmentations, options
 from copydet.augmentations import OPS
 from copydet.checkpoints import newest_checkpoint
+from copydet.distributed import launch
 from copydet.images import list_images, open_image
 from copydet.network import build_net, gem, read_backbone_weights
-from copydet.common import InputError
+from copydet.common import InputError, read_text
 from copydet.options import build_parser, parse_args
 from copydet.views import Preprocessing, Views, parse_ops
 from helpers import ROOT, draw_images, odd_images, run
@@ -315,6 +316,29 @@ def test_same_weights_with_any_number_of_workers(images, exp):
         assert_same_state(checkpoint(f"{exp}0"), checkpoint(f"{exp}{workers}"))
 
 
+def weights_of_rank(args, data, folder, rank):
+    """Train, and write what this rank then has."""
+    trainer = train.Trainer(args, data, rank)
+    trainer.run()
+    torch.save({"net": trainer.net.state_dict(), "memory": trainer.criterion.state_dict()}, f"{folder}/{rank.rank}.pt")
+
+
+def test_four_ranks_end_with_the_same_weights_and_memory(images, exp, tmp_path):
+    args, data = train.prepare_training(parse_args([*map(str, TINY), "--exp", exp, "-j", "0", "--device", "cpu",
+        "--batch-norm", "shuffled", "--multiprocessing-distributed", "--nproc", "4", "--dist-url",
+        f"tcp://localhost:{20004 + os.getpid() % 20000}", str(images)]))
+    with train.training_folder(args):
+        launch(weights_of_rank, args, data, str(tmp_path))
+    first, *others = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(4)]
+    learned = [name for name in first["net"] if "running" not in name]  # each rank has statistics of its own images
+    for other in others:
+        assert all(torch.equal(first["net"][name], other["net"][name]) for name in learned)
+        assert all(torch.equal(first["memory"][name], value) for name, value in other["memory"].items()
+                   if torch.is_tensor(value))
+    saved = checkpoint(exp)["state_dict"]
+    assert all(torch.equal(saved[name], first["net"][name]) for name in saved)
+
+
 def test_spawned_processes_and_torchrun_train_alike(images, exp):
     port, flags = 20000 + os.getpid() % 20000, [*TINY, "--device", "cpu"]
     run("train.py", *flags, "--exp", f"{exp}a", "--multiprocessing-distributed", "--nproc", 2, "--dist-url",
@@ -327,6 +351,37 @@ def test_spawned_processes_and_torchrun_train_alike(images, exp):
     done = run("train.py", *flags, "--exp", f"{exp}a", "--epochs", 3, "--resume", "auto", images)
     assert "processes 2 -> 1" in done.stdout and "at epoch 2, step 12" in done.stdout
     assert checkpoint(f"{exp}a", "checkpoint_0002")["step"] == 18
+
+
+def rank_processes(pid):
+    """Processes that a run has spawned for its ranks, in their order."""
+    children = [int(child.name) for child in Path("/proc").glob("[0-9]*")
+                if read_text(child / "stat").rpartition(")")[2].split()[1:2] == [str(pid)]]
+    return [child for child in sorted(children) if "spawn_main" in read_text(f"/proc/{child}/cmdline")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_where_a_rank_is_killed_the_others_end_in_words_and_the_run_goes_on(images, exp):
+    """The one that writes; test_extract.py kills another."""
+    flags = [*TINY, "--exp", exp, "--device", "cpu", "-j", 0, "-p", 1, "--save-steps", 2,
+             "--multiprocessing-distributed", "--nproc", 2, "--dist-url",
+             f"tcp://localhost:{20002 + os.getpid() % 20000}"]
+    process = subprocess.Popen(list(map(str, [sys.executable, "train.py", *flags, "--epochs", 2000, images])), cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    out = Path(exp) / "train"
+    while newest_step(out) < 6 and process.poll() is None:
+        time.sleep(0.05)
+    ranks = rank_processes(process.pid)
+    assert len(ranks) == 2, process.communicate(timeout=60)
+    os.kill(ranks[0], signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in told, told
+    assert "process 0 of 2 was killed (SIGKILL" in told or "has lost the others" in told
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    step = torch.load(newest_checkpoint(out), weights_only=True)["step"]  # whole
+    assert step >= 2
+    done = run("train.py", *flags, "--epochs", step // 6 + 2, "--resume", "auto", images)
+    assert f"step {step}" in done.stdout and "warning" not in done.stdout
 
 
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(images, exp):

@@ -15,6 +15,7 @@ import torch
 import torchvision.transforms.functional as TF
 
 from copydet.common import InputError
+from copydet.cores import use_all_cores
 from copydet.distributed import Rank, libc
 from copydet.options import Args
 
@@ -141,10 +142,15 @@ def shape_of_memory(workers: int, rank: Rank, shape: tuple) -> tuple:
     return math.ceil(workers / rank.local_world_size), PREFETCHED + 1, *shape
 
 
+def size_of_memory(workers: int, rank: Rank, shape: tuple) -> int:
+    """Its bytes, of all ranks of this machine."""
+    return rank.local_world_size * math.prod(shape_of_memory(workers, rank, shape))
+
+
 def check_shared_memory(workers: int, rank: Rank, shape: tuple) -> None:
     """Raise InputError if batches with pixels of `shape` for each rank of this machine do not fit into shared memory;
     a quarter more is for the rest."""
-    size = 1.25 * rank.local_world_size * math.prod(shape_of_memory(workers, rank, shape))
+    size = 1.25 * size_of_memory(workers, rank, shape)
     if os.path.isdir("/dev/shm") and size > (free := shutil.disk_usage("/dev/shm").free):
         raise InputError(f"-j {workers} with a --batch-size of {shape[1] * rank.local_world_size} needs "
                          f"{size / 2**30:.1f} GiB of shared memory, /dev/shm has {free / 2**30:.1f} GiB free; lower "
@@ -170,5 +176,6 @@ def make_loader(data: torch.utils.data.Dataset, batches: Iterable, collate: Call
 
 
 def one_thread(_: int) -> None:
-    """Loading processes have a core each, and OpenCV's threads do not outlive a fork."""
+    """Loading processes have a core each, whichever is free, and OpenCV's threads do not outlive a fork."""
     cv2.setNumThreads(0)
+    use_all_cores()

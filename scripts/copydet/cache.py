@@ -219,7 +219,8 @@ class Extraction:
         """Hash of all that descriptors depend on; flags that only say where and how fast to compute are left out."""
         neutral = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
         neutral.add_argument("--multiprocessing-distributed", "--strict", "--allow-code", action="store_true")
-        neutral.add_argument("-j", "--workers", "-b", "--batch-size", "--device", "--gpu", "--nproc", "--dist-url")
+        neutral.add_argument("-j", "--workers", "-b", "--batch-size", "--device", "--gpu", "--threads", "--nproc",
+                             "--dist-url")
         flags = neutral.parse_known_args(self.flags)[1]
         return hashlib.sha256(json.dumps([self.weights[0], sha256, flags]).encode()).hexdigest()[:16]
 

@@ -365,6 +365,14 @@ class ProcessesApart(multiprocessing.context.SpawnContext):
     Process = ProcessApart
 
 
+def read_text(file: str | Path) -> str:
+    """What the system tells in a file; "" where it does not."""
+    try:
+        return Path(file).read_text()
+    except (OSError, ValueError):
+        return ""
+
+
 def sha256_of(*files: str | Path) -> str:
     """Hex digest of files, one after another."""
     digest = hashlib.sha256()

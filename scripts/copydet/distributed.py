@@ -5,6 +5,7 @@ import ctypes
 import datetime
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -14,8 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from copydet.common import InputError, WorkError, error_number, run_main
+from copydet.common import InputError, WorkError, error_number, first_line, run_main
+from copydet.cores import count_cores, shared_cores
 from copydet.options import Args
+
+
+KEPT = "what was finished is kept, --resume auto goes on"
+LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|pair closure|NCCL|gloo")  # of a rank that is gone
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Rank:
     local_rank: int = 0
     local_world_size: int = 1  # processes on this machine
     device: torch.device = torch.device("cpu")
+    threads: str = ""  # that compute on the CPU, in words
 
     @property
     def is_main(self) -> bool:
@@ -49,8 +56,11 @@ def launch(work: Callable, args: Args, *rest: Any) -> None:
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the processes, which finish their step
     try:
         torch.multiprocessing.spawn(spawned, (work, args, rest, nproc), nprocs=nproc)
-    except torch.multiprocessing.ProcessExitedException as error:
-        sys.exit(error.exit_code if error.exit_code > 0 else 1)
+    except torch.multiprocessing.ProcessExitedException as error:  # PyTorch has ended the others, in 30 s at most
+        if error.exit_code > 0:
+            sys.exit(error.exit_code)  # it has told why
+        raise WorkError(f"process {error.error_index} of {nproc} was killed ({error.signal_name}; out of memory?); "
+                        f"{KEPT}") from None
     finally:
         signal.signal(signal.SIGINT, previous)
 
@@ -71,10 +81,11 @@ def run_rank(work: Callable, args: Args, rest: tuple, url: str | None, rank: int
              local_world_size: int) -> None:
     """Join the process group at `url` (None: a single process), get the device ready, do the work, leave the group.
 
-    Raises WorkError: the processes cannot meet, the disk is full.
+    Raises WorkError: the processes cannot meet, another one is gone, the disk is full.
     """
     device = pick_device(args, local_rank)
-    prepare_device(device, local_world_size)
+    fixed = device.type != "cpu" or args.threads or "OMP_NUM_THREADS" in os.environ
+    prepare_device(device, local_world_size, args.threads)
     if url:
         backend = args.dist_backend if device.type == "cuda" else "gloo"
         try:
@@ -85,25 +96,31 @@ def run_rank(work: Callable, args: Args, rest: tuple, url: str | None, rank: int
     if rank:
         sys.stdout = open(os.devnull, "w")  # one voice; errors and warnings go to stderr
     try:
-        work(args, *rest, Rank(rank, world_size, local_rank, local_world_size, device))
+        with shared_cores(torch.get_num_threads(), not fixed) as cores:
+            work(args, *rest, Rank(rank, world_size, local_rank, local_world_size, device, str(cores)))
     except OSError as error:
         if error_number(error) not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise WorkError(f"no space left on the disk of {args.out}; what was finished is kept, --resume auto goes "
-                        "on") from None
+        raise WorkError(f"no space left on the disk of {args.out}; {KEPT}") from None
+    except RuntimeError as error:
+        if world_size == 1 or not LOST.search(str(error)):
+            raise
+        raise WorkError(f"process {rank} of {world_size} has lost the others ({first_line(error)}); {KEPT}") from None
     finally:
         if url:
             dist.destroy_process_group()
 
 
-def prepare_device(device: torch.device, local_world_size: int = 1) -> None:
+def prepare_device(device: torch.device, local_world_size: int = 1, threads: int | None = None) -> None:
+    """Without `threads` it has as many as cores, or its share of them: with more they would wait for each other's."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         return
     keep_freed_memory()
-    if local_world_size > 1:
-        cores = (os.cpu_count() or 1) // local_world_size  # with more they would wait for each other's
-        torch.set_num_threads(max(1, cores))
+    before, cores = torch.get_num_threads(), max(1, count_cores() // local_world_size)
+    threads = threads or (cores if local_world_size > 1 else min(cores, before))
+    if threads != before:
+        torch.set_num_threads(threads)
 
 
 def keep_freed_memory() -> None:

@@ -17,14 +17,15 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from copydet.batches import collate_images, collate_views, make_loader
+from copydet.batches import collate_images, collate_views, make_loader, size_of_memory
 from copydet.calibration import measure
+from copydet.capacity import footprint, free_memory, largest, out_of_memory, told
 from copydet.checkpoints import DEFAULT, FROM_CHECKPOINT, OF_IMAGES, Source, find_source, load_net, take_source
 from copydet.common import (COMMANDS, InputError, OutputFolder, WorkError, check_output, locked, open_folder, replacing,
                             shown)
@@ -205,7 +206,10 @@ def extract_recorded(args: Args, job: Job, rank: Rank, run: Record) -> None:
     net = net.ready(args.input_size, rank.device, pick_precision(args, rank.device))
     print(f"=> network   {job.source.arch_tag or 'of another program'}, {net.dim}-d, input {args.input_size} px "
           f"({args.resize})" + f", GeM p {args.gem_eval_p:g}" * bool(job.source.arch_tag)
-          + f", from {job.source.file or args.backbone_weights or 'random weights'}")
+          + f", from {job.source.file or args.backbone_weights or 'random weights'}\n"
+          f"=> device    {rank.world_size} process{'es' * (rank.world_size > 1)} on {rank.device.type}, {rank.threads}")
+    if not job.source.graph:  # whose memory nobody can look into
+        check_memory(args, job, net, rank)
     folder = job.h5.with_suffix(".blocks")
     if rank.is_main:
         paths = json.dumps([group.paths for group in job.groups.values()])
@@ -217,7 +221,8 @@ def extract_recorded(args: Args, job: Job, rank: Rank, run: Record) -> None:
     blocks = {name: Blocks(folder, name, len(group.paths), args.batch_size // rank.local_world_size, rank,
                            len(job.boxes_of(name))) for name, group in job.groups.items()}
     for name, group in job.groups.items():
-        with run.stage(f"describe {name}"):
+        with run.stage(f"describe {name}"), out_of_memory(
+                f"--batch-size {args.batch_size} did not fit; lower it, and --resume auto goes on"):
             describe_images(net, net.dim, blocks[name], group.paths, preprocessing, args.workers, rank, args.strict,
                             job.boxes_of(name))
     gather_objects(None)  # once every rank has written its blocks
@@ -234,6 +239,29 @@ def extract_recorded(args: Args, job: Job, rank: Rank, run: Record) -> None:
         with run.stage("write"):
             write_results(args, job, groups, noted, calibration)
         shutil.rmtree(folder)
+
+
+def check_memory(args: Args, job: Job, net: Any, rank: Rank) -> None:
+    """Raise InputError where a batch and those being loaded do not fit into the memory that is free, the same in all
+    ranks."""
+    size, regions = args.input_size, max(len(job.boxes_of(name)) for name in job.groups)
+    shape = size, size * 3 // 2 if args.resize == "short" else size
+    each, fixed = footprint(net, shape, rank.device, training=False)
+    free = free_memory(rank.device)
+
+    def need(batch: int) -> float:
+        rows = max(batch // regions, 1) * regions
+        on_device = fixed + each * rows
+        if rank.device.type == "cuda":
+            return on_device
+        return on_device * rank.local_world_size + size_of_memory(args.workers, rank, (rows, *shape, 3))
+
+    world = rank.local_world_size
+    batch = min(args.batch_size // world, max(len(group.paths) for group in job.groups.values()) * regions)
+    fits = min(gather_objects(largest(lambda n: need(n) <= free, batch)))
+    if fits < batch:
+        raise InputError(f"--batch-size {args.batch_size} needs {told(need(batch), free, rank.device)}; what fits: "
+                         + (f"--batch-size {fits * world}" if fits else "a smaller --input-size"))
 
 
 def collect_groups(args: Args, job: Job, blocks: dict[str, Blocks]) -> tuple[dict, Odd]:

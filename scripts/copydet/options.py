@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import shlex
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from copydet.common import ROOT, InputError, check_file, tell
+from copydet.cores import count_cores
 
 
 def recipe_words(file: str | Path) -> list[str]:
@@ -109,6 +109,11 @@ MOST_PROCESSES = 1024
 positive, natural, processes = whole(1), whole(0), whole(1, MOST_PROCESSES)
 
 
+def parts(text: str) -> int:
+    """Type of --accumulate: 0 is auto."""
+    return 0 if text == "auto" else positive(text)
+
+
 def size_in_bytes(text: str) -> int:
     """Type of a flag: "1G", "500M" or a number of bytes."""
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
@@ -138,7 +143,7 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
         ("--exp NAME", str, None, "results go to exp/NAME/train and exp/NAME/extract (default: the experiment that "
          "--weight or --resume lies in, else 'default')"),
         ("--seed N", int, None, "seed of weights, order and views (default: drawn and printed)"),
-        ("-j --workers N", int, os.cpu_count(), "processes that load images, shared by the devices of this machine"),
+        ("-j --workers N", int, count_cores(), "processes that load images, shared by the devices of this machine"),
         ("-b --batch-size N", int, 512, "train: images per step on this machine, over all its devices, each seen "
          "--ncrops times; extract: images per batch"),
         ("--strict", bool, False, "stop at the first unreadable image instead of skipping it"),
@@ -236,8 +241,8 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
         ("--batch-norm", ["sync", "local", "shuffled", "frozen"], "sync", "statistics over all GPUs or each its own "
          "(processes without a GPU always have their own); shuffled: its own, of a batch drawn from all processes; "
          "frozen: in the backbone those of its pretraining, in the head its own"),
-        ("--accumulate N", int, 1, "compute a batch that does not fit the device in N parts; loss and memory see it "
-         "whole, batch norm the parts"),
+        ("--accumulate N", parts, 1, "compute a batch that does not fit the device in N parts; loss and memory see it "
+         "whole, batch norm the parts; auto: in the fewest that fit into the memory that is free"),
         ("--grad-checkpointing", bool, False, "keep few activations and compute the others twice: less memory, slower"),
         ("--compile", bool, False, "torch.compile the backbone: the first step takes minutes, the others less"),
         ("--amp", ["auto", "off", "bf16", "fp16"], "auto", "precision of the backbone; auto: bf16 on GPUs that "
@@ -277,6 +282,9 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
     "devices and processes (under torchrun its environment decides)": [
         ("--device", ["auto", "cuda", "mps", "cpu"], "auto", "auto: the best there is"),
         ("--gpu N", int, None, "use this GPU only"),
+        ("--threads N", int, None, "threads that compute on the CPU, on any core (default: OMP_NUM_THREADS of the "
+         "environment, or as many as cores, which then keep to the cores that other processes leave); another number "
+         "changes the last bits of what is trained"),
         ("--multiprocessing-distributed", bool, False, "one process per GPU of this machine; without a GPU --nproc "
          "processes"),
         ("--nproc N", int, None, "number of processes (default: number of GPUs, else 1)"),
@@ -380,7 +388,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 def check_args(args: Args) -> Args:
     """The command line with its folders filled in. Raises InputError naming the flag that is wrong."""
     for names, least in ((("batch_size", "epochs", "input_size", "sample_size", "dim", "pred_dim", "print_freq",
-                          "accumulate", "grid", "width"), 1),
+                          "grid", "width", "threads"), 1),
                          (("workers", "memory_size", "grow_epochs", "epoch_steps", "negatives", "freeze",
                            "whiten", "calibrate", "start_epoch", "seed"), 0)):
         for name in names:
