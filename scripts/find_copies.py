@@ -19,7 +19,11 @@ cannot tell (not verifiable: blank, tiny). Precision is measured on edited copie
 go the same way as the queries: once, and again when the archive has doubled.
 
 The report is a folder that opens from disk: index.html with thumbnails, and the outline of the archive's image in the
-query; pairs.csv; and skipped.csv, the images that could not be read. Search is exact. pairs.csv, best first:
+query; pairs.csv; and skipped.csv, the images that could not be read. -o report.zip packs it too, as one file to send.
+Within one collection duplicates.txt lists, of each group on the page, the files but for the largest, least compressed,
+oldest one; nothing is ever deleted. Decisions made on the page stay in the browser, and are saved as decisions.csv
+(query, reference, verdict, score): with --decisions FILE a later run leaves rejected pairs out, and prints how precise
+the judged ones were. Search is exact. pairs.csv, best first:
 
     query_id, reference_id   paths, or ids of descriptor files
     score          above 0, up to 1, for verified copies; else minus the squared L2 distance of the descriptors, nearer
@@ -45,18 +49,20 @@ from pathlib import Path
 
 from copydet.cache import Cache, Extraction
 from copydet.checkpoints import ABOUT_DEFAULT, DEFAULT, newest_checkpoint
-from copydet.common import ROOT, InputError, OutputFolder, database, is_page, run_main, shown
+from copydet.common import ROOT, InputError, OutputFolder, check_output, database, is_page, run_main, shown
 from copydet.copies import (Collection, calibrate, check_comparable, find_pairs, read_calibration, read_file,
                             read_folder, same_files, told, verify_pairs)
+from copydet.decisions import read_decisions
 from copydet.descriptors import Descriptors
 from copydet.images import FOLDERS, IMAGE, what_is
 from copydet.options import Parser, fraction, processes, score
-from copydet.page import write_report
+from copydet.page import pack, write_report
 from copydet.regions import WHOLE, parse_regions
 from copydet.search import count_gpus
 
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
+FILES = ("index.html", "pairs.csv", "skipped.csv", "duplicates.txt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +113,10 @@ def check_args(args: argparse.Namespace) -> None:
     ours = {"--mode", "--exp", "--target-set", "--weight", "--backbone-weights", "--dryrun", "--eval-subset"}
     if taken := ours & set(args.flags):
         raise InputError(f"{', '.join(sorted(taken))} cannot be given to train.py after --")
+    if args.zip:
+        check_output("-o", args.zip)
     args.ngpu = count_gpus(args.ngpu)
+    args.decided = read_decisions(args.decisions) if args.decisions else {}
     if args.archive and os.path.realpath(args.archive) == os.path.realpath(args.queries):
         args.archive = None
 
@@ -191,10 +200,10 @@ def find_copies(args: argparse.Namespace) -> None:
     """Run the command line."""
     check_args(args)
     report = OutputFolder(args.output, "-o", older_report, besides=filter(None, (args.queries, args.archive)))
-    report.check("index.html", "pairs.csv", "skipped.csv")
+    report.check(*FILES)
     with contextlib.ExitStack() as stack:
         sources = open_sources(args, stack)
-        stack.enter_context(report).add("index.html", "pairs.csv", "skipped.csv")
+        stack.enter_context(report).add(*FILES)
         verify = not args.no_verify and all(isinstance(source, str) or args.images for source in sources)
         if not verify and (args.threshold or 0) > 0:
             raise InputError(f"--threshold {args.threshold:g} is above 0, which only verified copies reach")
@@ -211,7 +220,10 @@ def find_copies(args: argparse.Namespace) -> None:
         pairs, matches = find_pairs(queries, archive, args.topk, args.ngpu), None
         if folder and verify:
             pairs, matches = verify_pairs(queries, archive, pairs, folder, args.workers)
-        write_report(report, queries, archive, pairs, same, matches, threshold, calibration, args.pairs)
+        write_report(report, queries, archive, pairs, same, matches, threshold, calibration, args.pairs,
+                     args.decided, args.null)
+        if args.zip:
+            pack(report, args.zip)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -222,7 +234,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("queries", metavar="QUERIES", help="folder of images, image, or descriptor file")
     parser.add_argument("archive", metavar="ARCHIVE", nargs="?", help="the same; left out: QUERIES within itself, or "
                         "query against reference where a descriptor file holds both")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the report")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the report; "
+                        "with a name that ends in .zip also that file, of the folder without the ending")
     g = parser.add_argument_group("what describes images")
     g.add_argument("--exp", metavar="NAME", help="the newest checkpoint of exp/NAME")
     g.add_argument("--weight", metavar="FILE", help="this checkpoint, or what else train.py takes: for ONNX or "
@@ -251,9 +264,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "%(default)s)")
     g.add_argument("--images", "--photos", metavar="DIR", help="folder with query_images and reference_images, for "
                    "thumbnails of descriptor files")
+    g.add_argument("--decisions", metavar="FILE", help="decisions.csv as the page saves it: rejected pairs are left "
+                   "out, and the precision of the judged ones is printed beside what the calibration promised")
+    g.add_argument("--null", action="store_true", help="end the paths in duplicates.txt with a NUL in place of a line "
+                   "break, for xargs -0")
     g.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs to search on; 0: CPU; default: all")
     args = parser.parse_args(argv[:at])
     args.flags = argv[at + 1:]
+    args.zip = Path(args.output) if Path(args.output).suffix.lower() == ".zip" else None
+    args.output = str(args.zip.with_suffix("")) if args.zip else args.output
     return args
 
 

@@ -1,4 +1,5 @@
-"""What find_copies.py writes: pairs.csv, thumbnails, and a page that opens from disk."""
+"""What find_copies.py writes: pairs.csv, duplicates.txt, thumbnails, and a page that opens from disk. The page is
+page.html, page.css and page.js with the data put in."""
 from __future__ import annotations
 
 import csv
@@ -6,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +19,18 @@ from tqdm import tqdm
 import copydet
 from copydet.calibration import Calibration
 from copydet.common import OutputFolder, manifest_of, replacing, shown
-from copydet.copies import Collection, group_numbers
+from copydet.copies import Collection
+from copydet.decisions import NOT, Decisions, find_decided, place, summary, verdicts_of
+from copydet.duplicates import (group_numbers, keeping_order, link, look_at, number_contents,
+                                write_duplicates)
 from copydet.images import UnreadableImage, not_read, open_thumbnail, write_skipped
 from copydet.verification import ABSTAIN, COPY, Match
 
 THUMBNAIL = 256  # px
-POINTS = 60  # of a match, that the page shows
+POINTS = 30  # of a match, that the page shows
+PRECISION = 0.9  # the page opens with pairs of which so many are copies
+FEWEST = 5  # spacings of answers that tell where others begin to stand out
+FENCE = 3.0  # interquartile ranges above the upper quartile, Tukey's outer fence
 
 
 def are_linked(pairs: np.ndarray, matches: list[Match] | None, threshold: float | None) -> np.ndarray:
@@ -32,6 +40,52 @@ def are_linked(pairs: np.ndarray, matches: list[Match] | None, threshold: float 
         return np.ones(len(pairs), bool)
     verdicts = [ABSTAIN if n < 0 else matches[n].verdict for n in pairs["match"].tolist()]
     return np.array([verdict == COPY or threshold is not None and verdict == ABSTAIN for verdict in verdicts], bool)
+
+
+def standing_out(images: np.ndarray, scores: np.ndarray) -> float | None:
+    """Score from which on about PRECISION of the best answers to images are copies, judged by the second and later
+    answers to all of them, of which hardly any is. None where there are too few.
+
+    Args: images [n]: that the answers are to; scores [n].
+
+    The tail of what is no copy is taken for exponential: then the spacings between an image's answers, times their
+    ranks, have its scale (Renyi 1953), and the best answer that is no copy lies above the second one by that scale on
+    average. Second answers beyond Tukey's outer fence are copies, too, and do not count.
+    """
+    order = np.lexsort((-scores, images))
+    images, scores = images[order], scores[order]
+    rank = np.arange(len(images)) - np.searchsorted(images, images)
+    best, second = scores[rank == 0], scores[rank == 1]
+    inner = (rank[:-1] >= 1) & (images[:-1] == images[1:])
+    spacings = ((rank[:-1] + 1) * (scores[:-1] - scores[1:]))[inner]
+    if len(spacings) < FEWEST:
+        return None
+    scale = max(float(np.median(spacings)) / np.log(2), 1e-9)
+    low, high = np.quantile(second, [0.25, 0.75])
+    second = second[second <= high + FENCE * (high - low)]
+    at = np.unique(np.quantile(best, np.linspace(0, 1, 200), method="nearest"))
+    false = len(best) * np.array([np.exp(np.minimum(0, (second - t) / scale)).mean() for t in at])
+    shown = len(best) - np.searchsorted(np.sort(best), at)
+    enough = np.flatnonzero(false <= (1 - PRECISION) * shown)
+    return float(at[enough[0]]) if len(enough) else float(np.nextafter(at[-1], np.inf))
+
+
+def opening(pairs: np.ndarray, within: bool, threshold: float | None,
+            calibration: Calibration | None) -> tuple[float, str]:
+    """Score from which on the page shows PAIRS, of which none is of blank images; and what it is, in words."""
+    if threshold is not None:
+        return threshold, "the threshold that was asked for"
+    percent = f"{100 * PRECISION:.0f} %"
+    if calibration and calibration.precision[-1] >= PRECISION:
+        return calibration.threshold(PRECISION, ""), f"a precision of {percent}, as measured"
+    why = f"the calibration reaches {100 * calibration.precision[-1]:.0f} % only" if calibration else "no calibration"
+    images, scores = pairs["query"], pairs["score"]
+    if within:
+        images, scores = np.concatenate([images, pairs["reference"]]), np.tile(scores, 2)
+    found = standing_out(images, scores)
+    if found is None:
+        return float(scores.min(initial=0)), f"{why}, and too few answers to tell; all are shown"
+    return min(found, 0.0), f"{why}; an estimate of {percent} precision from how second and later answers are spread"
 
 
 def are_blank(queries: Collection, archive: Collection, pairs: np.ndarray) -> np.ndarray:
@@ -50,9 +104,10 @@ def match_columns(matches: Sequence[Match | None]) -> dict[str, list]:
 
 
 def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.ndarray, matches: list[Match] | None,
-                same: list[tuple], calibration: Calibration | None, linked: np.ndarray | None) -> None:
+                same: list[tuple], calibration: Calibration | None, linked: np.ndarray | None,
+                apart: Sequence[tuple[int, int]]) -> None:
     """pairs.csv: the pairs, then those of `same`, which `told` made, with nothing to act on. `linked`: bool [n], pairs
-    that make a group, if there are groups."""
+    that make a group, if there are groups, in which no two images are that are to be kept `apart`."""
     blank = are_blank(queries, archive, pairs)
     columns = {"query_id": [queries.ids[i] for i in pairs["query"]],
                "reference_id": [archive.ids[j] for j in pairs["reference"]],
@@ -63,8 +118,8 @@ def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.
         columns["precision"] = ["" if b else f"{p:.4f}" for b, p in zip(blank, calibration.at(pairs["score"]))]
     if linked is not None:
         columns["group"] = [""] * len(pairs)
-        for i, number in zip(np.flatnonzero(linked).tolist(), group_numbers(pairs[linked]).tolist()):
-            columns["group"][i] = number
+        for i, number in zip(np.flatnonzero(linked).tolist(), group_numbers(pairs[linked], apart).tolist()):
+            columns["group"][i] = number or ""
     columns["same_file"] = [""] * len(pairs)
     nothing = [""] * (len(columns) - 3)
     with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
@@ -109,69 +164,135 @@ def write_thumbnail(path: str, file: Path | None) -> str | None:
 
 
 def match_on_page(match: Match) -> dict:
-    """What the page shows of a match; places are whole thousandths of the images' sides."""
+    """What the page shows of a match; places are whole thousandths of the images' sides, those of points in one text,
+    as most are never looked at."""
     shown_match = {"verdict": match.verdict, "inliers": match.inliers}
     if match.sizes is None or match.outline is None or match.points is None:
         return shown_match
     thousandths = lambda points, sizes: (1000 * points / np.ravel(sizes)).round().astype(int).ravel().tolist()
     outlines = [thousandths(corners, size) for corners, size in zip((match.outline, match.part), match.sizes)]
-    return shown_match | {"outlines": outlines, "points": thousandths(match.points[:POINTS], match.sizes)}
+    some = np.unique(np.linspace(0, len(match.points) - 1, POINTS).astype(int))
+    points = " ".join(map(str, thousandths(match.points[some], match.sizes)))
+    return shown_match | {"outlines": outlines, "points": points}
 
 
-def image_table(queries: Collection, archive: Collection, pairs: np.ndarray, matches: list[Match] | None,
-                report: OutputFolder) -> tuple[list, list]:
-    """What the page shows of the images in pairs: [[name, URI or None, thumbnail or None, 1 if blank]], and pairs as
-    rows of it: [[query, reference, score, match or None]]."""
-    rows: dict[tuple[int, int], int] = {}
-    entries: list[tuple[str, str | None, int]] = []
-    for collection, column in ((queries, "query"), (archive, "reference")):
-        for i in pairs[column].tolist():
-            if (id(collection), i) not in rows:
-                rows[id(collection), i] = len(entries)
-                entries.append((collection.names[i], collection.files[i], int(collection.blank[i])))
-    folder, files = report.path / "thumbs", [file for _, file, _ in entries]
+class PageImages:
+    """The images in pairs, as the page has them: `of_query` and `of_reference`, {image of the collection: row};
+    `table`, a row for each: name, URI or None, thumbnail or None, 1 if blank, width and height in px and bytes or None,
+    number of its content, rank among those to keep."""
+
+    def __init__(self, queries: Collection, archive: Collection, pairs: np.ndarray, report: OutputFolder) -> None:
+        within = archive is queries
+        of_query: dict[int, int] = {}
+        of_reference = of_query if within else {}
+        entries: list[tuple[Collection, int]] = []
+        for collection, column, rows in ((queries, "query", of_query), (archive, "reference", of_reference)):
+            for i in pairs[column].tolist():
+                if i not in rows:
+                    rows[i] = len(entries)
+                    entries.append((collection, i))
+        self.of_query, self.of_reference = of_query, of_reference
+        files = [collection.files[i] for collection, i in entries]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            looks = list(pool.map(look_at, files))
+        thumbs = write_thumbnails(files, report)
+        names = [collection.names[i] for collection, i in entries]
+        self.contents = number_contents(files, looks)
+        self.rank = keeping_order(names, looks)
+        self.table = [[name, file and "file://" + quote(os.fsencode(file)), thumb, int(collection.blank[i]),
+                       *(look[:3] if look else (None,) * 3), content, rank]
+                      for name, file, thumb, look, content, rank, (collection, i) in zip(
+                          names, files, thumbs, looks, self.contents, self.rank, entries)]
+
+
+def write_thumbnails(files: Sequence[str | None], report: OutputFolder) -> list[str | None]:
+    """Thumbnails of image files, those that are not there yet -> their names in thumbs/."""
+    folder = report.path / "thumbs"
     folder.mkdir(exist_ok=True)
     names = list(map(thumbnail_name, files))
     report.add(*(f"thumbs/{name}" for name in names if name))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        thumbs = list(tqdm(pool.map(write_thumbnail, files, [name and folder / name for name in names]),
-                           total=len(entries), desc="thumbnails", unit="image", disable=None, delay=1))
-    images = [[name, file and "file://" + quote(os.fsencode(file)), thumb, blank]
-              for (name, file, blank), thumb in zip(entries, thumbs)]
-    on_page = [None if matches is None or n < 0 else match_on_page(matches[n]) for n in pairs["match"].tolist()]
-    return images, [[rows[id(queries), i], rows[id(archive), j], score, match]
-                    for (i, j, score, _), match in zip(pairs.tolist(), on_page)]
+        return list(tqdm(pool.map(write_thumbnail, files, [name and folder / name for name in names]),
+                         total=len(files), desc="thumbnails", unit="image", disable=None, delay=1))
+
+
+def fill(data: dict) -> str:
+    """The page with its data."""
+    html, style, script = (Path(copydet.__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
+                           for kind in ("html", "css", "js"))
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can close the script element
+    return html.replace("{{style}}", style).replace("{{script}}", script).replace("{{data}}", text)
+
+
+def pack(report: OutputFolder, file: Path) -> None:
+    """The report, without its cache, as one file to send."""
+    with replacing(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(manifest_of(report.path)):
+            if (report.path / name).is_file():
+                stored = zipfile.ZIP_STORED if name.endswith(".jpg") else zipfile.ZIP_DEFLATED
+                archive.write(report.path / name, f"{file.stem}/{name}", stored)
 
 
 def write_report(report: OutputFolder, queries: Collection, archive: Collection, pairs: np.ndarray, same: list[tuple],
                  matches: list[Match] | None, threshold: float | None, calibration: Calibration | None,
-                 most: int) -> None:
-    """thumbs/, pairs.csv, skipped.csv and, last, index.html, each under its final name only when it is whole."""
+                 most: int, decisions: Decisions | None = None, null: bool = False) -> None:
+    """thumbs/, pairs.csv, skipped.csv, within one collection duplicates.txt, and, last, index.html, each under its
+    final name only when it is whole. `null`: paths in duplicates.txt end with a NUL."""
     within, skipped = archive is queries, queries.skipped + (archive.skipped if archive is not queries else [])
-    kept, folder = pairs if threshold is None else pairs[pairs["score"] >= threshold], report.path
-    blank = are_blank(queries, archive, kept)
-    kept = kept if threshold is None else kept[~blank]
-    images, on_page = image_table(queries, archive, pairs[:most], matches, report)
+    folder, decisions = report.path, decisions or {}
+    decided = find_decided(queries, archive, decisions)
+    verdicts, blank = verdicts_of(pairs, decided), are_blank(queries, archive, pairs)
+    apart = [pair for pair, verdict in decided.items() if verdict == NOT] if within else []
+    start, basis = opening(pairs[~blank], within, threshold, calibration)
+    asked = np.ones(len(pairs), bool) if threshold is None else pairs["score"] >= threshold
+    kept = pairs[asked & (verdicts != NOT) & ~(blank & (threshold is not None))]
+    images = PageImages(queries, archive, pairs[:most], report)
+    on_page = [[images.of_query[i], images.of_reference[j], score, None if matches is None or n < 0 else
+                match_on_page(matches[n])] for i, j, score, n in pairs[:most].tolist()]
     data = {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
+            "places": [place(queries), place(archive)],
             "count": [len(queries.ids), len(archive.ids)], "skipped": len(skipped), "same_files": len(same),
-            "threshold": threshold,
-            "left_out": len(pairs) - len(on_page), "images": images, "pairs": on_page,
+            "threshold": start, "basis": basis, "verified": matches is not None,
+            "left_out": len(pairs) - len(on_page), "images": images.table, "pairs": on_page,
+            "others": [] if within else [name for i, name in enumerate(queries.names) if i not in images.of_query],
+            "decisions": [[*pair, verdict] for pair, verdict in decisions.items()],
             "calibration": calibration and {"scores": calibration.scores.tolist(),
                                             "precision": calibration.precision.tolist(),
                                             "copies_ratio": calibration.copies_ratio}}
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can close the script element
-    page = (Path(copydet.__file__).with_name("page.html")).read_text(encoding="utf-8").replace("{{data}}", text)
+    page = fill(data)
     grouped = within and (threshold is not None or matches is not None)
     write_pairs(folder / "pairs.csv", queries, archive, kept, matches, same, calibration,
-                are_linked(kept, matches, threshold) if grouped else None)
+                are_linked(kept, matches, threshold) if grouped else None, apart)
     write_skipped(folder / "skipped.csv", skipped)
+    likely = pairs[(pairs["score"] >= start) & ~blank & (verdicts != NOT)]
+    (folder / "duplicates.txt").unlink(missing_ok=True)
+    duplicates = within and list_duplicates(folder / "duplicates.txt", archive, images, matches, apart, null, likely)
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    shown_now = {f"thumbs/{thumb}" for _, _, thumb, _ in images}
+    shown_now = {f"thumbs/{row[2]}" for row in images.table}
     report.remove(*(name for name in manifest_of(folder) if name.startswith("thumbs/") and name not in shown_now))
     what = f"{len(queries.ids):,} images" if within else f"{len(queries.ids):,} queries and {len(archive.ids):,} images"
+    blank &= asked
     print(f"{len(kept):,} pairs of {what}: {folder / 'index.html'}"
           + (f"; {len(same):,} more names of the same files" if same else "")
           + (f"; {blank.sum():,} pairs with an image of one flat colour "
              f"{'marked' if threshold is None else 'left out'}" if blank.any() else "")
+          + (f"; {(verdicts == NOT).sum():,} rejected pairs left out" if (verdicts == NOT).any() else "")
+          + (f"; {duplicates:,} files beside those to keep: {folder / 'duplicates.txt'}" if duplicates else "")
           + (f"; {len(skipped):,} skipped{not_read(skipped)}, see {folder / 'skipped.csv'}" if skipped else ""))
+    if decisions:
+        judged = verdicts != ""
+        print(summary(pairs["score"][judged], verdicts[judged], start, calibration, len(decisions) - judged.sum()))
+
+
+def list_duplicates(file: Path, archive: Collection, images: PageImages, matches: list[Match] | None,
+                    apart: Sequence[tuple[int, int]], null: bool, pairs: np.ndarray) -> int:
+    """duplicates.txt of the groups that the PAIRS and equal bytes make -> number of its paths."""
+    rows = images.of_query
+    first: dict[int, int] = {}
+    same_bytes = [(first.setdefault(images.contents[row], i), i) for i, row in rows.items()]
+    linked = pairs[are_linked(pairs, matches, 0)]
+    groups = link([*same_bytes, *linked[["query", "reference"]].tolist()], apart)
+    groups = {i: group for i, group in groups.items() if archive.files[i]}
+    rank = {i: images.rank[row] for i, row in rows.items()}
+    return write_duplicates(file, groups, rank, archive.files, null)
