@@ -1,6 +1,6 @@
 "use strict";
-// Pairs are sorted, best first. A card is an image with its answers: a query with what was found for it, or the image to
-// keep of a group with the others. All cards are of equal size, and only those near the screen are in the document.
+// Pairs are sorted, best first. A card is an image with its answers: a query with what was found for it, or the image
+// to keep of a group with the others. All cards are of equal size, and only those near the screen are in the document.
 // Names reach it as text only.
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = id => document.getElementById(id);
@@ -12,7 +12,7 @@ const MORE = 24;  // cards at once
 const within = data.archive === null;
 const lowest = data.pairs.length ? data.pairs[data.pairs.length - 1][2] : -4;
 let view = within ? "groups" : "queries", filter = TO_DO, threshold = data.threshold;
-let cards = [], columns = 1, cardHeight = 1, selected = 0;
+let cards = [], columns = 1, cardHeight = 1, selected = 0, showsPoints = false;
 const chosen = new Map();  // first image of a card -> the answer beside it
 const look = { over: false, swapped: false, zoom: 1, x: 0, y: 0 };  // at the selected pair
 
@@ -25,7 +25,7 @@ function element(tag, properties, ...children) {
 const number = n => n.toLocaleString("en");
 const percent = fraction => `${(100 * fraction).toFixed(0)} %`;
 const plural = (n, one, several = one + "s") => `${number(n)} ${n === 1 ? one : several}`;
-const isBlank = (...images) => images.some(image => data.images[image][BLANK]);  // one flat colour: no copy, though alike
+const isBlank = (...images) => images.some(image => data.images[image][BLANK]);  // one flat colour: alike, but no copy
 
 function precision(score) {
   const { scores, precision: p } = data.calibration;
@@ -109,13 +109,13 @@ function saveDecisions() {
 
 function decide(verdict) {
   const card = cards[selected];
-  if (!card) return;
-  const answer = answerOf(card), images = answer ? answer.images : card.twins;
+  const answer = card && answerOf(card), images = answer ? answer.images : card?.twins;
+  if (!images?.length) return;
   undone.push([card.image, images.map(image => [keyOf(card.image, image), verdicts.get(keyOf(card.image, image))])]);
   for (const image of images) setVerdict(card.image, image, verdict);
   chosen.delete(card.image);
   keepDecisions();
-  say(`${verdict}: ${data.images[card.image][NAME]} and ${data.images[images[0] ?? card.image][NAME]}; z takes it back`);
+  say(`${verdict}: ${data.images[card.image][NAME]} and ${data.images[images[0]][NAME]}; z takes it back`);
   changed();
 }
 
@@ -141,7 +141,7 @@ function changed() {
 
 function say(text) { byId("said").textContent = text; }
 
-// Cards of the pairs at or above the threshold -------------------------------------------------------------------------
+// Cards of the pairs at or above the threshold -----------------------------------------------------------------------
 
 function countAbove() {
   let low = 0, high = data.pairs.length;
@@ -154,10 +154,7 @@ function countAbove() {
 
 function addAnswer(card, image, score, match) {  // files of the same bytes are one answer
   const content = data.images[image][CONTENT], known = card.byContent.get(content);
-  if (known) {
-    if (!known.images.includes(image)) known.images.push(image);
-    return;
-  }
+  if (known) return void known.images.push(image);
   const answer = { images: [image], score, match, verdict: verdictOf(card.image, image) };
   card.byContent.set(content, answer);
   card.answers.push(answer);
@@ -206,16 +203,16 @@ function groupCards(pairs) {  // what equal bytes and links make, but for what i
   }
   for (const image of parent.keys()) {
     const group = root(image);
-    groups.set(group, [...groups.get(group) || [], image]);
+    if (groups.has(group)) groups.get(group).push(image); else groups.set(group, [image]);
   }
-  const rank = image => data.images[image][RANK], top = images => Math.max(...images.map(i => best.get(i) ?? -Infinity));
+  const rank = image => data.images[image][RANK];
+  const top = images => images.reduce((most, image) => Math.max(most, best.get(image) ?? -Infinity), -Infinity);
   return [...groups.values()].filter(images => images.length > 1).map(images => {
     const [keep, ...others] = images.sort((a, b) => rank(a) - rank(b)), same = data.images[keep][CONTENT];
     const card = newCard(keep, others.filter(image => data.images[image][CONTENT] === same));
-    const pairWith = image => findPair(keep, image);
-    for (const image of others) {
-      const pair = pairWith(image);
-      if (data.images[image][CONTENT] !== same) addAnswer(card, image, pair ? pair[2] : best.get(image), pair?.[3], pair);
+    for (const image of others.filter(image => data.images[image][CONTENT] !== same)) {
+      const pair = findPair(keep, image);
+      addAnswer(card, image, pair ? pair[2] : best.get(image), pair?.[3]);
     }
     card.answers.sort((a, b) => b.score - a.score);
     return Object.assign(card, { score: top(images) });
@@ -228,15 +225,30 @@ function judgedCards(verdict) {
   return queryCards(pairs.sort((a, b) => b[2] - a[2]));
 }
 
-function makeCards(pairs) {
+function toJudge(card) {  // decisions that it asks for: [there are, there were]
+  if (card.answers.length) return [card.answers.filter(answer => !answer.verdict).length, card.answers.length];
+  return [card.twins.some(image => !verdictOf(card.image, image)) ? 1 : 0, 1];
+}
+
+function filtered(made) {
   if (filter !== TO_DO && filter !== ALL) return judgedCards(filter);
-  const made = (view === "groups" ? groupCards : queryCards)(pairs);
   if (filter === ALL || !verdicts.size) return made;
-  return made.filter(card => {
-    const twins = !card.answers.length && card.twins.some(image => !verdictOf(card.image, image));
-    card.answers = card.answers.filter(answer => !answer.verdict);
-    return twins || card.answers.length;
-  });
+  return made.filter(card => toJudge(card)[0]).map(card =>
+      ({ ...card, answers: card.answers.filter(answer => !answer.verdict) }));
+}
+
+function showProgress(made, pairs) {  // files of the same bytes count once
+  const contents = (a, b) => [a, b].map(image => data.images[image][CONTENT]).join();
+  const judged = new Map(), above = new Set(), byVerdict = new Map([COPY, NOT, UNSURE].map(verdict => [verdict, 0]));
+  for (const { pair, verdict } of verdicts.values()) if (verdict) judged.set(contents(...pair), verdict);
+  for (const verdict of judged.values()) byVerdict.set(verdict, byVerdict.get(verdict) + 1);
+  if (judged.size) for (const [a, b] of pairs) above.add(contents(a, b));
+  const gone = ([key, verdict]) => verdict === NOT && (view === "groups" || above.has(key));  // from all cards
+  let left = 0, all = [...judged].filter(gone).length;
+  for (const card of made) [left, all] = [left + toJudge(card)[0], all + toJudge(card)[1]];
+  Object.assign(byId("progress"), { max: Math.max(1, all), value: all - left });
+  byId("judged").textContent = `${number(all - left)} of ${number(all)} judged` + (judged.size ? `: ${
+      [...byVerdict].filter(([, n]) => n).map(([verdict, n]) => `${number(n)} ${verdict}`).join(", ")}` : "");
 }
 
 const answerOf = card => card.answers[Math.max(0, card.answers.findIndex(a => a.images[0] === chosen.get(card.image)))];
@@ -244,20 +256,16 @@ const answerOf = card => card.answers[Math.max(0, card.answers.findIndex(a => a.
 function update() {
   const above = data.pairs.slice(0, countAbove()), pairs = above.filter(([a, b]) => !isBlank(a, b));
   const likely = verdicts.size ? pairs.filter(([a, b]) => verdictOf(a, b) !== NOT) : pairs;
-  cards = makeCards(filter === ALL && view !== "groups" ? pairs : likely);
+  const makeCards = view === "groups" ? groupCards : queryCards, made = makeCards(likely);
+  cards = filtered(filter === ALL && view !== "groups" ? makeCards(pairs) : made);
   selected = Math.max(0, Math.min(selected, cards.length - 1));
-  const judged = new Map([COPY, NOT, UNSURE].map(verdict => [verdict, 0]));
-  for (const { verdict } of verdicts.values()) if (verdict) judged.set(verdict, judged.get(verdict) + 1);
   const of = view === "groups" ? plural(cards.length, "group") : within ? plural(cards.length, "image") :
       `${number(cards.length)} of ${plural(data.count[0], "query", "queries")}`;
   const blanks = above.length - pairs.length;
   counts.textContent = `${plural(pairs.length, "pair")}, ${of}, score from ${threshold.toFixed(4)}` +
       (data.calibration ? `, precision from ${percent(precision(threshold))}` : "") +
       (blanks ? `; ${plural(blanks, "pair")} of blank images left out` : "");
-  const done = pairs.reduce((n, [a, b]) => n + (verdictOf(a, b) ? 1 : 0), 0);
-  Object.assign(byId("progress"), { max: Math.max(1, pairs.length), value: done });
-  byId("judged").textContent = `${number(done)} of ${number(pairs.length)} judged` +
-      (done ? `: ${[...judged].filter(([, n]) => n).map(([verdict, n]) => `${number(n)} ${verdict}`).join(", ")}` : "");
+  showProgress(made, pairs);
   viewButton.textContent = view === "groups" ? "by image" : "groups";
   showRest(pairs.length, likely);
   layout();
@@ -298,7 +306,7 @@ function showMore() {  // lower the threshold until some more cards are there
   if (at > above) move(data.pairs[at - 1][2]);
 }
 
-// Cards near the screen -------------------------------------------------------------------------------------------------
+// Cards near the screen -----------------------------------------------------------------------------------------------
 
 let nodes = new Map();  // card's first image -> { node, state }: what is drawn, and of which state
 
@@ -317,7 +325,7 @@ function draw() {
   for (let i = Math.max(0, first); i < Math.min(last, cards.length); i++) {
     const card = cards[i], answer = answerOf(card), mine = i === selected;
     const state = JSON.stringify([card.answers.map(a => [a.images, a.verdict]), answer?.images[0], card.twins,
-                                  mine && [look.over, look.swapped]]);
+                                  showsPoints, mine && (look.over || look.swapped) && [look.over, look.swapped]]);
     let old = nodes.get(card.image);
     if (old?.state !== state) old = { node: cardNode(card, answer, mine), state };
     old.node.style.top = `${Math.floor(i / columns) * cardHeight}px`;
@@ -333,10 +341,11 @@ function draw() {
     if (node === at) at = at.nextSibling; else list.insertBefore(node, at);
   }
   nodes = drawn;
-  if (focused && !focused.isConnected && cards[selected]) nodes.get(cards[selected].image)?.node.focus({ preventScroll: true });
+  if (focused && !focused.isConnected) focusSelected();
 }
 
-const indexOf = card => cards.indexOf(card);
+const focusSelected = () => nodes.get(cards[selected]?.image)?.node.focus({ preventScroll: true });
+const indexOf = card => cards.findIndex(({ image }) => image === card.image);  // nodes may be older than cards
 
 function thumbnail(image) {
   const [name, , thumb] = data.images[image];
@@ -358,11 +367,29 @@ function shape(tag, attributes) {
   return node;
 }
 
+let pointsRead = false;
+function pointsOf(match) {  // that are shown, of those that agree
+  if (!showsPoints) return [];
+  const source = byId("points");
+  if (!pointsRead && source) {
+    JSON.parse(source.textContent).forEach((text, i) => { if (text) data.pairs[i][3].points = text; });
+    pointsRead = true;
+  }
+  return match.points?.split(" ") || [];
+}
+
+function showPoints() {
+  showsPoints = !showsPoints;
+  document.body.classList.toggle("points", showsPoints);
+  closer.open ? open(selected) : draw();
+}
+
 function drawing(match, side) {  // what the match says of the query (side 0) or of the reference (1), in thousandths
   const svg = shape("svg", { viewBox: "0 0 1000 1000", preserveAspectRatio: "none", "aria-hidden": true });
   if (match?.outlines) {
-    svg.append(shape("polygon", { points: match.outlines[side].join(" "), class: match.verdict === COPY ? "" : "part" }));
-    const points = match.points.split(" ");
+    const kind = match.verdict === COPY ? "" : "part";
+    svg.append(shape("polygon", { points: match.outlines[side].join(" "), class: kind }));
+    const points = pointsOf(match);
     for (let i = 2 * side; i < points.length; i += 4) {
       const [x, y] = points.slice(i, i + 2);
       svg.append(shape("line", { x1: x, y1: y, x2: x, y2: y }));
@@ -403,7 +430,8 @@ function scoreText(answer, ...images) {
 
 function facts(image, label, times) {
   const [name, uri, , , width, height, bytes] = data.images[image], side = label === "query" ? 0 : 1;
-  const text = [width && `${number(width)} × ${number(height)} px`, bytes && size(bytes), times > 1 && `× ${number(times)}`];
+  const text = [width && `${number(width)} × ${number(height)} px`, bytes && size(bytes),
+                times > 1 && `× ${number(times)}`];
   const shown = uri ? element("a", { href: uri, target: "_blank", rel: "noopener" }, name) : element("span", {}, name);
   shown.title = fullName(image, side);
   return element("div", { className: "facts" }, element("span", {}, element("b", {}, `${label} `), shown),
@@ -413,7 +441,8 @@ function facts(image, label, times) {
 function deciders(card, answer) {
   const now = answer ? answer.verdict : verdictOf(card.image, card.twins[0]);
   return element("div", { className: "deciders" }, ...[[COPY, "c"], [NOT, "n"], [UNSURE, "u"]].map(([verdict, key]) => {
-    const button = element("button", { onclick: () => { selected = indexOf(card); decide(verdict); }, title: key }, verdict);
+    const button = element("button", { title: key, onclick: () => { selected = indexOf(card); decide(verdict); } },
+                           verdict);
     button.setAttribute("aria-pressed", now === verdict);
     return button;
   }));
@@ -421,27 +450,31 @@ function deciders(card, answer) {
 
 const labels = () => view === "groups" ? ["keep", "duplicate"] : within ? ["image", "answer"] : ["query", "answer"];
 
-function cardNode(card, answer, mine) {
-  const [first, second] = labels(), grouped = view === "groups";
-  const boxes = pairBoxes(card, answer, thumbnail, mine);
-  const pair = element("div", { className: `pair${boxes.length === 1 ? " one" : ""}`,
-                                onclick: () => open(indexOf(card)) }, ...boxes);
-  const images = grouped ? 1 + card.twins.length + card.answers.reduce((n, a) => n + a.images.length, 0) : 0;
-  const said = [grouped && plural(images, "file"), answer ? scoreText(answer, card.image, answer.images[0]) : "same bytes"];
-  const others = card.answers.filter(other => other !== answer);
-  const small = others.slice(0, 12).map(other => {
+function smallOnes(card, answer) {  // the other answers
+  const others = card.answers.filter(other => other !== answer), some = others.slice(0, 12);
+  return [...some.map(other => {
     const text = `${scoreText(other, card.image, other.images[0])}: ${data.images[other.images[0]][NAME]}`;
     const button = element("button", { className: "small", title: text, onclick: () => choose(card, other) },
-        thumbnail(other.images[0]), ...other.images.length > 1 ? [element("span", {}, `× ${other.images.length}`)] : []);
+                           thumbnail(other.images[0]));
+    if (other.images.length > 1) button.append(element("span", {}, `× ${other.images.length}`));
     button.setAttribute("aria-label", `look at ${text}`);
     return button;
-  });
-  if (others.length > small.length) small.push(element("span", { className: "rest" }, `+ ${others.length - small.length}`));
-  const node = element("article", { className: "card", onmousedown: () => { selected = indexOf(card); soon(draw); } }, pair,
+  }), others.length > some.length ? element("span", { className: "rest" }, `+ ${others.length - some.length}`) : ""];
+}
+
+function cardNode(card, answer, mine) {
+  const [first, second] = labels(), boxes = pairBoxes(card, answer, thumbnail, mine);
+  const pair = element("div", { className: `pair${boxes.length === 1 ? " one" : ""}`,
+                                onclick: () => open(indexOf(card)) }, ...boxes);
+  const files = 1 + card.twins.length + card.answers.reduce((n, a) => n + a.images.length, 0);
+  const said = [view === "groups" && plural(files, "file"),
+                answer ? scoreText(answer, card.image, answer.images[0]) : "same bytes"];
+  const onclick = () => { if (indexOf(card) >= 0) { selected = indexOf(card); soon(draw); } };
+  const node = element("article", { className: "card", onclick }, pair,
       element("div", { className: "about" }, element("div", { className: "score" }, said.filter(Boolean).join(": ")),
               facts(card.image, first, 1 + card.twins.length),
               ...answer ? [facts(answer.images[0], second, answer.images.length)] : [], deciders(card, answer),
-              element("div", { className: "others" }, ...small)));
+              element("div", { className: "others" }, ...smallOnes(card, answer))));
   node.setAttribute("aria-label", `${first} ${data.images[card.image][NAME]}` +
       (answer ? `, ${second} ${data.images[answer.images[0]][NAME]}` : "") + `, ${said.filter(Boolean).join(", ")}`);
   return node;
@@ -460,7 +493,7 @@ function select(i) {
   const y = list.offsetTop + Math.floor(selected / columns) * cardHeight, sticky = byId("bar").offsetHeight;
   if (y < scrollY + sticky || y + cardHeight > scrollY + innerHeight) scrollTo(0, y - sticky - 8);
   draw();
-  nodes.get(cards[selected].image)?.node.focus({ preventScroll: true });
+  focusSelected();
 }
 
 function choose(card, answer) {
@@ -474,7 +507,7 @@ function step(direction) {  // to the next answer of the selected card
   if (card?.answers[k]) choose(card, card.answers[k]);
 }
 
-// A pair, large: the original where it still is, else its thumbnail -----------------------------------------------------
+// A pair, large: the original where it still is, else its thumbnail ---------------------------------------------------
 
 function original(image) {
   const [name, uri, thumb] = data.images[image], img = element("img", { alt: name, draggable: false });
@@ -505,7 +538,8 @@ function open(i) {
   closer.replaceChildren(
       element("div", { className: "row" }, element("span", { className: "score" }, answer ?
           `${card.answers.indexOf(answer) + 1} of ${card.answers.length}: ` +
-          `${scoreText(answer, card.image, answer.images[0])}${inliers}` : `${card.twins.length + 1} files, same bytes`),
+          `${scoreText(answer, card.image, answer.images[0])}${inliers}` :
+          `${card.twins.length + 1} files, same bytes`),
           deciders(card, answer),
           ...[["overlay", "o"], ["swap", "x"], ["close", "Escape"]].map(([name, key]) =>
               element("button", { onclick: () => actions[key](), title: key }, name))),
@@ -534,7 +568,7 @@ function move(to) {
   soon(update);
 }
 
-function look_(change) {
+function lookOtherwise(change) {
   Object.assign(look, change);
   closer.open ? open(selected) : draw();
 }
@@ -554,8 +588,8 @@ function nextFilter() {
 const nudge = direction => move(threshold + direction * (slider.max - slider.min) / 100);
 const actions = {  // everywhere
   c: () => decide(COPY), n: () => decide(NOT), u: () => decide(UNSURE), z: undo, e: saveDecisions,
-  ArrowRight: () => step(1), ArrowLeft: () => step(-1), x: () => look_({ swapped: !look.swapped }),
-  o: () => look_({ over: !look.over }), p: () => document.body.classList.toggle("points"), Escape: () => closer.close(),
+  ArrowRight: () => step(1), ArrowLeft: () => step(-1), x: () => lookOtherwise({ swapped: !look.swapped }),
+  o: () => lookOtherwise({ over: !look.over }), p: showPoints, Escape: () => closer.close(),
 };
 const onPage = {
   j: () => select(selected + 1), k: () => select(selected - 1), ArrowDown: () => select(selected + columns),
@@ -600,8 +634,8 @@ byId("notes").textContent = [
   `Opens at score ${data.threshold.toFixed(4)}: ${data.basis}.`,
   data.left_out ? `The best ${plural(data.pairs.length, "pair")}; ${number(data.left_out)} more are left out.` : "",
   data.skipped ? `${plural(data.skipped, "image")} could not be read: skipped.csv.` : "",
-  data.same_files ? `${plural(data.same_files, "pair")} are one file under two names, by links: no copies, see pairs.csv.`
-      : "",
+  data.same_files ?
+      `${plural(data.same_files, "pair")} are one file under two names, by links: no copies, see pairs.csv.` : "",
   data.calibration ? `Precision as measured where ${percent(data.calibration.copies_ratio)} of the queries had a copy.` :
       "Scores only: the checkpoint carries no calibration.",
 ].filter(Boolean).join(" ");

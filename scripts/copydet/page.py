@@ -27,7 +27,7 @@ from copydet.images import UnreadableImage, not_read, open_thumbnail, write_skip
 from copydet.verification import ABSTAIN, COPY, Match
 
 THUMBNAIL = 256  # px
-POINTS = 30  # of a match, that the page shows
+POINTS = 20  # of a match, that the page shows
 PRECISION = 0.9  # the page opens with pairs of which so many are copies
 FEWEST = 5  # spacings of answers that tell where others begin to stand out
 FENCE = 3.0  # interquartile ranges above the upper quartile, Tukey's outer fence
@@ -164,16 +164,25 @@ def write_thumbnail(path: str, file: Path | None) -> str | None:
 
 
 def match_on_page(match: Match) -> dict:
-    """What the page shows of a match; places are whole thousandths of the images' sides, those of points in one text,
-    as most are never looked at."""
+    """What the page shows of a match; corners are in whole thousandths of the images' sides."""
     shown_match = {"verdict": match.verdict, "inliers": match.inliers}
-    if match.sizes is None or match.outline is None or match.points is None:
+    if match.sizes is None or match.outline is None:
         return shown_match
-    thousandths = lambda points, sizes: (1000 * points / np.ravel(sizes)).round().astype(int).ravel().tolist()
     outlines = [thousandths(corners, size) for corners, size in zip((match.outline, match.part), match.sizes)]
+    return shown_match | {"outlines": outlines}
+
+
+def points_on_page(match: Match | None) -> str:
+    """x and y in the query, x and y in the reference of some points that match, in thousandths of the sides."""
+    if match is None or match.sizes is None or match.points is None or not len(match.points):
+        return ""
     some = np.unique(np.linspace(0, len(match.points) - 1, POINTS).astype(int))
-    points = " ".join(map(str, thousandths(match.points[some], match.sizes)))
-    return shown_match | {"outlines": outlines, "points": points}
+    return " ".join(map(str, thousandths(match.points[some], match.sizes)))
+
+
+def thousandths(points: np.ndarray, sizes: Sequence) -> list[int]:
+    """Points in px as whole thousandths of the images' sides."""
+    return (1000 * points / np.ravel(sizes)).round().astype(int).ravel().tolist()
 
 
 class PageImages:
@@ -216,12 +225,13 @@ def write_thumbnails(files: Sequence[str | None], report: OutputFolder) -> list[
                          total=len(files), desc="thumbnails", unit="image", disable=None, delay=1))
 
 
-def fill(data: dict) -> str:
-    """The page with its data."""
+def fill(data: dict, points: list[str]) -> str:
+    """The page with its data; the points come after the script, which does not wait for them."""
     html, style, script = (Path(copydet.__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
                            for kind in ("html", "css", "js"))
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can close the script element
-    return html.replace("{{style}}", style).replace("{{script}}", script).replace("{{data}}", text)
+    html = html.replace("{{style}}", style).replace("{{script}}", script).replace("{{points}}", json.dumps(points))
+    return html.replace("{{data}}", text)
 
 
 def pack(report: OutputFolder, file: Path) -> None:
@@ -247,8 +257,9 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     asked = np.ones(len(pairs), bool) if threshold is None else pairs["score"] >= threshold
     kept = pairs[asked & (verdicts != NOT) & ~(blank & (threshold is not None))]
     images = PageImages(queries, archive, pairs[:most], report)
-    on_page = [[images.of_query[i], images.of_reference[j], score, None if matches is None or n < 0 else
-                match_on_page(matches[n])] for i, j, score, n in pairs[:most].tolist()]
+    found = [None if matches is None or n < 0 else matches[n] for n in pairs["match"][:most].tolist()]
+    on_page = [[images.of_query[i], images.of_reference[j], score, match and match_on_page(match)]
+               for (i, j, score, _), match in zip(pairs[:most].tolist(), found)]
     data = {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
             "places": [place(queries), place(archive)],
             "count": [len(queries.ids), len(archive.ids)], "skipped": len(skipped), "same_files": len(same),
@@ -259,7 +270,7 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
             "calibration": calibration and {"scores": calibration.scores.tolist(),
                                             "precision": calibration.precision.tolist(),
                                             "copies_ratio": calibration.copies_ratio}}
-    page = fill(data)
+    page = fill(data, list(map(points_on_page, found)))
     grouped = within and (threshold is not None or matches is not None)
     write_pairs(folder / "pairs.csv", queries, archive, kept, matches, same, calibration,
                 are_linked(kept, matches, threshold) if grouped else None, apart)
