@@ -387,6 +387,8 @@ def test_duplicates_are_listed_but_for_the_one_to_keep(collection, capsys):
     assert collection() == 0
     assert listed(b"\n") == OTHERS  # x is the oldest of the largest, least compressed ones
     assert "1 paths with a line break are left out" in capsys.readouterr().err
+    assert collection("--pairs", 1) == 0  # not only what is on the page
+    assert listed(b"\n") == OTHERS
     assert collection("--null") == 0
     assert listed(b"\0") == OTHERS | {"line\nbreak.jpg"}
     assert len(list(collection.folder.rglob("*.jpg"))) == 10  # all are there

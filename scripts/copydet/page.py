@@ -188,12 +188,13 @@ def thousandths(points: np.ndarray, sizes: Sequence) -> list[int]:
 class PageImages:
     """The images in pairs, as the page has them: `of_query` and `of_reference`, {image of the collection: row};
     `table`, a row for each: name, URI or None, thumbnail or None, 1 if blank, width and height in px and bytes or None,
-    number of its content, rank among those to keep."""
+    number of its content, rank among those to keep. Content and rank are also known of `more` images of the archive,
+    within one collection: `looked_at` is {image: (content, rank)}."""
 
-    def __init__(self, queries: Collection, archive: Collection, pairs: np.ndarray, report: OutputFolder) -> None:
-        within = archive is queries
+    def __init__(self, queries: Collection, archive: Collection, pairs: np.ndarray, more: Sequence[int],
+                 report: OutputFolder) -> None:
         of_query: dict[int, int] = {}
-        of_reference = of_query if within else {}
+        of_reference = of_query if archive is queries else {}
         entries: list[tuple[Collection, int]] = []
         for collection, column, rows in ((queries, "query", of_query), (archive, "reference", of_reference)):
             for i in pairs[column].tolist():
@@ -201,17 +202,18 @@ class PageImages:
                     rows[i] = len(entries)
                     entries.append((collection, i))
         self.of_query, self.of_reference = of_query, of_reference
-        files = [collection.files[i] for collection, i in entries]
+        known = entries + [(archive, i) for i in more if i not in of_reference]
+        files = [collection.files[i] for collection, i in known]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             looks = list(pool.map(look_at, files))
-        thumbs = write_thumbnails(files, report)
-        names = [collection.names[i] for collection, i in entries]
-        self.contents = number_contents(files, looks)
-        self.rank = keeping_order(names, looks)
-        self.table = [[name, file and "file://" + quote(os.fsencode(file)), thumb, int(collection.blank[i]),
-                       *(look[:3] if look else (None,) * 3), content, rank]
-                      for name, file, thumb, look, content, rank, (collection, i) in zip(
-                          names, files, thumbs, looks, self.contents, self.rank, entries)]
+        contents = number_contents(files, looks)
+        rank = keeping_order([collection.names[i] for collection, i in known], looks)
+        self.looked_at = {i: (content, place) for (_, i), content, place in zip(known, contents, rank)}
+        thumbs = write_thumbnails(files[:len(entries)], report)
+        self.table = [[collection.names[i], file and "file://" + quote(os.fsencode(file)), thumb,
+                       int(collection.blank[i]), *(look[:3] if look else (None,) * 3), content, place]
+                      for (collection, i), file, thumb, look, content, place in zip(
+                          entries, files, thumbs, looks, contents, rank)]
 
 
 def write_thumbnails(files: Sequence[str | None], report: OutputFolder) -> list[str | None]:
@@ -243,41 +245,52 @@ def pack(report: OutputFolder, file: Path) -> None:
                 archive.write(report.path / name, f"{file.stem}/{name}", stored)
 
 
+def page_data(queries: Collection, archive: Collection, pairs: np.ndarray, found: Sequence[Match | None],
+              images: PageImages, calibration: Calibration | None) -> dict:
+    """What the page shows of PAIRS and their matches, but for what it says of the run."""
+    within = archive is queries
+    return {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
+            "places": [place(queries), place(archive)], "count": [len(queries.ids), len(archive.ids)],
+            "images": images.table,
+            "pairs": [[images.of_query[i], images.of_reference[j], score, match and match_on_page(match)]
+                      for (i, j, score, _), match in zip(pairs.tolist(), found)],
+            "others": [] if within else [name for i, name in enumerate(queries.names) if i not in images.of_query],
+            "calibration": calibration and {"scores": calibration.scores.tolist(),
+                                            "precision": calibration.precision.tolist(),
+                                            "copies_ratio": calibration.copies_ratio}}
+
+
 def write_report(report: OutputFolder, queries: Collection, archive: Collection, pairs: np.ndarray, same: list[tuple],
                  matches: list[Match] | None, threshold: float | None, calibration: Calibration | None,
                  most: int, decisions: Decisions | None = None, null: bool = False) -> None:
-    """thumbs/, pairs.csv, skipped.csv, within one collection duplicates.txt, and, last, index.html, each under its
-    final name only when it is whole. `null`: paths in duplicates.txt end with a NUL."""
+    """thumbs/, pairs.csv, skipped.csv, within one collection of files duplicates.txt, and, last, index.html, each under
+    its final name only when it is whole. `null`: paths in duplicates.txt end with a NUL."""
     within, skipped = archive is queries, queries.skipped + (archive.skipped if archive is not queries else [])
     folder, decisions = report.path, decisions or {}
     decided = find_decided(queries, archive, decisions)
     verdicts, blank = verdicts_of(pairs, decided), are_blank(queries, archive, pairs)
-    apart = [pair for pair, verdict in decided.items() if verdict == NOT] if within else []
+    rejected, apart = verdicts == NOT, [pair for pair, verdict in decided.items() if verdict == NOT]
     start, basis = opening(pairs[~blank], within, threshold, calibration)
+    likely = pairs[(pairs["score"] >= start) & ~blank & ~rejected]
     asked = np.ones(len(pairs), bool) if threshold is None else pairs["score"] >= threshold
-    kept = pairs[asked & (verdicts != NOT) & ~(blank & (threshold is not None))]
-    images = PageImages(queries, archive, pairs[:most], report)
+    kept = pairs[asked & ~rejected & ~(blank & (threshold is not None))]
+    more = np.unique([likely["query"], likely["reference"]]).tolist() if within else []
+    images = PageImages(queries, archive, pairs[:most], more, report)
     found = [None if matches is None or n < 0 else matches[n] for n in pairs["match"][:most].tolist()]
-    on_page = [[images.of_query[i], images.of_reference[j], score, match and match_on_page(match)]
-               for (i, j, score, _), match in zip(pairs[:most].tolist(), found)]
-    data = {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
-            "places": [place(queries), place(archive)],
-            "count": [len(queries.ids), len(archive.ids)], "skipped": len(skipped), "same_files": len(same),
-            "threshold": start, "basis": basis, "verified": matches is not None,
-            "left_out": len(pairs) - len(on_page), "images": images.table, "pairs": on_page,
-            "others": [] if within else [name for i, name in enumerate(queries.names) if i not in images.of_query],
-            "decisions": [[*pair, verdict] for pair, verdict in decisions.items()],
-            "calibration": calibration and {"scores": calibration.scores.tolist(),
-                                            "precision": calibration.precision.tolist(),
-                                            "copies_ratio": calibration.copies_ratio}}
+    data = page_data(queries, archive, pairs[:most], found, images, calibration) | {
+        "threshold": start, "basis": basis, "left_out": len(pairs) - len(found), "skipped": len(skipped),
+        "same_files": len(same), "decisions": [[*pair, verdict] for pair, verdict in decisions.items()]}
     page = fill(data, list(map(points_on_page, found)))
     grouped = within and (threshold is not None or matches is not None)
     write_pairs(folder / "pairs.csv", queries, archive, kept, matches, same, calibration,
                 are_linked(kept, matches, threshold) if grouped else None, apart)
     write_skipped(folder / "skipped.csv", skipped)
-    likely = pairs[(pairs["score"] >= start) & ~blank & (verdicts != NOT)]
-    (folder / "duplicates.txt").unlink(missing_ok=True)
-    duplicates = within and list_duplicates(folder / "duplicates.txt", archive, images, matches, apart, null, likely)
+    duplicates = 0
+    if within and any(archive.files):
+        duplicates = list_duplicates(folder / "duplicates.txt", archive, likely[are_linked(likely, matches, start)],
+                                     images.looked_at, apart, null)
+    else:
+        (folder / "duplicates.txt").unlink(missing_ok=True)
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     shown_now = {f"thumbs/{row[2]}" for row in images.table}
@@ -288,7 +301,7 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
           + (f"; {len(same):,} more names of the same files" if same else "")
           + (f"; {blank.sum():,} pairs with an image of one flat colour "
              f"{'marked' if threshold is None else 'left out'}" if blank.any() else "")
-          + (f"; {(verdicts == NOT).sum():,} rejected pairs left out" if (verdicts == NOT).any() else "")
+          + (f"; {rejected.sum():,} rejected pairs left out" if rejected.any() else "")
           + (f"; {duplicates:,} files beside those to keep: {folder / 'duplicates.txt'}" if duplicates else "")
           + (f"; {len(skipped):,} skipped{not_read(skipped)}, see {folder / 'skipped.csv'}" if skipped else ""))
     if decisions:
@@ -296,14 +309,12 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
         print(summary(pairs["score"][judged], verdicts[judged], start, calibration, len(decisions) - judged.sum()))
 
 
-def list_duplicates(file: Path, archive: Collection, images: PageImages, matches: list[Match] | None,
-                    apart: Sequence[tuple[int, int]], null: bool, pairs: np.ndarray) -> int:
-    """duplicates.txt of the groups that the PAIRS and equal bytes make -> number of its paths."""
-    rows = images.of_query
+def list_duplicates(file: Path, archive: Collection, pairs: np.ndarray, looked_at: dict[int, tuple[int, int]],
+                    apart: Sequence[tuple[int, int]], null: bool) -> int:
+    """duplicates.txt of the groups that the PAIRS and equal bytes make -> number of its paths. `looked_at`: {image:
+    (content, rank among those to keep)}."""
     first: dict[int, int] = {}
-    same_bytes = [(first.setdefault(images.contents[row], i), i) for i, row in rows.items()]
-    linked = pairs[are_linked(pairs, matches, 0)]
-    groups = link([*same_bytes, *linked[["query", "reference"]].tolist()], apart)
-    groups = {i: group for i, group in groups.items() if archive.files[i]}
-    rank = {i: images.rank[row] for i, row in rows.items()}
-    return write_duplicates(file, groups, rank, archive.files, null)
+    same_bytes = [(first.setdefault(content, i), i) for i, (content, _) in looked_at.items()]
+    groups = link([*same_bytes, *pairs[["query", "reference"]].tolist()], apart)
+    return write_duplicates(file, {i: group for i, group in groups.items() if archive.files[i]},
+                            {i: rank for i, (_, rank) in looked_at.items()}, archive.files, null)
