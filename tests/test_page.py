@@ -190,10 +190,10 @@ def test_without_a_calibration_the_answers_tell_where_copies_begin(within):
     queries, references = (rows, rows) if within else (rows[:200], rows[200:])
     scores = 2 * queries @ references.T - 2
     if within:
-        scores[np.tril_indices(len(scores))] = -9
-    found = [(i, j, scores[i, j], -1) for i in range(len(scores)) for j in np.argsort(-scores[i])[:10]
-             if scores[i, j] > -9]
-    pairs = np.array(found, PAIRS)
+        np.fill_diagonal(scores, -9)
+    found = [(i, j) for i in range(len(scores)) for j in np.argsort(-scores[i])[:10]]
+    found = {(min(pair), max(pair)) for pair in found} if within else found
+    pairs = np.array([(i, j, scores[i, j], -1) for i, j in found], PAIRS)
     start, basis = page_of.opening(pairs, within, None, None)
     true = np.array([j == i + 200 * within and i in copied for i, j in pairs[["query", "reference"]].tolist()])
     shown = pairs["score"] >= start

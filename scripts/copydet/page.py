@@ -30,6 +30,7 @@ THUMBNAIL = 256  # px
 POINTS = 20  # of a match, that the page shows
 PRECISION = 0.9  # the page opens with pairs of which so many are copies
 FEWEST = 5  # spacings of answers that tell where others begin to stand out
+LATER = 9  # answers after the best one; within one collection more are known of some images, with others missing
 FENCE = 3.0  # interquartile ranges above the upper quartile, Tukey's outer fence
 
 
@@ -48,25 +49,28 @@ def standing_out(images: np.ndarray, scores: np.ndarray) -> float | None:
 
     Args: images [n]: that the answers are to; scores [n].
 
-    The tail of what is no copy is taken for exponential: then the spacings between an image's answers, times their
-    ranks, have its scale (Renyi 1953), and the best answer that is no copy lies above the second one by that scale on
-    average. Second answers beyond Tukey's outer fence are copies, too, and do not count.
+    How far above the second answer the best one lies where neither is a copy is read from the later ones: in an
+    exponential tail the spacings between one's answers, times their ranks, are all distributed alike (Renyi 1953).
+    Second answers beyond Tukey's outer fence are copies, too, and do not count. Alike images come in series, which is
+    no such tail: half the false answers are allowed for.
     """
     order = np.lexsort((-scores, images))
     images, scores = images[order], scores[order]
     rank = np.arange(len(images)) - np.searchsorted(images, images)
     best, second = scores[rank == 0], scores[rank == 1]
-    inner = (rank[:-1] >= 1) & (images[:-1] == images[1:])
-    spacings = ((rank[:-1] + 1) * (scores[:-1] - scores[1:]))[inner]
-    if len(spacings) < FEWEST:
+    if len(second) < 1:
         return None
-    scale = max(float(np.median(spacings)) / np.log(2), 1e-9)
     low, high = np.quantile(second, [0.25, 0.75])
-    second = second[second <= high + FENCE * (high - low)]
-    at = np.unique(np.quantile(best, np.linspace(0, 1, 200), method="nearest"))
-    false = len(best) * np.array([np.exp(np.minimum(0, (second - t) / scale)).mean() for t in at])
-    shown = len(best) - np.searchsorted(np.sort(best), at)
-    enough = np.flatnonzero(false <= (1 - PRECISION) * shown)
+    fence = high + FENCE * (high - low)
+    later = (rank[:-1] >= 1) & (rank[:-1] < LATER) & (images[:-1] == images[1:]) & (scores[:-1] <= fence)
+    gaps = np.sort(((rank[:-1] + 1) * (scores[:-1] - scores[1:]))[later])
+    if len(gaps) < FEWEST:
+        return None
+    second = second[second <= fence][::len(second) // 10_000 + 1]
+    at = np.unique(np.quantile(best, np.linspace(0, 1, 400), method="nearest"))
+    false = len(best) * np.array([1 - np.searchsorted(gaps, t - second).mean() / len(gaps) for t in at])
+    shown_then = len(best) - np.searchsorted(np.sort(best), at)
+    enough = np.flatnonzero(false <= (1 - PRECISION) / 2 * shown_then)
     return float(at[enough[0]]) if len(enough) else float(np.nextafter(at[-1], np.inf))
 
 
