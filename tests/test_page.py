@@ -326,6 +326,11 @@ def test_decisions_leave_the_page_and_survive_reload_and_a_grown_archive(browser
     for _ in range(2):  # by mouse, on a card that is not selected, and on one that was drawn before the decision
         browser.eval("document.querySelectorAll('.card')[1].querySelector('.deciders button').click()")
     assert browser.eval("decisionRows().filter(row => row[2]).length") == 5 and browser.eval(name) == second
+    large = "[closer.open, closer.textContent.includes(data.images[cards[selected].image][0]), cards.length]"
+    browser.press("Enter", "u")  # while looking closely: the next one comes
+    after = browser.eval(large)
+    browser.press("z")
+    assert after[:2] == [True, True] and browser.eval(large) == [True, True, after[2] + 1]
     assert browser.complaints() == []
 
 
