@@ -466,7 +466,7 @@ function cardNode(card, answer, mine) {
   const [first, second] = labels(), boxes = pairBoxes(card, answer, thumbnail, mine);
   const pair = element("div", { className: `pair${boxes.length === 1 ? " one" : ""}`,
                                 onclick: () => open(indexOf(card)) }, ...boxes);
-  const files = 1 + card.twins.length + card.answers.reduce((n, a) => n + a.images.length, 0);
+  const files = [...card.byContent.values()].reduce((n, { images }) => n + images.length, 1 + card.twins.length);
   const said = [view === "groups" && plural(files, "file"),
                 answer ? scoreText(answer, card.image, answer.images[0]) : "same bytes"];
   const onclick = () => { if (indexOf(card) >= 0) { selected = indexOf(card); soon(draw); } };
