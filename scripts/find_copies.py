@@ -19,7 +19,11 @@ cannot tell (not verifiable: blank, tiny). Precision is measured on edited copie
 go the same way as the queries: once, and again when the archive has doubled.
 
 The report is a folder that opens from disk: index.html with thumbnails, and the outline of the archive's image in the
-query; pairs.csv; and skipped.csv, the images that could not be read. Search is exact. pairs.csv, best first:
+query; pairs.csv; and skipped.csv, the images that could not be read. -o report.zip packs it too, as one file to send.
+Within one collection duplicates.txt lists, of each group on the page, the files but for the largest, least compressed,
+oldest one; nothing is ever deleted. Decisions made on the page stay in the browser, and are saved as decisions.csv
+(query, reference, verdict, score): with --decisions FILE a later run leaves rejected pairs out, and prints how precise
+the judged ones were. Search is exact. pairs.csv, best first:
 
     query_id, reference_id   paths, or ids of descriptor files
     score          above 0, up to 1, for verified copies; else minus the squared L2 distance of the descriptors, nearer
@@ -51,7 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("queries", metavar="QUERIES", help="folder of images, image, or descriptor file")
     parser.add_argument("archive", metavar="ARCHIVE", nargs="?", help="the same; left out: QUERIES within itself, or "
                         "query against reference where a descriptor file holds both")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the report")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the report; "
+                        "with a name that ends in .zip also that file, of the folder without the ending")
     g = parser.add_argument_group("what describes images")
     g.add_argument("--exp", metavar="NAME", help="the newest checkpoint of exp/NAME")
     g.add_argument("--weight", metavar="FILE", help="this checkpoint, or what else train.py takes: for ONNX or "
@@ -80,6 +85,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "%(default)s)")
     g.add_argument("--images", "--photos", metavar="DIR", help="folder with query_images and reference_images, for "
                    "thumbnails of descriptor files")
+    g.add_argument("--decisions", metavar="FILE", help="decisions.csv as the page saves it: rejected pairs are left "
+                   "out, and the precision of the judged ones is printed beside what the calibration promised")
+    g.add_argument("--null", action="store_true", help="end the paths in duplicates.txt with a NUL in place of a line "
+                   "break, for xargs -0")
     g.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs to search on; 0: CPU; default: all")
     args = parser.parse_args(argv[:at])
     args.flags = argv[at + 1:]

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from copydet.calibration import TAIL, Calibration, false_rates, measure
+from copydet.calibration import TAIL, Calibration, false_rates, measure, measure_answers
 from copydet.common import InputError
 from copydet.descriptors import write_descriptors
 from helpers import run
@@ -102,3 +102,14 @@ def test_the_promise_holds_on_data_of_the_same_kind(tmp_path):
     run("scripts/postprocess.py", tmp_path / "a.h5", "-o", tmp_path / "b.h5", "l2")
     command[1] = tmp_path / "b.h5"
     assert "carries no calibration" in run(*command, 0.9, code=2).stderr
+
+
+def test_the_curve_of_answers_has_a_point_at_each_of_the_best_false_ones():
+    """A high precision lies there; hundredths of all false answers are too far from each other."""
+    rng = np.random.default_rng(0)
+    true, false = rng.normal(0.5, 0.1, 300), -rng.exponential(1, 5000) - 0.2
+    measured = measure_answers(np.concatenate([true, false]), np.arange(5300) < 300, 500, 1000)
+    at = np.array(measured["scores"])
+    rates = np.array(measured["false_rate"]) * 500 * 1000 - 0.5
+    for rank, score in enumerate(np.sort(false)[::-1][:50], 1):
+        assert rates[np.flatnonzero(at == score)[0]] == pytest.approx(rank)

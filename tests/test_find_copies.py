@@ -9,24 +9,20 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import find_copies as fc
 from copydet import cache as cached
 from copydet import copies, finding
-from copydet import page as page_of
 from copydet.calibration import Calibration
 from copydet.common import InputError, shown
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.edits import Source
 from copydet.images import list_images
-from copydet.verification import corners
-from helpers import ROOT, WITH_PACKAGE, draw_images, fake_describe, photo, run, turn, warp
+from helpers import ROOT, WITH_PACKAGE, draw_images, fake_describe, run
 
 SCRIPT = "scripts/find_copies.py"
 HOSTILE = ["<img src=x onerror=\"document.title='owned'\">.jpg", "</script><script>document.title='owned'</script>.jpg",
@@ -319,191 +315,3 @@ def test_a_full_disk_is_said_and_leaves_no_half_page(tmp_path):
                           capture_output=True, text=True, preexec_fn=limit)  # the page is what does not fit
     assert done.returncode == 1 and "Traceback" not in done.stderr and "File too large" in done.stderr
     assert (tmp_path / "r" / "index.html").read_bytes() == before and not list((tmp_path / "r").glob(".*.tmp"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-
-
-class Browser:
-    """Headless Chromium, driven over a pair of pipes: no further package is needed."""
-
-    def __init__(self, chromium, profile):
-        to_browser, self.commands = os.pipe()
-        self.answers, from_browser = os.pipe()
-        self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', chromium, "--headless", "--no-sandbox",
-             "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"],
-            pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL)
-        os.close(to_browser)
-        os.close(from_browser)
-        self.buffer, self.number, self.events, self.session = b"", 0, [], {}
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-
-    def receive(self):
-        while b"\0" not in self.buffer:
-            block = os.read(self.answers, 2**16)
-            assert block, "the browser is gone"
-            self.buffer += block
-        message, _, self.buffer = self.buffer.partition(b"\0")
-        return json.loads(message)
-
-    def call(self, method, **params):
-        self.number += 1
-        os.write(self.commands, json.dumps({"id": self.number, "method": method, "params": params} | self.session)
-                 .encode() + b"\0")
-        while (answer := self.receive()).get("id") != self.number:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def open(self, file, width, height=800):
-        self.events = []
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Page.navigate", url=file.as_uri())
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self.events.append(self.receive())
-
-    def eval(self, expression):
-        """Value of an expression once the next frames are drawn."""
-        answer = self.call("Runtime.evaluate", returnByValue=True, awaitPromise=True, expression="new Promise(done => "
-                           f"requestAnimationFrame(() => requestAnimationFrame(() => done({expression}))))")
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def press(self, *keys):
-        for key in keys:
-            text = {"text": key} if len(key) == 1 else {}
-            self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
-            self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
-
-    def complaints(self):
-        return [event for event in self.events if event["method"] in (
-            "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Page.javascriptDialogOpening")]
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no Chromium on this machine")
-    browser = Browser(chromium, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """Report of 400 queries, 4,000 pairs; references have hostile names, a few of them are there as images."""
-    folder = tmp_path_factory.mktemp("page")
-    ids = [f"{i:04d} {HOSTILE[i % len(HOSTILE)][:-4]}" for i in range(400)]
-    file = planted(folder, ids, 100, 300, calibration=CALIBRATION)
-    (folder / "query_images").mkdir()
-    for i in range(5):
-        draw_images(folder / "reference_images", 1, seed=i, name=ids[i].replace("/", "_") + ".jpg")
-    assert fc.main([str(file), "-o", str(folder / "r"), "--images", str(folder), "--threshold", "-0.01"]) == 0
-    return folder / "r" / "index.html"
-
-
-@pytest.mark.parametrize("width", [400, 1400])
-def test_page_shows_what_is_in_sight(browser, page, width):
-    browser.open(page, width)
-    assert browser.eval("counts.textContent").startswith("100 pairs, 100 of 400 queries, score from -0.0100, precision")
-    browser.eval("(slider.value = slider.min, slider.dispatchEvent(new Event('input')))")
-    assert browser.eval("counts.textContent").startswith("4,000 pairs, 400 of 400 queries")
-    assert 10 < browser.eval("document.querySelectorAll('.tile').length") < 150
-    assert browser.eval("document.documentElement.scrollWidth <= innerWidth")
-    assert browser.eval("Math.min(...[...document.querySelectorAll('.tile')].map(t => t.offsetWidth))") > 100
-    browser.eval("scrollTo(0, list.offsetHeight / 2)")
-    assert browser.eval("(r => r.top < 200 && r.bottom > 700)({top: list.firstChild.getBoundingClientRect().top, "
-                        "bottom: list.lastChild.getBoundingClientRect().bottom})")
-    assert browser.complaints() == []
-
-
-def test_names_are_text_and_thumbnails_load(browser, page):
-    browser.open(page, 1400, 3000)
-    assert browser.eval("document.title").endswith("all.h5")
-    titles = browser.eval("[...document.querySelectorAll('.tile')].map(t => t.title).join('|')")
-    assert "onerror" in titles and "<script>" in titles and "🐈‍⬛" in titles and "100%41 %" in titles
-    assert browser.eval("list.querySelectorAll('script, b, img[src=x]').length") == 0
-    loaded = browser.eval("Promise.all([...document.images].map(i => i.decode())).then(() => document.images.length)")
-    assert loaded >= 1 and browser.complaints() == []
-
-
-def test_keys_move(browser, page):
-    browser.open(page, 1400)
-    pressed = []
-    for key in ("j", "j", "ArrowDown", "k", "End", "ArrowDown", "Home"):
-        browser.press(key)
-        pressed.append(browser.eval("selected"))
-    assert pressed == [1, 2, 3, 2, 99, 99, 0] and browser.eval("scrollY") < 100
-    browser.press("?")
-    assert browser.eval("keys.open")
-    browser.press("?", "Enter")
-    assert browser.eval("[keys.open, closer.open, closer.querySelectorAll('img').length]") == [False, True, 2]
-    browser.eval("closer.close()")
-    before = browser.eval("Number(slider.value)")
-    browser.press("-", "-")
-    assert browser.eval("Number(slider.value)") < before and browser.eval("rows[0].answers.length") >= 1
-    browser.press("g")
-    assert "groups" in browser.eval("counts.textContent") and browser.complaints() == []
-
-
-def test_the_page_draws_what_matches_where_it_is(browser, tmp_path):
-    reference, transform = photo("motorcycle_left"), turn(25, 1.3, (200, 150), (190, 160))
-    images = {"query": warp(reference, transform, (400, 300)), "reference": reference}
-    for kind, img in images.items():
-        (tmp_path / f"{kind}_images").mkdir()
-        img.save(tmp_path / f"{kind}_images" / f"{kind}.png")
-    write_descriptors(tmp_path / "all.h5", {kind: (unit_rows(1), [kind]) for kind in images}, {})
-    assert fc.main([str(tmp_path / "all.h5"), "-o", str(tmp_path / "r"), "--images", str(tmp_path), "-j", "1"]) == 0
-    pair, = table(tmp_path / "r" / "pairs.csv")
-    assert pair["verdict"] == "copy" and int(pair["inliers"]) > 50 and 0 < float(pair["score"]) < 1
-    assert np.allclose(np.array(pair["outline"].split(), float).reshape(4, 2), corners((400, 300), transform), atol=3)
-    browser.open(tmp_path / "r" / "index.html", 1400)
-    browser.press("Enter")
-    drawn = browser.eval("""Promise.all([...closer.querySelectorAll("img")].map(i => i.decode())).then(() =>
-        [...closer.querySelectorAll(".large")].map(box => {
-          const img = box.querySelector("img").getBoundingClientRect(), polygon = box.querySelector("polygon");
-          return [...polygon.points].map(p => p.matrixTransform(polygon.getScreenCTM()))
-              .map(p => [(p.x - img.left) / img.width * 400, (p.y - img.top) / img.height * 300]); }))""")
-    inverse = cv2.invertAffineTransform(transform)
-    assert np.allclose(drawn, [corners((400, 300), transform), corners((400, 300), inverse)], atol=3)
-    visible = "[...closer.querySelectorAll('line')].filter(l => getComputedStyle(l).display != 'none').length"
-    assert browser.eval(visible) == 0
-    browser.press("p")
-    assert browser.eval(visible) == 2 * min(int(pair["inliers"]), page_of.POINTS) and browser.complaints() == []
-
-
-def test_groups_on_the_page_are_those_of_the_table(browser, tmp_path):
-    rows = unit_rows(300)
-    rows[100:200] = rows[:100]
-    rows[200:220] = rows[:20]
-    write_descriptors(tmp_path / "r.h5", {"reference": (rows, [f"R{i:03d}" for i in range(300)])}, {})
-    run(SCRIPT, tmp_path / "r.h5", "-o", tmp_path / "r", "--threshold", "-0.0001")
-    groups = {}
-    for pair in table(tmp_path / "r" / "pairs.csv"):
-        groups.setdefault(pair["group"], set()).update((pair["query_id"], pair["reference_id"]))
-    browser.open(tmp_path / "r" / "index.html", 1400)
-    shown = browser.eval("rows.map(r => [r.image, ...r.answers.map(a => a[0])].map(p => data.images[p][0]))")
-    assert len(groups) == 100 and sorted(map(sorted, shown)) == sorted(map(sorted, groups.values()))
-    assert browser.eval("counts.textContent").startswith("140 pairs, 100 groups") and browser.complaints() == []
-
-
-def test_a_photo_of_any_kind_has_a_thumbnail(tmp_path):
-    Image.fromarray(np.full((40, 60), 65535, np.uint16)).save(tmp_path / "16.png")
-    Image.new("RGBA", (600, 30), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    Image.new("CMYK", (2000, 1000)).save(tmp_path / "cmyk.jpg")
-    for name, size in (("16.png", (60, 40)), ("clear.png", (256, 13)), ("cmyk.jpg", (256, 128))):
-        thumb = tmp_path / page_of.write_thumbnail(str(tmp_path / name), tmp_path / f"thumb of {name}")
-        with Image.open(thumb) as img:
-            assert img.size == size and img.getpixel((0, 0)) == (255, 255, 255)
-    (tmp_path / "bad.jpg").write_text("no")
-    assert page_of.write_thumbnail(str(tmp_path / "bad.jpg"), tmp_path / "thumb") is None

@@ -29,6 +29,8 @@ In the order the data flows:
     verification    local features of two images, geometry, pixels: a copy, and where
     cache           descriptors of folders that are searched again and again
     copies          collections of images, the pairs between them, verified, and how precise their scores are
+    decisions       of people, on pairs
+    duplicates      groups within one collection, and which file to keep
     page            what find_copies.py writes
     finding         find_copies.py as a function
     metrics         ground truths, micro-AP, recall at 90 % precision

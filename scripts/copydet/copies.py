@@ -287,14 +287,3 @@ def judge(pairs: np.ndarray, archive: Collection, queries: Collection, originals
     pasted = np.array([any(archive.files[j] == donor.path for donor in donors[i])
                        for i, j in pairs[["query", "reference"]].tolist()], bool)
     return is_true, is_true | ~(duplicate | pasted)
-
-
-def group_numbers(pairs: np.ndarray) -> np.ndarray:
-    """Number [n], from 1, of the connected component that each of the PAIRS [n] belongs to; the best pair's is 1."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-    n = int(max(pairs["reference"].max(initial=0), pairs["query"].max(initial=0))) + 1
-    graph = coo_array((np.ones(len(pairs), np.int8), (pairs["query"], pairs["reference"])), shape=(n, n))
-    label = connected_components(graph, directed=False)[1][pairs["query"]]
-    _, first, label = np.unique(label, return_index=True, return_inverse=True)
-    return first.argsort().argsort()[label] + 1

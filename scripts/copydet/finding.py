@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 from copydet.cache import Cache, Extraction
 from copydet.checkpoints import ABOUT_DEFAULT, DEFAULT, newest_checkpoint
-from copydet.common import ROOT, InputError, OutputFolder, database, is_page, shown
+from copydet.common import ROOT, InputError, OutputFolder, check_output, database, is_page, shown
 from copydet.copies import (Collection, calibrate, check_comparable, find_pairs, read_calibration, read_file,
                             read_folder, same_files, told, verify_pairs)
+from copydet.decisions import read_decisions
 from copydet.descriptors import Descriptors
 from copydet.images import FOLDERS, IMAGE, what_is
 from copydet.options import MOST_PROCESSES
-from copydet.page import write_report
+from copydet.page import pack, write_report
 from copydet.record import record
 from copydet.regions import WHOLE, parse_regions
 from copydet.search import count_gpus
@@ -29,7 +30,7 @@ from copydet.verification import COPY
 
 H5_ENDINGS = (".h5", ".hdf5", ".hdf")
 MOST_PAIRS = 50_000  # what a page can be as high as in every browser
-FILES = ("index.html", "pairs.csv", "skipped.csv", "run.json")
+FILES = ("index.html", "pairs.csv", "skipped.csv", "duplicates.txt", "run.json")
 TOPK, ON_PAGE = 10, 20_000  # answers per query, pairs on the page, unless told
 
 
@@ -80,7 +81,10 @@ def check_args(args: argparse.Namespace) -> None:
     ours = {"--mode", "--exp", "--target-set", "--weight", "--backbone-weights", "--dryrun", "--eval-subset"}
     if taken := ours & set(args.flags):
         raise InputError(f"{', '.join(sorted(taken))} cannot be given to train.py after --")
+    if args.zip:
+        check_output("-o", args.zip)
     args.ngpu = count_gpus(args.ngpu)
+    args.decided = read_decisions(args.decisions) if args.decisions else {}
     if args.archive and os.path.realpath(args.archive) == os.path.realpath(args.queries):
         args.archive = None
 
@@ -192,10 +196,13 @@ def write_found(args: argparse.Namespace) -> list[Pair]:
             with run.stage("verify"):
                 pairs, matches = verify_pairs(queries, archive, pairs, folder, args.workers)
         with run.stage("write"):
-            write_report(report, queries, archive, pairs, same, matches, threshold, calibration, args.pairs)
+            write_report(report, queries, archive, pairs, same, matches, threshold, calibration, args.pairs,
+                         args.decided, args.null)
             found = read_pairs(report.path / "pairs.csv")
         run.counts |= {"pairs": len(found), "copies": sum(pair.verdict == COPY for pair in found)}
-        return found
+    if args.zip:
+        pack(report, args.zip)
+    return found
 
 
 class Pair(NamedTuple):
@@ -231,10 +238,12 @@ def find_copies(queries: str | Path, archive: str | Path | None = None, *, outpu
                 cache: str | Path | None = None, exclude: Sequence[str] = (), hash: bool = False,
                 query_regions: str = "whole", topk: int = TOPK, threshold: float | None = None,
                 precision: float | None = None, copies_ratio: float | None = None, no_verify: bool = False,
-                workers: int | None = None, pairs: int = ON_PAGE, images: str | Path | None = None, ngpu: int = -1,
+                workers: int | None = None, pairs: int = ON_PAGE, images: str | Path | None = None,
+                decisions: str | Path | None = None, null: bool = False, ngpu: int = -1,
                 flags: Sequence[str] = ()) -> list[Pair]:
     """Which of `queries` are copies of images in `archive`; without an archive, which images of `queries` are copies of
-    each other. Writes the report of find_copies.py to the folder `output` and returns its pairs, best first.
+    each other. Writes the report of find_copies.py to the folder `output`, which is packed too where it ends in .zip,
+    and returns its pairs, best first.
 
         from copydet import find_copies
         for pair in find_copies("queries", "archive", output="report", precision=0.9):
@@ -247,9 +256,12 @@ def find_copies(queries: str | Path, archive: str | Path | None = None, *, outpu
     described is kept, and the same call goes on.
     """
     args = argparse.Namespace(**locals())
-    for name in ("queries", "archive", "output", "weight", "backbone_weights", "cache", "images"):
+    for name in ("queries", "archive", "output", "weight", "backbone_weights", "cache", "images",
+                 "decisions"):
         if getattr(args, name) is not None:
             setattr(args, name, os.fspath(getattr(args, name)))
     args.exclude, args.flags, args.workers = list(exclude), list(map(str, flags)), workers or os.cpu_count()
-    with database(cache or Path(output) / "cache", "what was described before is kept"):
+    args.zip = Path(args.output) if Path(args.output).suffix.lower() == ".zip" else None
+    args.output = str(args.zip.with_suffix("")) if args.zip else args.output
+    with database(cache or Path(args.output) / "cache", "what was described before is kept"):
         return write_found(args)

@@ -1,4 +1,5 @@
-"""What find_copies.py writes: pairs.csv, thumbnails, and a page that opens from disk."""
+"""What find_copies.py writes: pairs.csv, duplicates.txt, thumbnails, and a page that opens from disk. The page is
+page.html, page.css and page.js with the data put in."""
 from __future__ import annotations
 
 import csv
@@ -6,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +19,19 @@ from tqdm import tqdm
 import copydet
 from copydet.calibration import Calibration
 from copydet.common import OutputFolder, manifest_of, replacing, shown
-from copydet.copies import Collection, group_numbers
+from copydet.copies import Collection
+from copydet.decisions import NOT, Decisions, find_decided, place, summary, verdicts_of
+from copydet.duplicates import (group_numbers, keeping_order, link, look_at, number_contents,
+                                write_duplicates)
 from copydet.images import UnreadableImage, not_read, open_thumbnail, write_skipped
 from copydet.verification import ABSTAIN, COPY, Match
 
 THUMBNAIL = 256  # px
-POINTS = 60  # of a match, that the page shows
+POINTS = 20  # of a match, that the page shows
+PRECISION = 0.9  # the page opens with pairs of which so many are copies
+FEWEST = 5  # spacings of answers that tell where others begin to stand out
+LATER = 9  # answers after the best one; within one collection more are known of some images, with others missing
+FENCE = 3.0  # interquartile ranges above the upper quartile, Tukey's outer fence
 
 
 def are_linked(pairs: np.ndarray, matches: list[Match] | None, threshold: float | None) -> np.ndarray:
@@ -32,6 +41,55 @@ def are_linked(pairs: np.ndarray, matches: list[Match] | None, threshold: float 
         return np.ones(len(pairs), bool)
     verdicts = [ABSTAIN if n < 0 else matches[n].verdict for n in pairs["match"].tolist()]
     return np.array([verdict == COPY or threshold is not None and verdict == ABSTAIN for verdict in verdicts], bool)
+
+
+def standing_out(images: np.ndarray, scores: np.ndarray) -> float | None:
+    """Score from which on about PRECISION of the best answers to images are copies, judged by the second and later
+    answers to all of them, of which hardly any is. None where there are too few.
+
+    Args: images [n]: that the answers are to; scores [n].
+
+    How far above the second answer the best one lies where neither is a copy is read from the later ones: in an
+    exponential tail the spacings between one's answers, times their ranks, are all distributed alike (Renyi 1953).
+    Second answers beyond Tukey's outer fence are copies, too, and do not count. Alike images come in series, which is
+    no such tail: half the false answers are allowed for.
+    """
+    order = np.lexsort((-scores, images))
+    images, scores = images[order], scores[order]
+    rank = np.arange(len(images)) - np.searchsorted(images, images)
+    best, second = scores[rank == 0], scores[rank == 1]
+    if len(second) < 1:
+        return None
+    low, high = np.quantile(second, [0.25, 0.75])
+    fence = high + FENCE * (high - low)
+    later = (rank[:-1] >= 1) & (rank[:-1] < LATER) & (images[:-1] == images[1:]) & (scores[:-1] <= fence)
+    gaps = np.sort(((rank[:-1] + 1) * (scores[:-1] - scores[1:]))[later])
+    if len(gaps) < FEWEST:
+        return None
+    second = second[second <= fence][::len(second) // 10_000 + 1]
+    at = np.unique(np.quantile(best, np.linspace(0, 1, 400), method="nearest"))
+    false = len(best) * np.array([1 - np.searchsorted(gaps, t - second).mean() / len(gaps) for t in at])
+    shown_then = len(best) - np.searchsorted(np.sort(best), at)
+    enough = np.flatnonzero(false <= (1 - PRECISION) / 2 * shown_then)
+    return float(at[enough[0]]) if len(enough) else float(np.nextafter(at[-1], np.inf))
+
+
+def opening(pairs: np.ndarray, within: bool, threshold: float | None,
+            calibration: Calibration | None) -> tuple[float, str]:
+    """Score from which on the page shows PAIRS, of which none is of blank images; and what it is, in words."""
+    if threshold is not None:
+        return threshold, "the threshold that was asked for"
+    percent = f"{100 * PRECISION:.0f} %"
+    if calibration and calibration.precision[-1] >= PRECISION:
+        return calibration.threshold(PRECISION, ""), f"a precision of {percent}, as measured"
+    why = f"the calibration reaches {100 * calibration.precision[-1]:.0f} % only" if calibration else "no calibration"
+    images, scores = pairs["query"], pairs["score"]
+    if within:
+        images, scores = np.concatenate([images, pairs["reference"]]), np.tile(scores, 2)
+    found = standing_out(images, scores)
+    if found is None:
+        return float(scores.min(initial=0)), f"{why}, and too few answers to tell; all are shown"
+    return min(found, 0.0), f"{why}; an estimate of {percent} precision from how second and later answers are spread"
 
 
 def are_blank(queries: Collection, archive: Collection, pairs: np.ndarray) -> np.ndarray:
@@ -50,9 +108,10 @@ def match_columns(matches: Sequence[Match | None]) -> dict[str, list]:
 
 
 def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.ndarray, matches: list[Match] | None,
-                same: list[tuple], calibration: Calibration | None, linked: np.ndarray | None) -> None:
+                same: list[tuple], calibration: Calibration | None, linked: np.ndarray | None,
+                apart: Sequence[tuple[int, int]]) -> None:
     """pairs.csv: the pairs, then those of `same`, which `told` made, with nothing to act on. `linked`: bool [n], pairs
-    that make a group, if there are groups."""
+    that make a group, if there are groups, in which no two images are that are to be kept `apart`."""
     blank = are_blank(queries, archive, pairs)
     columns = {"query_id": [queries.ids[i] for i in pairs["query"]],
                "reference_id": [archive.ids[j] for j in pairs["reference"]],
@@ -63,8 +122,8 @@ def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.
         columns["precision"] = ["" if b else f"{p:.4f}" for b, p in zip(blank, calibration.at(pairs["score"]))]
     if linked is not None:
         columns["group"] = [""] * len(pairs)
-        for i, number in zip(np.flatnonzero(linked).tolist(), group_numbers(pairs[linked]).tolist()):
-            columns["group"][i] = number
+        for i, number in zip(np.flatnonzero(linked).tolist(), group_numbers(pairs[linked], apart).tolist()):
+            columns["group"][i] = number or ""
     columns["same_file"] = [""] * len(pairs)
     nothing = [""] * (len(columns) - 3)
     with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
@@ -109,69 +168,157 @@ def write_thumbnail(path: str, file: Path | None) -> str | None:
 
 
 def match_on_page(match: Match) -> dict:
-    """What the page shows of a match; places are whole thousandths of the images' sides."""
+    """What the page shows of a match; corners are in whole thousandths of the images' sides."""
     shown_match = {"verdict": match.verdict, "inliers": match.inliers}
-    if match.sizes is None or match.outline is None or match.points is None:
+    if match.sizes is None or match.outline is None:
         return shown_match
-    thousandths = lambda points, sizes: (1000 * points / np.ravel(sizes)).round().astype(int).ravel().tolist()
     outlines = [thousandths(corners, size) for corners, size in zip((match.outline, match.part), match.sizes)]
-    return shown_match | {"outlines": outlines, "points": thousandths(match.points[:POINTS], match.sizes)}
+    return shown_match | {"outlines": outlines}
 
 
-def image_table(queries: Collection, archive: Collection, pairs: np.ndarray, matches: list[Match] | None,
-                report: OutputFolder) -> tuple[list, list]:
-    """What the page shows of the images in pairs: [[name, URI or None, thumbnail or None, 1 if blank]], and pairs as
-    rows of it: [[query, reference, score, match or None]]."""
-    rows: dict[tuple[int, int], int] = {}
-    entries: list[tuple[str, str | None, int]] = []
-    for collection, column in ((queries, "query"), (archive, "reference")):
-        for i in pairs[column].tolist():
-            if (id(collection), i) not in rows:
-                rows[id(collection), i] = len(entries)
-                entries.append((collection.names[i], collection.files[i], int(collection.blank[i])))
-    folder, files = report.path / "thumbs", [file for _, file, _ in entries]
+def points_on_page(match: Match | None) -> str:
+    """x and y in the query, x and y in the reference of some points that match, in thousandths of the sides."""
+    if match is None or match.sizes is None or match.points is None or not len(match.points):
+        return ""
+    some = np.unique(np.linspace(0, len(match.points) - 1, POINTS).astype(int))
+    return " ".join(map(str, thousandths(match.points[some], match.sizes)))
+
+
+def thousandths(points: np.ndarray, sizes: Sequence) -> list[int]:
+    """Points in px as whole thousandths of the images' sides."""
+    return (1000 * points / np.ravel(sizes)).round().astype(int).ravel().tolist()
+
+
+class PageImages:
+    """The images in pairs, as the page has them: `of_query` and `of_reference`, {image of the collection: row};
+    `table`, a row for each: name, URI or None, thumbnail or None, 1 if blank, width and height in px and bytes or None,
+    number of its content, rank among those to keep. Content and rank are also known of `more` images of the archive,
+    within one collection: `looked_at` is {image: (content, rank)}."""
+
+    def __init__(self, queries: Collection, archive: Collection, pairs: np.ndarray, more: Sequence[int],
+                 report: OutputFolder) -> None:
+        of_query: dict[int, int] = {}
+        of_reference = of_query if archive is queries else {}
+        entries: list[tuple[Collection, int]] = []
+        for collection, column, rows in ((queries, "query", of_query), (archive, "reference", of_reference)):
+            for i in pairs[column].tolist():
+                if i not in rows:
+                    rows[i] = len(entries)
+                    entries.append((collection, i))
+        self.of_query, self.of_reference = of_query, of_reference
+        known = entries + [(archive, i) for i in more if i not in of_reference]
+        files = [collection.files[i] for collection, i in known]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            looks = list(pool.map(look_at, files))
+        contents = number_contents(files, looks)
+        rank = keeping_order([collection.names[i] for collection, i in known], looks)
+        self.looked_at = {i: (content, place) for (_, i), content, place in zip(known, contents, rank)}
+        thumbs = write_thumbnails(files[:len(entries)], report)
+        self.table = [[collection.names[i], file and "file://" + quote(os.fsencode(file)), thumb,
+                       int(collection.blank[i]), *(look[:3] if look else (None,) * 3), content, place]
+                      for (collection, i), file, thumb, look, content, place in zip(
+                          entries, files, thumbs, looks, contents, rank)]
+
+
+def write_thumbnails(files: Sequence[str | None], report: OutputFolder) -> list[str | None]:
+    """Thumbnails of image files, those that are not there yet -> their names in thumbs/."""
+    folder = report.path / "thumbs"
     folder.mkdir(exist_ok=True)
     names = list(map(thumbnail_name, files))
     report.add(*(f"thumbs/{name}" for name in names if name))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        thumbs = list(tqdm(pool.map(write_thumbnail, files, [name and folder / name for name in names]),
-                           total=len(entries), desc="thumbnails", unit="image", disable=None, delay=1))
-    images = [[name, file and "file://" + quote(os.fsencode(file)), thumb, blank]
-              for (name, file, blank), thumb in zip(entries, thumbs)]
-    on_page = [None if matches is None or n < 0 else match_on_page(matches[n]) for n in pairs["match"].tolist()]
-    return images, [[rows[id(queries), i], rows[id(archive), j], score, match]
-                    for (i, j, score, _), match in zip(pairs.tolist(), on_page)]
+        return list(tqdm(pool.map(write_thumbnail, files, [name and folder / name for name in names]),
+                         total=len(files), desc="thumbnails", unit="image", disable=None, delay=1))
+
+
+def fill(data: dict, points: list[str]) -> str:
+    """The page with its data; the points come after the script, which does not wait for them."""
+    html, style, script = (Path(copydet.__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
+                           for kind in ("html", "css", "js"))
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can close the script element
+    html = html.replace("{{style}}", style).replace("{{script}}", script).replace("{{points}}", json.dumps(points))
+    return html.replace("{{data}}", text)
+
+
+def pack(report: OutputFolder, file: Path) -> None:
+    """The report, without its cache, as one file to send."""
+    with replacing(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(manifest_of(report.path)):
+            if (report.path / name).is_file():
+                stored = zipfile.ZIP_STORED if name.endswith(".jpg") else zipfile.ZIP_DEFLATED
+                archive.write(report.path / name, f"{file.stem}/{name}", stored)
+
+
+def page_data(queries: Collection, archive: Collection, pairs: np.ndarray, found: Sequence[Match | None],
+              images: PageImages, calibration: Calibration | None) -> dict:
+    """What the page shows of PAIRS and their matches, but for what it says of the run."""
+    within = archive is queries
+    return {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
+            "places": [place(queries), place(archive)], "count": [len(queries.ids), len(archive.ids)],
+            "images": images.table,
+            "pairs": [[images.of_query[i], images.of_reference[j], score, match and match_on_page(match)]
+                      for (i, j, score, _), match in zip(pairs.tolist(), found)],
+            "others": [] if within else [name for i, name in enumerate(queries.names) if i not in images.of_query],
+            "calibration": calibration and {"scores": calibration.scores.tolist(),
+                                            "precision": calibration.precision.tolist(),
+                                            "copies_ratio": calibration.copies_ratio}}
 
 
 def write_report(report: OutputFolder, queries: Collection, archive: Collection, pairs: np.ndarray, same: list[tuple],
                  matches: list[Match] | None, threshold: float | None, calibration: Calibration | None,
-                 most: int) -> None:
-    """thumbs/, pairs.csv, skipped.csv and, last, index.html, each under its final name only when it is whole."""
+                 most: int, decisions: Decisions | None = None, null: bool = False) -> None:
+    """thumbs/, pairs.csv, skipped.csv, within one collection of files duplicates.txt, and, last, index.html, each under
+    its final name only when it is whole. `null`: paths in duplicates.txt end with a NUL."""
     within, skipped = archive is queries, queries.skipped + (archive.skipped if archive is not queries else [])
-    kept, folder = pairs if threshold is None else pairs[pairs["score"] >= threshold], report.path
-    blank = are_blank(queries, archive, kept)
-    kept = kept if threshold is None else kept[~blank]
-    images, on_page = image_table(queries, archive, pairs[:most], matches, report)
-    data = {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
-            "count": [len(queries.ids), len(archive.ids)], "skipped": len(skipped), "same_files": len(same),
-            "threshold": threshold,
-            "left_out": len(pairs) - len(on_page), "images": images, "pairs": on_page,
-            "calibration": calibration and {"scores": calibration.scores.tolist(),
-                                            "precision": calibration.precision.tolist(),
-                                            "copies_ratio": calibration.copies_ratio}}
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can close the script element
-    page = (Path(copydet.__file__).with_name("page.html")).read_text(encoding="utf-8").replace("{{data}}", text)
+    folder, decisions = report.path, decisions or {}
+    decided = find_decided(queries, archive, decisions)
+    verdicts, blank = verdicts_of(pairs, decided), are_blank(queries, archive, pairs)
+    rejected, apart = verdicts == NOT, [pair for pair, verdict in decided.items() if verdict == NOT]
+    start, basis = opening(pairs[~blank], within, threshold, calibration)
+    likely = pairs[(pairs["score"] >= start) & ~blank & ~rejected]
+    asked = np.ones(len(pairs), bool) if threshold is None else pairs["score"] >= threshold
+    kept = pairs[asked & ~rejected & ~(blank & (threshold is not None))]
+    more = np.unique([likely["query"], likely["reference"]]).tolist() if within else []
+    images = PageImages(queries, archive, pairs[:most], more, report)
+    found = [None if matches is None or n < 0 else matches[n] for n in pairs["match"][:most].tolist()]
+    data = page_data(queries, archive, pairs[:most], found, images, calibration) | {
+        "threshold": start, "basis": basis, "left_out": len(pairs) - len(found), "skipped": len(skipped),
+        "same_files": len(same), "decisions": [[*pair, verdict] for pair, verdict in decisions.items()]}
+    page = fill(data, list(map(points_on_page, found)))
     grouped = within and (threshold is not None or matches is not None)
     write_pairs(folder / "pairs.csv", queries, archive, kept, matches, same, calibration,
-                are_linked(kept, matches, threshold) if grouped else None)
+                are_linked(kept, matches, threshold) if grouped else None, apart)
     write_skipped(folder / "skipped.csv", skipped)
+    duplicates = 0
+    if within and any(archive.files):
+        duplicates = list_duplicates(folder / "duplicates.txt", archive, likely[are_linked(likely, matches, start)],
+                                     images.looked_at, apart, null)
+    else:
+        (folder / "duplicates.txt").unlink(missing_ok=True)
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    shown_now = {f"thumbs/{thumb}" for _, _, thumb, _ in images}
+    shown_now = {f"thumbs/{row[2]}" for row in images.table}
     report.remove(*(name for name in manifest_of(folder) if name.startswith("thumbs/") and name not in shown_now))
     what = f"{len(queries.ids):,} images" if within else f"{len(queries.ids):,} queries and {len(archive.ids):,} images"
+    blank &= asked
     print(f"{len(kept):,} pairs of {what}: {folder / 'index.html'}"
           + (f"; {len(same):,} more names of the same files" if same else "")
           + (f"; {blank.sum():,} pairs with an image of one flat colour "
              f"{'marked' if threshold is None else 'left out'}" if blank.any() else "")
+          + (f"; {rejected.sum():,} rejected pairs left out" if rejected.any() else "")
+          + (f"; {duplicates:,} files beside those to keep: {folder / 'duplicates.txt'}" if duplicates else "")
           + (f"; {len(skipped):,} skipped{not_read(skipped)}, see {folder / 'skipped.csv'}" if skipped else ""))
+    if decisions:
+        judged = verdicts != ""
+        print(summary(pairs["score"][judged], verdicts[judged], start, calibration, len(decisions) - judged.sum()))
+
+
+def list_duplicates(file: Path, archive: Collection, pairs: np.ndarray, looked_at: dict[int, tuple[int, int]],
+                    apart: Sequence[tuple[int, int]], null: bool) -> int:
+    """duplicates.txt of the groups that the PAIRS and equal bytes make -> number of its paths. `looked_at`: {image:
+    (content, rank among those to keep)}."""
+    first: dict[int, int] = {}
+    same_bytes = [(first.setdefault(content, i), i) for i, (content, _) in looked_at.items()]
+    groups = link([*same_bytes, *pairs[["query", "reference"]].tolist()], apart)
+    return write_duplicates(file, {i: group for i, group in groups.items() if archive.files[i]},
+                            {i: rank for i, (_, rank) in looked_at.items()}, archive.files, null)
