@@ -84,7 +84,6 @@ def check_args(args: argparse.Namespace) -> None:
     if args.zip:
         check_output("-o", args.zip)
     args.ngpu = count_gpus(args.ngpu)
-    args.decided = read_decisions(args.decisions) if args.decisions else {}
     if args.archive and os.path.realpath(args.archive) == os.path.realpath(args.queries):
         args.archive = None
 
@@ -167,6 +166,7 @@ def read_collections(sources: list[str | Descriptors], folder: Path | None, args
 def write_found(args: argparse.Namespace) -> list[Pair]:
     """Run the command line: the report, and its pairs."""
     check_args(args)
+    decided = read_decisions(args.decisions) if args.decisions else {}
     report = OutputFolder(args.output, "-o", older_report, besides=filter(None, (args.queries, args.archive)))
     report.check(*FILES)
     with contextlib.ExitStack() as stack:
@@ -197,7 +197,7 @@ def write_found(args: argparse.Namespace) -> list[Pair]:
                 pairs, matches = verify_pairs(queries, archive, pairs, folder, args.workers)
         with run.stage("write"):
             write_report(report, queries, archive, pairs, same, matches, threshold, calibration, args.pairs,
-                         args.decided, args.null)
+                         decided, args.null)
             found = read_pairs(report.path / "pairs.csv")
         run.counts |= {"pairs": len(found), "copies": sum(pair.verdict == COPY for pair in found)}
     if args.zip:

@@ -241,9 +241,9 @@ def fill(data: dict, points: list[str]) -> str:
 
 
 def pack(report: OutputFolder, file: Path) -> None:
-    """The report, without its cache, as one file to send."""
+    """The report as one file to send, without its cache and what the run was asked for."""
     with replacing(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(manifest_of(report.path)):
+        for name in sorted(set(manifest_of(report.path)) - {"run.json"}):
             if (report.path / name).is_file():
                 stored = zipfile.ZIP_STORED if name.endswith(".jpg") else zipfile.ZIP_DEFLATED
                 archive.write(report.path / name, f"{file.stem}/{name}", stored)
