@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import train
-from copydet import load_descriptor, options
+from copydet import extraction, load_descriptor, options
 from copydet.checkpoints import load_weights, read_checkpoint
 from copydet.common import MANIFEST, InputError, WorkError
 from copydet.distributed import launch
@@ -364,7 +364,7 @@ def killed_in_second_block(args, job, rank):
 
     if rank.rank == 1:
         Blocks.write = write_once
-    train.extract(args, job, rank)
+    extraction.extract(args, job, rank)
 
 
 def test_where_a_rank_is_killed_what_was_finished_is_whole_and_the_rest_follows(tmp_path, extract, weights, exp):
@@ -374,14 +374,14 @@ def test_where_a_rank_is_killed_what_was_finished_is_whole_and_the_rest_follows(
         "--mode", "extract", "--device", "cpu", "-j", "0", "--batch-size", "4", "--exp", exp, "--weight", str(weights),
         "--multiprocessing-distributed", "--nproc", "2", "--dist-url",
         f"tcp://localhost:{20003 + os.getpid() % 20000}", str(data)]))
-    with train.output_folder(args):
+    with extraction.output_folder(args):
         with pytest.raises((WorkError, SystemExit), match="process 1 of 2 was killed|1"):
             launch(killed_in_second_block, args, job)
         blocks = job.h5.with_suffix(".blocks")
         assert list(blocks.glob("*.npz")) and not list(blocks.rglob("*.tmp")) and not job.h5.exists()
         for file in blocks.glob("*.npz"):
             assert np.load(file)["rows"].shape[1] == 256
-        launch(train.extract, args.replace(resume="auto"), job)
+        launch(extraction.extract, args.replace(resume="auto"), job)
     one, two = read(extract.out("-one") / "fb-isc-submission.h5")[0], read(job.h5)[0]
     for name, rows in one.items():
         assert np.array_equal(rows, two[name]) if rows.dtype.kind == "S" else np.allclose(rows, two[name], atol=1e-6)
