@@ -350,12 +350,9 @@ def overlay(below: Image.Image, above: Image.Image, overlay_size: float, **place
 
 def part_of_another(rng: np.random.Generator, views: Training, height: int, width: int) -> np.ndarray:
     """A crop of at least 0.3 of another training image, made height x width."""
-    return resize(cropped(views.random_image(rng), rng, 0.3), height, width)
-
-
-def cropped(pixels: np.ndarray, rng: np.random.Generator, smallest: float) -> np.ndarray:
-    left, top, width, height = crop_box(size_of(pixels), rng, smallest)
-    return pixels[top:top + height, left:left + width]
+    pixels = views.random_image(rng)
+    left, top, w, h = crop_box(size_of(pixels), rng, 0.3)
+    return resize(pixels[top:top + h, left:left + w], height, width)
 
 
 def canvas(rng: np.random.Generator, views: Training) -> np.ndarray:
@@ -474,12 +471,9 @@ OPS = {  # name -> augmentation; --list-augmentations prints this table
                                lambda img, rng, v: overlay_onto_screenshot(img, rng)),
     "overlay": Augmentation("pasted onto another image, 0.1..0.5 of its height",
                             lambda img, rng, v: overlay_onto_image(img, rng, v)),
-    "paste": Augmentation("pasted onto another image or a colour, `low`..`high` of the view's side",
-                          lambda img, rng, v, low, high: paste(img, rng, v, low, high)),
-    "collage": Augmentation("one of two to six tiles, beside other images",
-                            lambda img, rng, v: collage(img, rng, v)),
-    "blend": Augmentation("mixed with another image, its own part `low`..1",
-                          lambda img, rng, v, low: blend_with_another(img, rng, v, low)),
+    "paste": Augmentation("pasted onto another image or a colour, `low`..`high` of the view's side", paste),
+    "collage": Augmentation("one of two to six tiles, beside other images", collage),
+    "blend": Augmentation("mixed with another image, its own part `low`..1", blend_with_another),
     "erase": Augmentation("a rectangle of 0.02..0.33 of the area becomes noise; comes last",  # no colour: see Images
                           lambda img, rng, v: erased_part(v.size, rng)),
 }
