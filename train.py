@@ -41,11 +41,12 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
 from copydet.common import (WARNED, InputError, OutputFolder, WorkError, check_output, make_folder, manifest_of,
                             open_folder, replacing, run_main, shown)
+from copydet.cores import let_idle_threads_sleep
 from copydet.options import Args, parse_args
 
 if __name__ == "__main__":
     ARGS = parse_args(description=__doc__)  # before the imports that take seconds: --help, wrong flags
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's idle threads leave cores to the loading processes
+    let_idle_threads_sleep()
 
 import numpy as np
 import pytorch_metric_learning as pml

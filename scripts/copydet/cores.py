@@ -141,6 +141,11 @@ def shared_cores(threads: int, shared: bool) -> Iterator[str]:
         cores.run_on(ALLOWED)
 
 
+def let_idle_threads_sleep() -> None:
+    """They leave cores to the loading processes, unless the environment says otherwise. Before PyTorch is imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def use_all_cores() -> None:
     """For a process that was forked from one whose threads keep to some."""
     if hasattr(os, "sched_setaffinity"):

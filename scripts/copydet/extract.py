@@ -10,13 +10,14 @@ if __name__ == "__main__":
     sys.path[:] = [path for path in sys.path if os.path.realpath(path) != HERE] + [os.path.dirname(HERE)]
 
 from copydet.common import run_main
+from copydet.cores import let_idle_threads_sleep
 from copydet.options import parse_args
 
 
 def main() -> int:
     about = "Describe the images in DIR: train.py --mode extract. Results go to exp/NAME/extract."
     args = parse_args(["--mode", "extract", *sys.argv[1:]], about)  # before the imports that take seconds
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's idle threads leave cores to the loading processes
+    let_idle_threads_sleep()
 
     def work() -> None:
         from copydet.extraction import run_extraction
