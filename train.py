@@ -41,7 +41,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent / "scripts"))
 from copydet.common import (WARNED, InputError, OutputFolder, WorkError, check_output, make_folder, manifest_of,
                             open_folder, replacing, run_main, shown)
-from copydet.cores import let_idle_threads_sleep
+from copydet.machine import let_idle_threads_sleep
 from copydet.options import Args, parse_args
 
 if __name__ == "__main__":
@@ -420,8 +420,8 @@ class Trainer:
               f"=> needs     {told(need, self.need.free, self.device)}"
               + f", in {args.accumulate} parts" * (args.accumulate > 1) + "\n"
               f"=> device    {world} process{'es' * (world > 1)} on {self.device.type}, backbone in "
-              f"{str(self.amp_dtype or torch.float32).removeprefix('torch.')}, {self.rank.threads}, {args.workers} "
-              f"loading processes, seed {args.seed}\n"
+              f"{str(self.amp_dtype or torch.float32).removeprefix('torch.')}, {torch.get_num_threads()} threads, "
+              f"{args.workers} loading processes, seed {args.seed}\n"
               f"=> output    {args.out}", flush=True)
 
     def train_epoch(self) -> None:

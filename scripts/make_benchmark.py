@@ -46,6 +46,7 @@ from copydet.edits import (DONORS, DULL, EDITS, LARGEST, NEED_DONORS, STRENGTHS,
                            draw_edits, make_query)
 from copydet.images import (IMAGE_ENDINGS, Odd, UnreadableImage, kind_of, list_images, not_read, open_image, read_file,
                             write_skipped)
+from copydet.machine import count_cores
 from copydet.options import MOST_PROCESSES
 
 SMALLEST = 64  # pixels, shorter side of a usable image
@@ -318,8 +319,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--quality", type=number(1, 100), default=95, metavar="Q", help="JPEG quality of what is encoded "
                    "anew: queries, tiles, images that are not JPEG (default: %(default)s)")
     p.add_argument("--seed", type=number(0), default=0, metavar="N", help="(default: %(default)s)")
-    p.add_argument("-j", "--workers", type=number(1, MOST_PROCESSES), default=os.cpu_count(), metavar="N",
-                   help="processes (default: number of CPUs)")
+    p.add_argument("-j", "--workers", type=number(1, MOST_PROCESSES), default=count_cores(), metavar="N",
+                   help="processes (default: number of cores)")
     return p
 
 

@@ -43,6 +43,7 @@ from copydet.common import (InputError, OutputFolder, check_file, check_output, 
                             open_folder, read_json, replacing, run_main, settings_in)
 from copydet.descriptors import Descriptors
 from copydet.images import IMAGE_ENDINGS, Odd, find_image, images_by_id, read_skipped, write_skipped
+from copydet.machine import count_cores
 from copydet.options import positive, processes
 from copydet.record import check_record, record
 from copydet.search import search_topk
@@ -192,8 +193,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--candidates", type=positive, default=10, metavar="K", help="nearest references of each query "
                         "that are verified (default: %(default)s)")
     parser.add_argument("--cache", metavar="DIR", help="keep the references' features in this folder for the next run")
-    parser.add_argument("-j", "--workers", type=processes, default=os.cpu_count(), metavar="N", help="processes "
-                        "(default: number of CPUs)")
+    parser.add_argument("-j", "--workers", type=processes, default=count_cores(), metavar="N", help="processes "
+                        "(default: number of cores)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What does not fit into memory is told before the first step; which cores compute beside other processes."""
+"""What does not fit into memory is told before the first step; how many cores there are."""
 import json
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from copydet import capacity, cores, extraction
+from copydet import capacity, extraction, machine
 from copydet.common import InputError, WorkError
 from copydet.options import parse_args
 from helpers import WITH_PACKAGE, data_folder, draw_images, run
@@ -56,13 +56,13 @@ V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
      [9223372036854771712, 860]),
 ], ids=["none", "of a group above", "of a container", "version 1"])
 def test_limits_of_control_groups_count(tmp_path, files, free):
-    assert capacity.free_in_groups(lay(tmp_path, files)) == [2**63, *free]
+    assert machine.free_in_groups(lay(tmp_path, files)) == [2**63, *free]
 
 
 def test_what_is_available_counts_not_what_is_installed(tmp_path):
     text = "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable:   77 kB\n"
-    assert capacity.free_on_machine(lay(tmp_path, {"proc/meminfo": text})) == 77 * 1024
-    assert capacity.free_on_machine(tmp_path / "absent") > 2**20
+    assert machine.free_on_machine(lay(tmp_path, {"proc/meminfo": text})) == 77 * 1024
+    assert machine.free_on_machine(tmp_path / "absent") > 2**20
 
 
 def test_the_estimate_of_a_known_network():
@@ -166,45 +166,16 @@ def test_memory_that_ends_all_the_same_is_one_line_with_flags(images, tmp_path, 
 # Cores
 
 
-def test_threads_keep_to_the_cores_that_others_leave():
-    def chosen(load, own, current=None, threads=None):
-        load = dict(enumerate(load))
-        return cores.free_cores(load, own, current or set(load), threads or len(load))
-
-    assert chosen([0.9, 0.8], 1.7) == {0, 1}  # alone
-    assert chosen([0.9, 0.8], 1.3) == {0, 1}  # beside little
-    assert len(chosen([1, 1], 1)) == 1  # beside one like it: either of them
-    assert chosen([1, 1], 1, {1}) == {1} and chosen([1, 1], 1, {0}) == {0}  # where it is, as long as that lasts
-    assert chosen([1, 0.3], 0.5, {0}) == {1}  # both on one core
-    assert chosen([1, 0], 1, {0}) == {0, 1}  # the other has ended
-    assert chosen([1, 1], 0.1, {1}) == {1} and len(chosen([1] * 2, 0)) == 1  # beside more than there are cores
-    assert len(chosen([1] * 16, 8)) == 8 and len(chosen([1] * 16, 15)) == 16  # a core less would cost a turn as well
-    assert len(chosen([1] * 16, 0.5)) == 8  # a fair share, beside whatever there is
-    assert len(chosen([1] * 16, 8, threads=8)) == 16  # one of two ranks
-
-
-@pytest.mark.skipif(not cores.STARTED.busy, reason="this system does not say how busy its cores are")
-def test_all_threads_move_and_return(monkeypatch):
-    first = min(cores.ALLOWED)
-    monkeypatch.setattr(cores, "free_cores", lambda *_: frozenset([first]))
-    with cores.shared_cores(2, True) as words:
-        assert words.startswith(f"2 threads on 1 of {len(cores.ALLOWED)} cores") or len(cores.ALLOWED) == 1
-        assert os.sched_getaffinity(0) == {first}
-    assert os.sched_getaffinity(0) == cores.ALLOWED
-    with cores.shared_cores(2, False) as words:
-        assert words == "2 threads" and os.sched_getaffinity(0) == cores.ALLOWED
-
-
 @pytest.mark.parametrize("files, count", [
     ({}, 8), ({"proc/self/cgroup": "0::/a\n", f"{V2}/a/cpu.max": "250000 100000\n"}, 3),
     ({"proc/self/cgroup": "0::/a\n", f"{V2}/cpu.max": "max 100000\n"}, 8),
-    ({"proc/self/cgroup": "3:cpu,cpuacct:/a\n", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000\n",
-      "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 1),
+    ({"proc/self/cgroup": "3:cpu,cpuacct:/a\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
+      "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 1),
     ({"proc/self/cgroup": "3:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
       "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 8)])
 def test_a_containers_share_of_the_cores_counts(tmp_path, monkeypatch, files, count):
-    monkeypatch.setattr(cores, "ALLOWED", frozenset(range(8)))
-    assert cores.count_cores(lay(tmp_path, files)) == count
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert machine.count_cores(lay(tmp_path, files)) == count
 
 
 def test_the_number_of_threads_is_told_and_can_be_fixed(images, exp, capsys):

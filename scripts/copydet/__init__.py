@@ -4,7 +4,7 @@ In the order the data flows:
 
     common          errors in one line, files that appear when they are whole
     record          run.json of a run
-    cores           that this process may use, those that others leave
+    machine         cores and memory that there are
     options         train.py's flags, recipes
     images          find, open and decode images; those of a run
     augmentations   operations on the pixels of one image
@@ -13,7 +13,7 @@ In the order the data flows:
     batches         views on their way to the device: collate, order of the images, loading processes
     distributed     ranks, devices, precision
     network         backbone, pooling, head
-    capacity        memory that is free, memory that a network needs
+    capacity        memory that a network needs
     losses          losses, memory of earlier batches
     whitening       what the head can be fitted to after training
     checkpoints     reading and finding them

@@ -15,7 +15,6 @@ import torch
 import torchvision.transforms.functional as TF
 
 from copydet.common import InputError
-from copydet.cores import use_all_cores
 from copydet.distributed import Rank, libc
 from copydet.options import Args
 
@@ -176,6 +175,5 @@ def make_loader(data: torch.utils.data.Dataset, batches: Iterable, collate: Call
 
 
 def one_thread(_: int) -> None:
-    """Loading processes have a core each, whichever is free, and OpenCV's threads do not outlive a fork."""
+    """Loading processes have a core each, and OpenCV's threads do not outlive a fork."""
     cv2.setNumThreads(0)
-    use_all_cores()

@@ -1,26 +1,21 @@
-"""What fits into memory: what is free of it, and what a network takes for each image, measured with a few of them."""
+"""What fits into memory: what a network takes for each image, measured with a few of them, and what is free."""
 from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from copydet.common import NO_MEMORY, WorkError, read_text
+from copydet.common import NO_MEMORY, WorkError
+from copydet.machine import available_memory
 
 HEADROOM = {"cuda": 1.1, "cpu": 1.25}  # what lies between tensors and what libraries take within an operation; measured
 # on a CPU with five networks: 1.12 to 1.39
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is free
 
 
 def free_memory(device: torch.device = torch.device("cpu")) -> int:
@@ -28,48 +23,7 @@ def free_memory(device: torch.device = torch.device("cpu")) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return min(free_on_machine(), *free_in_groups(), free_of_limit())
-
-
-def free_on_machine(root: Path = Path("/")) -> int:
-    """Bytes that the system can give away; where it does not say, all that is installed."""
-    for line in read_text(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def free_in_groups(root: Path = Path("/")) -> list[int]:
-    """Bytes that each control group of this process, and those above it, may still take: what containers and batch
-    systems allow. Pages of files that nobody uses are given up before a limit counts."""
-    found = [2**63]
-    for line in read_text(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if controllers else (
-            "memory.max", "memory.current", "inactive_file")
-        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        parts = Path(group.lstrip("/")).parts
-        for folder in [top.joinpath(*parts[:n]) for n in range(len(parts) + 1)]:  # a container may see the top alone
-            limit, used = (read_text(folder / name).strip() for name in names[:2])
-            if limit.isdecimal() and used.isdecimal():
-                statistics = dict(line.split() for line in read_text(folder / "memory.stat").splitlines())
-                found.append(max(0, int(limit) - int(used) + int(statistics.get(names[2], 0))))
-    return found
-
-
-def free_of_limit() -> int:
-    """Bytes of addresses that `ulimit -v` leaves."""
-    import resource
-    limit, size = resource.getrlimit(resource.RLIMIT_AS)[0], read_text("/proc/self/statm").split()
-    if limit == resource.RLIM_INFINITY or not size:
-        return 2**63
-    return max(0, limit - int(size[0]) * resource.getpagesize())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is needed
+    return available_memory()
 
 
 class Footprint(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from copydet.common import InputError, WorkError, error_number, first_line, run_main
-from copydet.cores import count_cores, shared_cores
+from copydet.machine import count_cores
 from copydet.options import Args
 
 
@@ -32,7 +32,6 @@ class Rank:
     local_rank: int = 0
     local_world_size: int = 1  # processes on this machine
     device: torch.device = torch.device("cpu")
-    threads: str = ""  # that compute on the CPU, in words
 
     @property
     def is_main(self) -> bool:
@@ -84,7 +83,6 @@ def run_rank(work: Callable, args: Args, rest: tuple, url: str | None, rank: int
     Raises WorkError: the processes cannot meet, another one is gone, the disk is full.
     """
     device = pick_device(args, local_rank)
-    fixed = device.type != "cpu" or args.threads or "OMP_NUM_THREADS" in os.environ
     prepare_device(device, local_world_size, args.threads)
     if url:
         backend = args.dist_backend if device.type == "cuda" else "gloo"
@@ -96,8 +94,7 @@ def run_rank(work: Callable, args: Args, rest: tuple, url: str | None, rank: int
     if rank:
         sys.stdout = open(os.devnull, "w")  # one voice; errors and warnings go to stderr
     try:
-        with shared_cores(torch.get_num_threads(), not fixed) as cores:
-            work(args, *rest, Rank(rank, world_size, local_rank, local_world_size, device, str(cores)))
+        work(args, *rest, Rank(rank, world_size, local_rank, local_world_size, device))
     except OSError as error:
         if error_number(error) not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -13,6 +13,7 @@ from PIL import Image
 
 from copydet.common import replacing, sha256_of, warn
 from copydet.images import UnreadableImage, orientation_of, reading
+from copydet.machine import count_cores
 
 LOSSLESS = ("PNG", "TIFF", "BMP", "PPM")
 
@@ -53,7 +54,7 @@ def number_contents(files: Sequence[str | None], looks: Sequence[Look | None]) -
         except OSError:
             return i
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         known = dict(zip(alike, pool.map(content, alike)))
     numbers: dict = {}
     return [numbers.setdefault(known.get(i, i), len(numbers)) for i in range(len(files))]

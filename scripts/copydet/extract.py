@@ -10,7 +10,7 @@ if __name__ == "__main__":
     sys.path[:] = [path for path in sys.path if os.path.realpath(path) != HERE] + [os.path.dirname(HERE)]
 
 from copydet.common import run_main
-from copydet.cores import let_idle_threads_sleep
+from copydet.machine import let_idle_threads_sleep
 from copydet.options import parse_args
 
 

@@ -207,7 +207,8 @@ def extract_recorded(args: Args, job: Job, rank: Rank, run: Record) -> None:
     print(f"=> network   {job.source.arch_tag or 'of another program'}, {net.dim}-d, input {args.input_size} px "
           f"({args.resize})" + f", GeM p {args.gem_eval_p:g}" * bool(job.source.arch_tag)
           + f", from {job.source.file or args.backbone_weights or 'random weights'}\n"
-          f"=> device    {rank.world_size} process{'es' * (rank.world_size > 1)} on {rank.device.type}, {rank.threads}")
+          f"=> device    {rank.world_size} process{'es' * (rank.world_size > 1)} on {rank.device.type}, "
+          f"{torch.get_num_threads()} threads")
     if not job.source.graph:  # whose memory nobody can look into
         check_memory(args, job, net, rank)
     folder = job.h5.with_suffix(".blocks")

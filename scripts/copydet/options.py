@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from copydet.common import ROOT, InputError, check_file, tell
-from copydet.cores import count_cores
+from copydet.machine import count_cores
 
 
 def recipe_words(file: str | Path) -> list[str]:
@@ -282,9 +282,8 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
     "devices and processes (under torchrun its environment decides)": [
         ("--device", ["auto", "cuda", "mps", "cpu"], "auto", "auto: the best there is"),
         ("--gpu N", int, None, "use this GPU only"),
-        ("--threads N", int, None, "threads that compute on the CPU, on any core (default: OMP_NUM_THREADS of the "
-         "environment, or as many as cores, which then keep to the cores that other processes leave); another number "
-         "changes the last bits of what is trained"),
+        ("--threads N", int, None, "threads that compute on the CPU (default: OMP_NUM_THREADS of the environment, or "
+         "as many as cores); another number changes the last bits of what is trained"),
         ("--multiprocessing-distributed", bool, False, "one process per GPU of this machine; without a GPU --nproc "
          "processes"),
         ("--nproc N", int, None, "number of processes (default: number of GPUs, else 1)"),
