@@ -31,6 +31,7 @@ the judged ones were. Search is exact. pairs.csv, best first:
     blank          yes where an image shows one flat colour: such images are as like to each other as copies are. Where
                    there is a threshold they are left out
     inliers, coverage_query, coverage_reference, verdict, outline   of verification, see verify.py
+    region         with --query-regions: that of the query which is nearest; empty: the whole
     precision      fraction of copies among pairs of this score and above
     group          within one collection: number of the group that verified copies link
     same_file      two names of one file, hard or symbolic links, are no copies: they stand last, without a score;
@@ -39,11 +40,11 @@ the judged ones were. Search is exact. pairs.csv, best first:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from copydet.common import run_main
 from copydet.finding import ON_PAGE, TOPK, find_copies
+from copydet.machine import count_cores
 from copydet.options import Parser, fraction, processes, score
 
 
@@ -79,8 +80,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "the precision (default: the calibration's)")
     g.add_argument("--no-verify", action="store_true", help="do not compare the images of the best pairs by local "
                    "features and geometry")
-    g.add_argument("-j", "--workers", type=processes, default=os.cpu_count(), metavar="N", help="processes that do so "
-                   "(default: number of CPUs)")
+    g.add_argument("-j", "--workers", type=processes, default=count_cores(), metavar="N", help="processes that do so "
+                   "(default: number of cores)")
     g.add_argument("--pairs", type=int, default=ON_PAGE, metavar="N", help="the best N pairs are on the page (default: "
                    "%(default)s)")
     g.add_argument("--images", "--photos", metavar="DIR", help="folder with query_images and reference_images, for "

@@ -20,6 +20,7 @@ from copydet.calibration import Calibration
 from copydet.common import InputError
 from copydet.copies import PAIRS
 from copydet.descriptors import write_descriptors
+from copydet.finding import read_pairs
 from copydet.verification import corners
 from helpers import draw_images, fake_describe, photo, turn, warp
 from test_find_copies import CALIBRATION, HOSTILE, planted, table, unit_rows
@@ -229,6 +230,32 @@ def test_the_page_draws_what_matches_where_it_is(browser, tmp_path):
     assert browser.eval(visible) == 0
     browser.press("p")
     assert browser.eval(visible) == 2 * min(int(pair["inliers"]), page_of.POINTS) and browser.complaints() == []
+
+
+def test_the_page_draws_the_region_where_nothing_is_verified(browser, tmp_path):
+    far, near, reference = unit_rows(3)
+    rows = np.array([far, reference, reference, near])
+    write_descriptors(tmp_path / "all.h5", {"query": (rows, list("aabb")), "reference": (reference[None], ["r"])}, {},
+                      regions=np.tile([(0, 0, 1, 1), (0.5, 0.25, 1, 0.75)], (2, 1)))
+    for kind, names in (("query", "ab"), ("reference", "r")):
+        (tmp_path / f"{kind}_images").mkdir()
+        for name in names:
+            photo("coffee", (200, 100)).save(tmp_path / f"{kind}_images" / f"{name}.png")
+    assert fc.main([str(tmp_path / "all.h5"), "-o", str(tmp_path / "r"), "--images", str(tmp_path), "--no-verify"]) == 0
+    assert [(row["query_id"], row["region"]) for row in table(tmp_path / "r" / "pairs.csv")] == [
+        ("a", "0.5,0.25,1,0.75"), ("b", "")]
+    assert [pair.region for pair in read_pairs(tmp_path / "r" / "pairs.csv")] == [[0.5, 0.25, 1, 0.75], None]
+    browser.open(tmp_path / "r" / "index.html", 1400)
+    drawn = """[...document.querySelectorAll(".card .box")].map(box => {
+        const img = box.querySelector("img").getBoundingClientRect();
+        return [...box.querySelectorAll("polygon.region")].map(polygon => polygon.getBoundingClientRect()).map(r =>
+            [r.left - img.left, r.top - img.top, r.right - img.left, r.bottom - img.top].map(x => x / img.width)); })"""
+    region, *none = browser.eval(drawn)
+    assert np.allclose(region, [(0.5, 0.125, 1, 0.375)], atol=0.02) and none == [[], [], []]
+    browser.press("o")
+    laid = """[...document.querySelectorAll('.card img')].slice(0, 2).map(i => i.getBoundingClientRect()).map(
+        (r, i, [under]) => [r.left - under.left, r.right - under.left].map(x => x / under.width))[1]"""
+    assert np.allclose(browser.eval(laid), [0.5, 1], atol=0.02) and browser.complaints() == []
 
 
 def test_two_images_swap_overlay_and_zoom_alike(browser, tmp_path):

@@ -19,7 +19,7 @@ from copydet.descriptors import Descriptors, write_descriptors
 from copydet.extraction import prepare_extraction
 from copydet.options import parse_args
 from copydet.regions import REGIONS, parse_regions
-from copydet.search import exact_distances, search, search_topk
+from copydet.search import exact_distances, nearest_rows, search, search_topk
 from helpers import data_folder, draw_images, photo
 
 QUERIES, REGIONS_EACH, REFERENCES = 20, 3, 50
@@ -130,6 +130,10 @@ def test_search_is_that_of_brute_force(planted, memory):
         assert np.array_equal(found["query"], np.repeat(range(QUERIES), 4))
         assert np.array_equal(found["reference"].reshape(-1, 4), np.sort(np.argsort(-wanted, 1)[:, :4], 1))
         assert np.allclose(exact_distances(queries.read(), references, found, queries.image_of), -found["score"])
+        nearest = nearest_rows(queries.read(), references, found, queries.image_of)
+        assert np.array_equal(queries.image_of[nearest], found["query"])
+        distances = np.square(queries.read()[nearest] - references.read()[found["reference"]]).sum(1)
+        assert np.allclose(distances, -found["score"], atol=1e-5)
 
 
 def test_every_tool_takes_the_best_region(planted, tmp_path, capsys):
@@ -182,4 +186,5 @@ def test_a_photo_in_another_is_found_by_its_part(tmp_path, weights):
     assert pair["reference_id"].endswith("coffee.png") and pair["verdict"] == "copy"
     outline = np.array(pair["outline"].split(), float).reshape(4, 2)
     assert np.allclose(outline, [(200, 0), (400, 0), (400, 300), (200, 300)], atol=3)
+    assert pair["region"] == "0.5,0,1,1"
     assert find_copies.main([str(archive), *flags]) == 2

@@ -207,10 +207,10 @@ class Extraction:
 
     def __init__(self, weights: tuple[str, str], flags: list[str], folder: Path, regions: str = "whole",
                  calibrates: bool = True) -> None:
-        self.weights, self.flags, self.folder, self.regions = weights, flags, folder, len(parse_regions(regions))
-        self.group = "reference" if self.regions == 1 else "query"
+        self.weights, self.flags, self.folder, self.boxes = weights, flags, folder, parse_regions(regions)
+        self.group = "reference" if len(self.boxes) == 1 else "query"
         self.calibrates = calibrates  # on the images it describes, as train.py does
-        if self.regions > 1:
+        if len(self.boxes) > 1:
             self.flags = [*flags, "--query-regions", regions]
         self.key = self.hash_settings(weights_sha256(weights[1]))
         self.prefix = f".chunk-{self.key}-"  # hidden, lest they are taken for images; no other cache has these

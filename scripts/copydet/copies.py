@@ -23,7 +23,7 @@ from copydet.descriptors import COMPARABLE, BlockRows, Descriptors
 from copydet.images import (FOLDERS, IMAGE_ENDINGS, Odd, beside, find_image, id_of, images_by_id, not_read,
                             read_skipped, write_skipped)
 from copydet.options import LEAST_CALIBRATED
-from copydet.search import search_topk
+from copydet.search import nearest_rows, search_topk
 from copydet.verification import COPY, PER_JOB, Match, Verifier, batches, pair_score
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class ArrayRows(BlockRows):
 class Collection:
     """n images: ids [n] as pairs.csv has them, names [n] as people read them, files [n] or None where there is no image
     to show, what all names of a file have in common [n], or None, rows [n, dim], whether they are blank bool [n],
-    attributes of their descriptor file, [(path, reason)] of skipped images; image_of: the image of each row where they
-    are of regions, several of an image one after another, else None."""
+    attributes of their descriptor file, [(path, reason)] of skipped images; where rows are of regions, several of an
+    image one after another, image_of: the image of each row, and regions [rows, 4], else None."""
     source: str
     ids: list
     names: list
@@ -64,6 +64,7 @@ class Collection:
     attrs: dict
     skipped: Odd = field(default_factory=list)
     image_of: np.ndarray | None = None
+    regions: np.ndarray | None = None
 
     def only(self, kept: list[int]) -> Collection:
         """Those of the images."""
@@ -89,10 +90,12 @@ def read_folder(source: str, cache: Cache, extraction: Extraction, args: argpars
                          f"{Path(args.output) / 'skipped.csv'}")
     names = [shown(os.path.relpath(path, root) if path != root else os.path.basename(path)) for path in paths]
     ids = [shown(os.path.join(source, os.path.relpath(path, root)) if path != root else source) for path in paths]
-    image_of = np.repeat(np.arange(len(paths)), extraction.regions)
+    boxes = np.tile(np.array(extraction.boxes), (len(paths), 1))
+    image_of = np.repeat(np.arange(len(paths)), len(extraction.boxes))
+    several = len(extraction.boxes) > 1
     return Collection(source, ids, names, paths, [stamps[path].inode for path in paths],
                       ArrayRows(rows.reshape(len(image_of), -1), np.array(ids)[image_of]), blank, cache.attrs(root),
-                      skipped, image_of if extraction.regions > 1 else None)
+                      skipped, image_of if several else None, boxes if several else None)
 
 
 def read_file(file: Descriptors, preference: Sequence[str], images: str | None) -> Collection:
@@ -109,7 +112,7 @@ def read_file(file: Descriptors, preference: Sequence[str], images: str | None) 
     blank = [id_of(path) for path, _ in read_skipped(beside(Path(file.path), "blank"))
              if FOLDERS[name] in Path(path).parts]
     return Collection(str(file.path), ids, ids, files, inodes, rows, np.isin(ids, blank), file.attrs,
-                      image_of=rows.image_of)
+                      image_of=rows.image_of, regions=rows.regions)
 
 
 def check_comparable(queries: Collection, archive: Collection) -> None:
@@ -194,6 +197,14 @@ def find_pairs(queries: Collection, archive: Collection, k: int, ngpu: int) -> n
     return found[np.lexsort((found["reference"], found["query"], -found["score"]))]
 
 
+def nearest_regions(queries: Collection, archive: Collection, pairs: np.ndarray) -> np.ndarray | None:
+    """The region of the query that is nearest to the reference, of each of the PAIRS [n, 4]; None where queries are
+    described as a whole."""
+    if queries.image_of is None or queries.regions is None:
+        return None
+    return queries.regions[nearest_rows(queries.rows.read(), archive.rows, pairs, queries.image_of)]
+
+
 def verify_pairs(queries: Collection, archive: Collection, pairs: np.ndarray, folder: Path,
                  workers: int) -> tuple[np.ndarray, list[Match]]:
     """Compare the images of the CANDIDATES best pairs of each query -> PAIRS with their new scores and the numbers of
@@ -240,7 +251,7 @@ def calibrate(archive: Collection, cache: Cache, extraction: Extraction, folder:
         made = [k for k, file in enumerate(files) if file]
         described = extraction.describe([str(files[k]) for k in made], False)[0]
         rows = [(k, row) for k, (row, _) in zip(made, described) if row is not None]
-        queries = of_copies([(str(files[k]), row) for k, row in rows], extraction.regions)
+        queries = of_copies([(str(files[k]), row) for k, row in rows], len(extraction.boxes))
         pairs = find_pairs(queries, archive, CANDIDATES, args.ngpu)
         if not args.no_verify:
             pairs, _ = verify_pairs(queries, archive, pairs, folder, args.workers)

@@ -21,6 +21,7 @@ from copydet.copies import (Collection, calibrate, check_comparable, find_pairs,
 from copydet.decisions import read_decisions
 from copydet.descriptors import Descriptors
 from copydet.images import FOLDERS, IMAGE, what_is
+from copydet.machine import count_cores
 from copydet.options import MOST_PROCESSES
 from copydet.page import pack, write_report
 from copydet.record import record
@@ -217,6 +218,7 @@ class Pair(NamedTuple):
     coverage_query: float | None  # part of the image that both show
     coverage_reference: float | None
     outline: list[float] | None  # corners of the reference in the query, px: x y of top left, then clockwise
+    region: list[float] | None  # of the query, nearest to the reference: left, top, right, bottom; None: the whole
     group: int | None  # within one collection: of images that verified copies link
     same_file: str | None  # the two are names of one file: what kind of link
 
@@ -225,8 +227,8 @@ def read_pairs(file: Path) -> list[Pair]:
     """The rows of a pairs.csv, best first."""
     kinds: dict[str, Callable[[str], Any]] = {
         "score": float, "verdict": str, "precision": float, "inliers": int, "coverage_query": float,
-        "coverage_reference": float, "outline": lambda text: list(map(float, text.split())), "group": int,
-        "same_file": str}
+        "coverage_reference": float, "outline": lambda text: list(map(float, text.split())),
+        "region": lambda text: list(map(float, text.split(","))), "group": int, "same_file": str}
     with open(file, newline="", encoding="utf-8") as lines:
         return [Pair(row["query_id"], row["reference_id"], blank=bool(row["blank"]),
                      **{name: kind(row[name]) if row.get(name) else None for name, kind in kinds.items()})
@@ -260,7 +262,7 @@ def find_copies(queries: str | Path, archive: str | Path | None = None, *, outpu
                  "decisions"):
         if getattr(args, name) is not None:
             setattr(args, name, os.fspath(getattr(args, name)))
-    args.exclude, args.flags, args.workers = list(exclude), list(map(str, flags)), workers or os.cpu_count()
+    args.exclude, args.flags, args.workers = list(exclude), list(map(str, flags)), workers or count_cores()
     args.zip = Path(args.output) if Path(args.output).suffix.lower() == ".zip" else None
     args.output = str(args.zip.with_suffix("")) if args.zip else args.output
     with database(cache or Path(args.output) / "cache", "what was described before is kept"):

@@ -152,10 +152,10 @@ function countAbove() {
   return low;
 }
 
-function addAnswer(card, image, score, match) {  // files of the same bytes are one answer
+function addAnswer(card, image, score, match, region) {  // files of the same bytes are one answer
   const content = data.images[image][CONTENT], known = card.byContent.get(content);
   if (known) return void known.images.push(image);
-  const answer = { images: [image], score, match, verdict: verdictOf(card.image, image) };
+  const answer = { images: [image], score, match, region, verdict: verdictOf(card.image, image) };
   card.byContent.set(content, answer);
   card.answers.push(answer);
 }
@@ -164,9 +164,9 @@ const newCard = (image, twins = []) => ({ image, twins, answers: [], byContent: 
 
 function queryCards(pairs) {
   const found = new Map();
-  for (const [query, reference, score, match] of pairs) {
+  for (const [query, reference, score, match, region] of pairs) {
     if (!found.has(query)) found.set(query, newCard(query));
-    addAnswer(found.get(query), reference, score, match);
+    addAnswer(found.get(query), reference, score, match, region);
   }
   return [...found.values()];
 }
@@ -384,7 +384,9 @@ function showPoints() {
   closer.open ? open(selected) : draw();
 }
 
-function drawing(match, side) {  // what the match says of the query (side 0) or of the reference (1), in thousandths
+// What an answer says of the query (side 0) or of the reference (1), in thousandths: where local features lay each in
+// the other; else the region of the query that is nearest.
+function drawing({ match, region }, side) {
   const svg = shape("svg", { viewBox: "0 0 1000 1000", preserveAspectRatio: "none", "aria-hidden": true });
   if (match?.outlines) {
     const kind = match.verdict === COPY ? "" : "part";
@@ -394,7 +396,7 @@ function drawing(match, side) {  // what the match says of the query (side 0) or
       const [x, y] = points.slice(i, i + 2);
       svg.append(shape("line", { x1: x, y1: y, x2: x, y2: y }));
     }
-  }
+  } else if (region && !side) svg.append(shape("polygon", { points: region.join(" "), class: "region" }));
   return svg;
 }
 
@@ -402,16 +404,16 @@ function drawing(match, side) {  // what the match says of the query (side 0) or
 // nodes to show.
 function pairBoxes(card, answer, pictures, mine) {
   const box = (...content) => element("div", { className: "box" }, element("div", { className: "zoomed" }, ...content));
-  const first = frame(card.image, pictures(card.image), drawing(answer?.match, 0));
+  const first = frame(card.image, pictures(card.image), drawing(answer || {}, 0));
   if (!answer) return [box(first)];
   const image = answer.images[0], second = pictures(image);
   if (!mine || !look.over) {
-    const boxes = [box(first), box(frame(image, second, drawing(answer.match, 1)))];
+    const boxes = [box(first), box(frame(image, second, drawing(answer, 1)))];
     return mine && look.swapped ? boxes.reverse() : boxes;
   }
   second.classList.add("laid");
   if (look.swapped) second.classList.add("full");
-  const corners = answer.match?.outlines?.[0].map(c => c / 1000);
+  const corners = (answer.match?.outlines?.[0] || answer.region)?.map(c => c / 1000);
   if (corners) {  // top left, top right, bottom right, bottom left of the reference in the query, whose sides are 1
     const [x0, y0, x1, y1, , , x3, y3] = corners;
     const ratio = (data.images[card.image][WIDTH] || 1) / (data.images[card.image][HEIGHT] || 1);

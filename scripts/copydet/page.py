@@ -19,11 +19,13 @@ from tqdm import tqdm
 import copydet
 from copydet.calibration import Calibration
 from copydet.common import OutputFolder, manifest_of, replacing, shown
-from copydet.copies import Collection
+from copydet.copies import Collection, nearest_regions
 from copydet.decisions import NOT, Decisions, find_decided, place, summary, verdicts_of
 from copydet.duplicates import (group_numbers, keeping_order, link, look_at, number_contents,
                                 write_duplicates)
 from copydet.images import UnreadableImage, not_read, open_thumbnail, write_skipped
+from copydet.machine import count_cores
+from copydet.regions import WHOLE
 from copydet.verification import ABSTAIN, COPY, Match
 
 THUMBNAIL = 256  # px
@@ -109,15 +111,18 @@ def match_columns(matches: Sequence[Match | None]) -> dict[str, list]:
 
 def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.ndarray, matches: list[Match] | None,
                 same: list[tuple], calibration: Calibration | None, linked: np.ndarray | None,
-                apart: Sequence[tuple[int, int]]) -> None:
+                apart: Sequence[tuple[int, int]], regions: np.ndarray | None) -> None:
     """pairs.csv: the pairs, then those of `same`, which `told` made, with nothing to act on. `linked`: bool [n], pairs
-    that make a group, if there are groups, in which no two images are that are to be kept `apart`."""
+    that make a group, if there are groups, in which no two images are that are to be kept `apart`; `regions` [n, 4]:
+    of the queries."""
     blank = are_blank(queries, archive, pairs)
     columns = {"query_id": [queries.ids[i] for i in pairs["query"]],
                "reference_id": [archive.ids[j] for j in pairs["reference"]],
                "score": map(repr, pairs["score"].tolist()), "blank": np.where(blank, "yes", "").tolist()}
     if matches is not None:
         columns |= match_columns([None if n < 0 else matches[n] for n in pairs["match"].tolist()])
+    if regions is not None:
+        columns["region"] = [region_text(region) for region in regions.tolist()]
     if calibration:
         columns["precision"] = ["" if b else f"{p:.4f}" for b, p in zip(blank, calibration.at(pairs["score"]))]
     if linked is not None:
@@ -129,6 +134,17 @@ def write_pairs(file: Path, queries: Collection, archive: Collection, pairs: np.
     with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         csv.writer(out).writerows([columns, *zip(*columns.values()),
                                    *([query, reference, *nothing, what] for query, reference, what in same)])
+
+
+def region_text(region: Sequence[float]) -> str:
+    """As --query-regions takes it; nothing for the whole query."""
+    return "" if tuple(region) == WHOLE else ",".join(f"{side:.4g}" for side in region)
+
+
+def region_on_page(region: Sequence[float]) -> list[int] | None:
+    """Corners of a region, clockwise from the top left, in thousandths of the query's sides; None: the whole."""
+    left, top, right, bottom = (round(1000 * side) for side in region)
+    return None if tuple(region) == WHOLE else [left, top, right, top, right, bottom, left, bottom]
 
 
 def thumbnail(path: str) -> bytes | None:
@@ -208,7 +224,7 @@ class PageImages:
         self.of_query, self.of_reference = of_query, of_reference
         known = entries + [(archive, i) for i in more if i not in of_reference]
         files = [collection.files[i] for collection, i in known]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(count_cores()) as pool:
             looks = list(pool.map(look_at, files))
         contents = number_contents(files, looks)
         rank = keeping_order([collection.names[i] for collection, i in known], looks)
@@ -226,7 +242,7 @@ def write_thumbnails(files: Sequence[str | None], report: OutputFolder) -> list[
     folder.mkdir(exist_ok=True)
     names = list(map(thumbnail_name, files))
     report.add(*(f"thumbs/{name}" for name in names if name))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         return list(tqdm(pool.map(write_thumbnail, files, [name and folder / name for name in names]),
                          total=len(files), desc="thumbnails", unit="image", disable=None, delay=1))
 
@@ -250,14 +266,16 @@ def pack(report: OutputFolder, file: Path) -> None:
 
 
 def page_data(queries: Collection, archive: Collection, pairs: np.ndarray, found: Sequence[Match | None],
-              images: PageImages, calibration: Calibration | None) -> dict:
-    """What the page shows of PAIRS and their matches, but for what it says of the run."""
+              regions: np.ndarray | None, images: PageImages, calibration: Calibration | None) -> dict:
+    """What the page shows of PAIRS, their matches and the regions of their queries, but for what it says of the run."""
     within = archive is queries
+    drawn = [None] * len(pairs) if regions is None else map(region_on_page, regions.tolist())
     return {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
             "places": [place(queries), place(archive)], "count": [len(queries.ids), len(archive.ids)],
             "images": images.table,
-            "pairs": [[images.of_query[i], images.of_reference[j], score, match and match_on_page(match)]
-                      for (i, j, score, _), match in zip(pairs.tolist(), found)],
+            "pairs": [[images.of_query[i], images.of_reference[j], score, match and match_on_page(match),
+                       *[region] * bool(region)]
+                      for (i, j, score, _), match, region in zip(pairs.tolist(), found, drawn)],
             "others": [] if within else [name for i, name in enumerate(queries.names) if i not in images.of_query],
             "calibration": calibration and {"scores": calibration.scores.tolist(),
                                             "precision": calibration.precision.tolist(),
@@ -277,17 +295,19 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     start, basis = opening(pairs[~blank], within, threshold, calibration)
     likely = pairs[(pairs["score"] >= start) & ~blank & ~rejected]
     asked = np.ones(len(pairs), bool) if threshold is None else pairs["score"] >= threshold
-    kept = pairs[asked & ~rejected & ~(blank & (threshold is not None))]
+    keep = asked & ~rejected & ~(blank & (threshold is not None))
+    kept, regions = pairs[keep], nearest_regions(queries, archive, pairs)
     more = np.unique([likely["query"], likely["reference"]]).tolist() if within else []
     images = PageImages(queries, archive, pairs[:most], more, report)
     found = [None if matches is None or n < 0 else matches[n] for n in pairs["match"][:most].tolist()]
-    data = page_data(queries, archive, pairs[:most], found, images, calibration) | {
+    data = page_data(queries, archive, pairs[:most], found, regions, images, calibration) | {
         "threshold": start, "basis": basis, "left_out": len(pairs) - len(found), "skipped": len(skipped),
         "same_files": len(same), "decisions": [[*pair, verdict] for pair, verdict in decisions.items()]}
     page = fill(data, list(map(points_on_page, found)))
     grouped = within and (threshold is not None or matches is not None)
     write_pairs(folder / "pairs.csv", queries, archive, kept, matches, same, calibration,
-                are_linked(kept, matches, threshold) if grouped else None, apart)
+                are_linked(kept, matches, threshold) if grouped else None, apart,
+                None if regions is None else regions[keep])
     write_skipped(folder / "skipped.csv", skipped)
     duplicates = 0
     if within and any(archive.files):

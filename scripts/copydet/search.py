@@ -220,10 +220,7 @@ def exact_distances(queries: np.ndarray, references: BlockRows, pairs: np.ndarra
     """Squared distances [n] of the PAIRs [n], in float64; references are read once, in blocks. With `image_of`, sorted,
     the pairs are of images, and the distance is that of the nearest region."""
     if image_of is not None and len(pairs):
-        counts = np.bincount(image_of)[pairs["query"]]
-        starts = np.cumsum(counts) - counts
-        rows = np.repeat(pairs, counts)
-        rows["query"] = np.repeat(np.searchsorted(image_of, pairs["query"]) - starts, counts) + np.arange(len(rows))
+        rows, starts = pairs_of_rows(pairs, image_of)
         return np.minimum.reduceat(exact_distances(queries, references, rows), starts)
     result, order = np.empty(len(pairs)), np.argsort(pairs["reference"], kind="stable")
     rows = pairs["reference"][order]
@@ -231,6 +228,24 @@ def exact_distances(queries: np.ndarray, references: BlockRows, pairs: np.ndarra
         part = order[slice(*np.searchsorted(rows, [start, start + len(block)]))]
         result[part] = squared_distances(queries, block, pairs["query"][part], pairs["reference"][part] - start)
     return result
+
+
+def pairs_of_rows(pairs: np.ndarray, image_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs [n] of images -> those of all their regions [m], of a pair one after another, and where each begins [n]."""
+    counts = np.bincount(image_of)[pairs["query"]]
+    starts = np.cumsum(counts) - counts
+    rows = np.repeat(pairs, counts)
+    rows["query"] = np.repeat(np.searchsorted(image_of, pairs["query"]) - starts, counts) + np.arange(len(rows))
+    return rows, starts
+
+
+def nearest_rows(queries: np.ndarray, references: BlockRows, pairs: np.ndarray, image_of: np.ndarray) -> np.ndarray:
+    """Of each of the pairs [n] of images the row of queries, a region, that is nearest to the reference; of equal ones
+    the first. Arguments as in `exact_distances`."""
+    rows, starts = pairs_of_rows(pairs, image_of)
+    of_pair = np.repeat(np.arange(len(pairs)), np.diff(starts, append=len(rows)))
+    order = np.lexsort((exact_distances(queries, references, rows), of_pair))
+    return rows["query"][order[starts]]
 
 
 def rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
