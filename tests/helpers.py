@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import zlib
@@ -43,6 +44,7 @@ def run_here(*command, code=0, cwd=ROOT):
     """The same in this process, for command lines that start no others."""
     command, expected = list(map(str, command)), code
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, os.getcwd())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # training sets its own
     sys.argv = command
     os.chdir(cwd)
     try:
@@ -54,6 +56,8 @@ def run_here(*command, code=0, cwd=ROOT):
     finally:
         sys.argv = before[0]
         os.chdir(before[1])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert code == expected, f"exit {code}, expected {expected}\n{out.getvalue()}\n{err.getvalue()}"
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 

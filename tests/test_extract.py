@@ -29,7 +29,7 @@ from copydet.distributed import launch
 from copydet.extraction import Blocks, prepare_extraction, settings_of
 from copydet.network import build_net
 from copydet.options import parse_args
-from helpers import ROOT, WITH_PACKAGE, data_folder, odd_images, run
+from helpers import ROOT, WITH_PACKAGE, data_folder, odd_images, run, run_here
 
 RAW = ["--mode", "extract", "-a", "test_efficientnet", "--no-pretrained", "--seed", 1, "--input-size", 32, "-j", 1,
        "--batch-size", 16]
@@ -120,7 +120,7 @@ def test_odd_photos_give_finite_descriptors(tmp_path, extract):
 def test_three_processes_write_the_same_file(tmp_path, extract):
     data = data_folder(tmp_path, queries=1003, references=7, training=2)
     (data / "query_images" / "broken.jpg").write_bytes(b"")
-    extract(data, "--target-set", "qrt", "--device", "cpu", apart=True)
+    extract(data, "--target-set", "qrt", "--device", "cpu")
     extract(data, "--target-set", "qrt", "--device", "cpu", "--multiprocessing-distributed", "--nproc", 3, "--dist-url",
             f"tcp://localhost:{20001 + os.getpid() % 20000}", suffix="-3")
     (one, _), (three, _) = (read(extract.out(suffix) / "fb-isc-submission.h5") for suffix in ("", "-3"))
@@ -170,15 +170,15 @@ def test_a_recipe_extracts_with_what_it_trained_not_with_what_it_started_from(tm
     data, recipe = data_folder(tmp_path), tmp_path / "next.args"
     recipe.write_text(f"--exp {exp}\n-a test_efficientnet\n--weight {weights}\n--input-size 32\n--gem-eval-p 5\n")
     flags = [f"@{recipe}", "-j", 1, "--device", "cpu"]
-    done = run("train.py", *flags, "--mode", "extract", data, code=2)
+    done = run_here("train.py", *flags, "--mode", "extract", data, code=2)
     assert "no checkpoint in" in done.stderr
-    run("train.py", *flags, "-b", 4, "--memory-size", 16, "--epochs", 1, "--lr", 0.1, data / "training_images")
+    run_here("train.py", *flags, "-b", 4, "--memory-size", 16, "--epochs", 1, "--lr", 0.1, data / "training_images")
     own = Path(exp) / "train" / "checkpoint_0000.pth.tar"
-    done = run("train.py", *flags, "--mode", "extract", data)
+    done = run_here("train.py", *flags, "--mode", "extract", data)
     assert f"from {own}" in done.stdout
-    done = run("train.py", *flags, "--mode", "extract", "--weight", weights, data)  # typed by hand
+    done = run_here("train.py", *flags, "--mode", "extract", "--weight", weights, data)  # typed by hand
     assert f"from {weights}" in done.stdout
-    run("train.py", *flags, "--mode", "export", "--format", "safetensors", "-o", tmp_path / "net.safetensors")
+    run_here("train.py", *flags, "--mode", "export", "--format", "safetensors", "-o", tmp_path / "net.safetensors")
     with safe_open(tmp_path / "net.safetensors", "pt") as tensors:
         config = json.loads(tensors.metadata()["config"])
     assert config["checkpoint_sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()

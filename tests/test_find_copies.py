@@ -22,7 +22,7 @@ from copydet.common import InputError, shown
 from copydet.descriptors import Descriptors, write_descriptors
 from copydet.edits import Source
 from copydet.images import list_images
-from helpers import ROOT, WITH_PACKAGE, draw_images, fake_describe, run
+from helpers import ROOT, WITH_PACKAGE, draw_images, fake_describe, run, run_here
 
 SCRIPT = "scripts/find_copies.py"
 HOSTILE = ["<img src=x onerror=\"document.title='owned'\">.jpg", "</script><script>document.title='owned'</script>.jpg",
@@ -73,7 +73,7 @@ def test_hostile_folders_become_a_report_and_the_second_run_describes_nothing(tm
         (archive / name).symlink_to(target)
     report = archive / "report"  # inside: its thumbnails are no images of the archive
     command = [SCRIPT, archive, "-o", report, "--backbone-weights", weights, *FLAGS]
-    run(*command, 1, "-b", 8)
+    run_here(*command, 1, "-b", 8)
     pairs = table(report / "pairs.csv")
     copies = [(row["query_id"], row["reference_id"]) for row in pairs if float(row["score"]) > -1e-6]
     assert sorted(copies) == [(f"{archive}/0000.jpg", f"{archive}/same/0000.jpg"),
@@ -84,7 +84,7 @@ def test_hostile_folders_become_a_report_and_the_second_run_describes_nothing(tm
     skipped = {Path(row["path"]).name: row["reason"] for row in table(report / "skipped.csv")}
     assert set(skipped) == {*BAD, "folder.jpg", "loop"}
     before = (report / "index.html").read_bytes()
-    again = run(*command, 0)  # flags that only say how fast to compute describe nothing anew
+    again = run_here(*command, 0)  # flags that only say how fast to compute describe nothing anew
     assert "describing" not in again.stderr
     assert (report / "index.html").read_bytes() == before and not list((report / "cache").glob(".chunk-*"))
 
@@ -178,7 +178,7 @@ def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, w
     found = []
     for more in (0, 1, 30):
         draw_images(archive / f"new {more}", more, seed=more)
-        run(*command)
+        run_here(*command)
         file, = (tmp_path / "report" / "cache").glob("*.sqlite")
         cache = cached.Cache(file)
         assert "calibration" not in cache.attrs(str(queries))
@@ -251,7 +251,7 @@ def planted(folder, ids=None, copies=30, others=70, name="all.h5", **attrs):
 
 def test_pairs_are_those_of_brute_force_best_first(tmp_path):
     file = planted(tmp_path)
-    run(SCRIPT, file, "-o", tmp_path / "r", "--topk", 3)
+    run_here(SCRIPT, file, "-o", tmp_path / "r", "--topk", 3)
     pairs = table(tmp_path / "r" / "pairs.csv")
     with Descriptors(file) as f:
         q, r = f["query"].read().astype(float), f["reference"].read().astype(float)
@@ -265,7 +265,7 @@ def test_within_one_collection_each_pair_once_in_groups(tmp_path):
     rows = unit_rows(40)
     rows[[10, 20]], rows[31] = rows[0], rows[30]
     write_descriptors(tmp_path / "r.h5", {"reference": (rows, [f"R{i:02d}" for i in range(40)])}, {})
-    run(SCRIPT, tmp_path / "r.h5", "-o", tmp_path / "r", "--threshold", "-0.001")
+    run_here(SCRIPT, tmp_path / "r.h5", "-o", tmp_path / "r", "--threshold", "-0.001")
     pairs = table(tmp_path / "r" / "pairs.csv")
     assert [(p["query_id"], p["reference_id"], p["group"]) for p in pairs] == [
         ("R00", "R10", "1"), ("R00", "R20", "1"), ("R10", "R20", "1"), ("R30", "R31", "2")]
@@ -274,7 +274,7 @@ def test_within_one_collection_each_pair_once_in_groups(tmp_path):
 def test_precision_sets_the_threshold_by_the_calibration(tmp_path):
     file = planted(tmp_path, calibration=CALIBRATION)
     calibration = Calibration(json.dumps(CALIBRATION), "x", 100)
-    run(SCRIPT, file, "-o", tmp_path / "r", "--precision", 0.9)
+    run_here(SCRIPT, file, "-o", tmp_path / "r", "--precision", 0.9)
     pairs = table(tmp_path / "r" / "pairs.csv")
     assert len(pairs) >= 30 and all(float(p["score"]) >= -0.3 for p in pairs)
     assert all(float(p["precision"]) == pytest.approx(calibration.at(float(p["score"])), abs=1e-4) for p in pairs)
@@ -308,7 +308,7 @@ def test_what_is_wrong_is_said_before_any_work(tmp_path, capsys, flags, message)
 
 def test_a_full_disk_is_said_and_leaves_no_half_page(tmp_path):
     file = planted(tmp_path)
-    run(SCRIPT, file, "-o", tmp_path / "r", "--pairs", 10, "--topk", 1)
+    run_here(SCRIPT, file, "-o", tmp_path / "r", "--pairs", 10, "--topk", 1)
     before = (tmp_path / "r" / "index.html").read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))  # the error differs in its words only
     done = subprocess.run([sys.executable, SCRIPT, file, "-o", tmp_path / "r", "--threshold", "0"], cwd=ROOT,

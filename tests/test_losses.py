@@ -254,13 +254,13 @@ def shuffled_gradient(rank, order):
     return loss.item(), net[0].weight.grad
 
 
+def shuffled_gradients(rank, orders):
+    return [shuffled_gradient(rank, order) for order in orders]
+
+
 def test_shuffled_batch_norm_trains_as_batches_permuted_by_hand(tmp_path):
     order = torch.randperm(8, generator=torch.Generator().manual_seed(4))
-    folders = [tmp_path / name for name in ("shuffled", "by-hand", "plain")]
-    for folder in folders:
-        folder.mkdir()
-    shuffled, by_hand, plain = (spawn(shuffled_gradient, folder, order) for folder, order in
-                                zip(folders, (None, order, torch.arange(8))))
+    shuffled, by_hand, plain = zip(*spawn(shuffled_gradients, tmp_path, [None, order, torch.arange(8)]))
     for rank in range(2):
         assert abs(shuffled[rank][0] - by_hand[0][0]) < 1e-6
         assert torch.allclose(shuffled[rank][1], by_hand[rank][1], atol=1e-6)

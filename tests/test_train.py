@@ -26,11 +26,11 @@ from copydet.augmentations import OPS
 from copydet.checkpoints import newest_checkpoint
 from copydet.distributed import launch
 from copydet.images import list_images, open_image
-from copydet.network import build_net, gem, read_backbone_weights
+from copydet.network import build_net, check_arch, gem, read_backbone_weights
 from copydet.common import InputError, read_text
 from copydet.options import build_parser, parse_args
 from copydet.views import Preprocessing, Views, parse_ops
-from helpers import ROOT, draw_images, odd_images, run
+from helpers import ROOT, draw_images, odd_images, run, run_here
 
 TINY = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "--memory-size", 24,
         "--epochs", 2, "--neg-margin", 1.0, "--seed", 5, "-j", 1]
@@ -134,10 +134,11 @@ def test_missing_or_empty_folder(tmp_path, exp):
 
 
 def test_old_timm_names_resolve_and_are_stored(images, exp):
-    done = run("train.py", *TINY, "--exp", exp, "-a", "swin_base_patch4_window7_224_in22k", "--pool", "backbone",
-               "--input-size", 224, "--epochs", 1, "--sample-size", 4, "--batch-size", 4, images)
-    assert "swin_base_patch4_window7_224.ms_in22k (asked for: swin_base_patch4_window7_224_in22k)" in done.stdout
-    assert checkpoint(exp, "checkpoint_0000")["arch"] == "swin_base_patch4_window7_224.ms_in22k"
+    assert check_arch("swin_base_patch4_window7_224_in22k") == "swin_base_patch4_window7_224.ms_in22k"
+    done = run_here("train.py", *TINY, "--exp", exp, "-a", "mobilenetv3_large_100_miil_in21k", "--pool", "backbone",
+                    "--epochs", 1, "--epoch-steps", 1, images)
+    assert "mobilenetv3_large_100.miil_in21k (asked for: mobilenetv3_large_100_miil_in21k)" in done.stdout
+    assert checkpoint(exp, "checkpoint_0000")["arch"] == "mobilenetv3_large_100.miil_in21k"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_bracketed_operations_run_in_another_order_for_each_photo(images, monkey
 
 def test_odd_photos_survive_training(tmp_path, exp):
     odd_images(tmp_path)
-    done = run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--op-prob", 0.8, tmp_path)
+    done = run_here("train.py", *TINY, "--exp", exp, "--epochs", 1, "--op-prob", 0.8, tmp_path)
     assert "14 found" in done.stdout and "1 unreadable images" in done.stdout
     rows = list(csv.reader(open(Path(exp) / "train" / "skipped.csv")))
     assert rows[1][0] == str(tmp_path / "bomb.png") and "more than 178,956,970 pixels" in rows[1][1]
@@ -225,7 +226,7 @@ def test_opened_photos_are_rgb_and_keep_their_values(tmp_path):
 
 
 def test_views_png_and_args_json_show_the_run(images, exp):
-    run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--ncrops", 3, images)
+    run_here("train.py", *TINY, "--exp", exp, "--epochs", 1, "--ncrops", 3, images)
     out = Path(exp) / "train"
     assert Image.open(out / "views.png").size == (4 * 34 + 2, 8 * 34 + 2)  # 8 images in rows: itself and 3 views
     assert json.loads((out / "args.json").read_text())["ncrops"] == 3
@@ -302,7 +303,8 @@ def test_local_backbone_weights(tmp_path, images, exp):
     flags = [flag for flag in TINY if flag != "--no-pretrained"]
     done = run("train.py", *flags, "--exp", exp, "--backbone-weights", tmp_path / "short.pth", images, code=2)
     assert "3 tensors missing" in done.stderr and "conv_stem.weight" in done.stderr
-    run("train.py", *flags, "--exp", exp, "--epochs", 1, "--backbone-weights", tmp_path / "own.safetensors", images)
+    run_here("train.py", *flags, "--exp", exp, "--epochs", 1, "--backbone-weights", tmp_path / "own.safetensors",
+             images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,7 +313,7 @@ def test_local_backbone_weights(tmp_path, images, exp):
 
 def test_same_weights_with_any_number_of_workers(images, exp):
     for workers in (0, 1, 3):
-        run("train.py", *TINY, "-j", workers, "--exp", f"{exp}{workers}", images)
+        run_here("train.py", *TINY, "-j", workers, "--exp", f"{exp}{workers}", images)
     for workers in (1, 3):
         assert_same_state(checkpoint(f"{exp}0"), checkpoint(f"{exp}{workers}"))
 
@@ -348,7 +350,7 @@ def test_spawned_processes_and_torchrun_train_alike(images, exp):
     a, b = checkpoint(f"{exp}a"), checkpoint(f"{exp}b")
     assert_same_state(a, b)
     assert a["criterion"]["memories.0._extra_state"]["filled"] and a["processes"] == 2
-    done = run("train.py", *flags, "--exp", f"{exp}a", "--epochs", 3, "--resume", "auto", images)
+    done = run_here("train.py", *flags, "--exp", f"{exp}a", "--epochs", 3, "--resume", "auto", images)
     assert "processes 2 -> 1" in done.stdout and "at epoch 2, step 12" in done.stdout
     assert checkpoint(f"{exp}a", "checkpoint_0002")["step"] == 18
 
@@ -386,10 +388,10 @@ def test_where_a_rank_is_killed_the_others_end_in_words_and_the_run_goes_on(imag
 
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(images, exp):
     flags = [*TINY, "--epochs", 10, "--save-steps", 1, "-j", 2]
-    run("train.py", *flags, "--exp", f"{exp}whole", images)
+    run_here("train.py", *flags, "--exp", f"{exp}whole", images)
     out, moments = Path(f"{exp}broken") / "train", np.random.default_rng(3)
     env, kills = {**os.environ, "OMP_NUM_THREADS": "1"}, 0
-    while kills < 6:
+    while kills < 4:
         process = subprocess.Popen(list(map(str, [sys.executable, "train.py", *flags, "--exp", f"{exp}broken",
                                                   "--resume", "auto", images])), cwd=ROOT, env=env,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -428,7 +430,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues(images, exp):
     assert "continue with --resume auto" in process.communicate(timeout=60)[0] and process.returncode == 130
     step = checkpoint(exp, "latest")["step"]
     assert record_of(exp)["outcome"] == "stopped" and record_of(exp)["counts"]["steps"] == step
-    done = run("train.py", *TINY, "--exp", exp, "--epochs", step // 6 + 1, "--resume", "auto", images)
+    done = run_here("train.py", *TINY, "--exp", exp, "--epochs", step // 6 + 1, "--resume", "auto", images)
     assert f"step {step}" in done.stdout
 
 
@@ -444,13 +446,13 @@ def test_nan_loss_stops_with_step_and_checkpoint(images, exp):
 
 
 def test_resume_with_another_network_lists_keys(images, exp):
-    run("train.py", *TINY, "--exp", exp, "--epochs", 1, images)
+    run_here("train.py", *TINY, "--exp", exp, "--epochs", 1, images)
     file = Path(exp) / "train" / "checkpoint_0000.pth.tar"
     done = run("train.py", *TINY, "--exp", exp, "-a", "test_resnet", "--resume", file, images, code=2)
     assert "does not fit this network" in done.stderr and "backbone." in done.stderr
     done = run("train.py", *TINY, "--exp", f"{exp}2", "--dim", 64, "--weight", file, images, code=2)
     assert "--dim differs?" in done.stderr and "[256" in done.stderr and "[64" in done.stderr
-    done = run("train.py", *TINY, "--exp", exp, "--epochs", 2, "--memory-size", 40, "--resume", file, images)
+    done = run_here("train.py", *TINY, "--exp", exp, "--epochs", 2, "--memory-size", 40, "--resume", file, images)
     assert "memory starts empty" in done.stdout
     assert checkpoint(exp)["step"] == 12
 
@@ -466,7 +468,7 @@ def test_published_form_loads_and_code_is_refused(images, exp, tmp_path):
     legacy = {"epoch": 10, "arch": "test_efficientnet", "state_dict": state, "optimizer": {},
               "args": Namespace(arch="test_efficientnet", input_size=64, gem_p=1.0, gem_eval_p=1.0)}
     torch.save(legacy, tmp_path / "legacy.pth.tar")
-    run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--lr", 0, "--weight", tmp_path / "legacy.pth.tar", images)
+    run_here("train.py", *TINY, "--exp", exp, "--epochs", 1, "--lr", 0, "--weight", tmp_path / "legacy.pth.tar", images)
     assert torch.equal(checkpoint(exp, "checkpoint_0000")["state_dict"]["fc.weight"], net.fc.weight)
     for name, content in (("evil.pth", {**legacy, "args": Evil()}), ("odd.pth", {**legacy, "x": Path("a")})):
         torch.save(content, tmp_path / name)
@@ -508,11 +510,11 @@ def test_too_little_shared_memory_is_told_before_the_first_step(images, tmp_path
 
 
 def test_a_second_run_does_not_mix_with_the_first(images, exp):
-    run("train.py", *TINY, "--exp", exp, images)
+    run_here("train.py", *TINY, "--exp", exp, images)
     done = run("train.py", *TINY, "--exp", exp, "--epochs", 1, images, code=2)
     assert "holds checkpoints of another run" in done.stderr and "--overwrite" in done.stderr
     assert checkpoint(exp)["epoch"] == 2
-    run("train.py", *TINY, "--exp", exp, "--epochs", 1, "--seed", 6, "--overwrite", images)
+    run_here("train.py", *TINY, "--exp", exp, "--epochs", 1, "--seed", 6, "--overwrite", images)
     files = sorted(path.name for path in (Path(exp) / "train").glob("*.pth.tar"))
     assert files == ["checkpoint_0000.pth.tar"] and checkpoint(exp, "checkpoint_0000")["args"]["seed"] == 6
     assert newest_checkpoint(Path(exp) / "train").name == "checkpoint_0000.pth.tar"
@@ -530,17 +532,17 @@ def test_newest_is_the_checkpoint_written_last(tmp_path):
 
 def test_the_first_line_says_whose_views_and_schedule_a_run_has(images, exp, tmp_path):
     flags = [*TINY, "--epochs", 1, images]
-    done = run("train.py", *flags, "--exp", exp)
+    done = run_here("train.py", *flags, "--exp", exp)
     assert re.match(r"=> recipe    none: .*v19.*@exp/v31.args", done.stdout)
     recipe = tmp_path / "mine.args"
     recipe.write_text("\ufeff--view1 hflip=0.5  # a byte order mark and a comment\n", encoding="utf-8")
-    done = run("train.py", f"@{recipe}", *flags, "--exp", f"{exp}2")
+    done = run_here("train.py", f"@{recipe}", *flags, "--exp", f"{exp}2")
     assert done.stdout.startswith(f"=> recipe    {recipe}\n") and checkpoint(f"{exp}2", "checkpoint_0000")[
         "args"]["view1"] == "hflip=0.5"
 
 
 def test_the_log_holds_the_rate_of_its_steps(images, exp):
-    run("train.py", *TINY, "--exp", exp, "--lr-schedule", "cosine-iter", "--lr", 0.1, "-p", 1, images)
+    run_here("train.py", *TINY, "--exp", exp, "--lr-schedule", "cosine-iter", "--lr", 0.1, "-p", 1, images)
     logged = [float(row["lr"]) for row in csv.DictReader(open(Path(exp) / "train" / "log.csv"))]
     expected = [0.1 * 0.5 * (1 + np.cos(np.pi * step / 12)) for step in range(12)]
     assert np.allclose(logged, expected, rtol=1e-4)

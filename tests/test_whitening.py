@@ -162,12 +162,13 @@ def test_train_whitened_and_calibrated_then_extract(tmp_path):
     weights, last = {}, Path("train", "checkpoint_0000.pth.tar")
     for name, more in (("one", []), ("two", ["--multiprocessing-distributed", "--nproc", 2, "--dist-url",
                                              "tcp://localhost:10077"])):
-        run(*words, *more, "--exp", tmp_path / name)
+        launch = run if more else run_here
+        launch(*words, *more, "--exp", tmp_path / name)
         state = torch.load(tmp_path / name / last, weights_only=True)
         weights[name] = state["state_dict"]
         assert state["whitened"] and sorted(state["calibration"]) == [
             "copies_ratio", "false_rate", "photos", "recall", "scores"]
-        out = run(*words, *more, "--exp", tmp_path / name, "--epochs", 2, "--resume", tmp_path / name / last).stdout
+        out = launch(*words, *more, "--exp", tmp_path / name, "--epochs", 2, "--resume", tmp_path / name / last).stdout
         assert "40 used" in out and "had ended with --whiten" in out
     assert weights["one"].keys() == weights["two"].keys()
     extracted = {}
