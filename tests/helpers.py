@@ -109,11 +109,13 @@ def odd_images(folder):
     return folder
 
 
-def fake_describe(self, files, calibrate):
-    """Stands for find_copies.Extraction.describe, and so for train.py: the descriptor is the image, made small."""
+def fake_describe(self, files):
+    """Stands for find_copies.Extraction.describe, and so for train.py: the descriptor of every region is the whole
+    image, made small."""
     def describe(file):
         try:
-            return np.asarray(open_image(file).resize((4, 4)), np.float32).ravel() / 1000, None
+            row = np.asarray(open_image(file).resize((4, 4)), np.float32).ravel() / 1000
+            return np.tile(row, len(self.boxes)), None
         except UnreadableImage as error:
             return None, error.reason
 

@@ -99,12 +99,11 @@ def test_a_folder_without_a_readable_photo_is_an_error(tmp_path, weights):
 
 class FakeExtraction:
     """Stands for train.py: the descriptor is made of the file's bytes; remembers what it was asked for."""
-    calibrates = True
 
     def __init__(self):
         self.asked = []
 
-    def describe(self, files, calibrate):
+    def describe(self, files):
         self.asked.append([Path(file).name for file in files])
         return [(np.array([len(Path(file).read_bytes()), 1], np.float32), None) for file in files], {}
 
@@ -128,6 +127,9 @@ def test_cache_describes_what_is_new_or_changed_and_forgets_what_is_gone(tmp_pat
     (folder / "new.jpg").write_bytes(b"new")
     assert bring_up(cache, folder) == ([names[0], names[1], "new.jpg"], [names[0], names[1], names[3], "new.jpg"])
     assert cache.count() == 4
+    stamps, odd = cached.stamp_files(str(folder), False, ["new.jpg"])
+    cached.update(cache, str(folder), stamps, odd, FakeExtraction())
+    assert len(stamps) == 3 and cache.count() == 4  # --exclude forgets nothing
     assert bring_up(cache, folder, with_hash=True)[0] == []  # size and time vouch for what has no hash yet
     os.utime(folder / names[1])
     assert bring_up(cache, folder, with_hash=True)[0] == []
@@ -154,9 +156,9 @@ import test_find_copies as t
 from copydet import cache as cached
 cached.CHUNKS = 3, 100
 class Dies(t.FakeExtraction):
-    def describe(self, files, calibrate):
+    def describe(self, files):
         if len(self.asked) == 2: os.kill(os.getpid(), signal.SIGKILL)
-        return super().describe(files, calibrate)
+        return super().describe(files)
 t.bring_up(cached.Cache(sys.argv[1]), sys.argv[2], extraction=Dies())
 """
 
@@ -171,42 +173,50 @@ def test_a_killed_run_loses_one_chunk(tmp_path):
     assert bring_up(cache, folder) == ([f"{i:04d}.jpg" for i in range(6, 20)], [f"{i:04d}.jpg" for i in range(20)])
 
 
-def test_an_archive_is_calibrated_on_its_own_photos_at_each_doubling(tmp_path, weights):
-    archive, queries = draw_images(tmp_path / "archive", 24), draw_images(tmp_path / "queries", 5, seed=5)
-    command = [SCRIPT, queries, archive, "-o", tmp_path / "report", "--no-verify", "--backbone-weights", weights,
-               *FLAGS, 1, "--calibrate", 20]
-    found = []
-    for more in (0, 1, 30):
-        draw_images(archive / f"new {more}", more, seed=more)
-        run_here(*command)
-        file, = (tmp_path / "report" / "cache").glob("*.sqlite")
-        cache = cached.Cache(file)
-        assert "calibration" not in cache.attrs(str(queries))
-        found.append(json.loads(cache.attrs(str(archive))["calibration"]))
-        cache.db.close()
-        assert (found[0] == found[-1]) == (more < 30) and found[-1]["photos"] == "references"
-        pairs = table(tmp_path / "report" / "pairs.csv")
-        assert len(pairs) >= 5 and all(0 <= float(pair["precision"]) <= 1 for pair in pairs)
-
-
-def test_precision_is_measured_on_the_way_that_all_queries_go(tmp_path, weights, monkeypatch):
+@pytest.mark.parametrize("flags, settings", [([], "whole, local features"), (["--no-verify"], "whole"),
+                                             (["--no-verify", "--query-regions", "7"], "7")])
+def test_precision_is_measured_on_the_way_that_all_queries_go(tmp_path, weights, monkeypatch, flags, settings):
     """Edited copies are described, searched and verified; again when the archive has doubled."""
     archive, queries = draw_images(tmp_path / "archive", 24, 128), draw_images(tmp_path / "queries", 3, 128, seed=5)
     monkeypatch.setattr(cached.Extraction, "describe", fake_describe)
     found, report = [], tmp_path / "report"
+    command = [str(queries), str(archive), "-o", str(report), "--weight", str(weights), "-j", "1"]
     for more in (0, 1, 30):
         draw_images(archive / f"new {more}", more, 128, seed=more)
-        assert fc.main([str(queries), str(archive), "-o", str(report), "--weight", str(weights), "-j", "1"]) == 0
-        file, = (file for file in (report / "cache").glob("*.sqlite") if not file.name.startswith("features"))
-        cache = cached.Cache(file)
-        found.append(cache.measured(str(archive), "whole, local features"))
-        cache.db.close()
+        assert fc.main(command + flags) == 0
+        found += measured_in(report, archive, settings)
         pairs = table(report / "pairs.csv")
         assert len(pairs) == 30 and all(0 <= float(pair["precision"]) <= 1 for pair in pairs)
     assert [one["references"] for one in found] == [24, 24, 55] and found[0] == found[1]
     for one in found:
         assert np.all(np.diff(one["scores"]) > 0) and np.all(np.diff(one["recall"]) <= 0) and one["recall"][0] <= 1
     assert not list((report / "cache").glob(".chunk-*"))
+
+
+def measured_in(report, archive, settings):
+    files = [file for file in (report / "cache").glob("*.sqlite") if not file.name.startswith("features")]
+    found = []
+    for file in files:
+        cache = cached.Cache(file)
+        found += filter(None, [cache.measured(str(archive), settings)])
+        cache.db.close()
+    return found
+
+
+def test_each_way_of_search_has_a_precision_of_its_own(tmp_path, weights, monkeypatch, capsys):
+    """Not one that another run left in the cache; nor, for an archive of few images, the checkpoint's."""
+    monkeypatch.setattr(cached.Extraction, "describe", fake_describe)
+    images, report = draw_images(tmp_path / "images", 24, 128), tmp_path / "report"
+    command = [str(images), "-o", str(report), "--weight", str(weights), "-j", "1"]
+    for flags, settings in (([], "whole, local features"), (["--no-verify"], "whole")):
+        assert fc.main(command + flags) == 0
+        assert len(measured_in(report, images, settings)) == 1
+    few = draw_images(tmp_path / "few", 19, 128)
+    assert fc.main([str(few), "-o", str(tmp_path / "r"), "--weight", str(weights), "-j", "1"]) == 0
+    assert "20 usable images are the least on which precision is measured: scores only" in capsys.readouterr().err
+    assert "precision" not in table(tmp_path / "r" / "pairs.csv")[0]
+    assert fc.main([str(few), "-o", str(tmp_path / "r"), "--weight", str(weights), "--precision", "0.9"]) == 2
+    assert "--precision: 20 usable images are the least" in capsys.readouterr().err
 
 
 def test_duplicates_and_pasted_images_are_no_false_answers():

@@ -165,7 +165,7 @@ def test_find_copies_with_a_network_of_another_program(tmp_path):
     for i in range(2):
         Image.open(folder / f"000{i}.jpg").save(folder / f"copy{i}.jpg", quality=90)
     assert find_copies.main([str(folder), "-o", str(tmp_path / "report"), "--weight", str(file), "--", "--mean", "0.5",
-                             "--std", "0.25", "-j", "1", *SIZE, "--calibrate", "10"]) == 0
+                             "--std", "0.25", "-j", "1", *SIZE]) == 0
     with open(tmp_path / "report" / "pairs.csv", newline="") as lines:
         best = list(csv.DictReader(lines))[:2]
     assert {Path(row[name]).name for row in best for name in ("query_id", "reference_id")} == {

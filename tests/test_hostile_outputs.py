@@ -404,7 +404,7 @@ def test_a_file_of_another_time_is_an_image_like_others(tmp_path, find, seconds)
     os.utime(photos / "0001.jpg", ns=(0, seconds * 10**9 + 1))
     asked = []
     describe = cached.Extraction.describe
-    cached.Extraction.describe = lambda self, files, more: asked.append(len(files)) or describe(self, files, more)
+    cached.Extraction.describe = lambda self, files: asked.append(len(files)) or describe(self, files)
     try:
         for _ in range(2):
             find(photos, "-o", tmp_path / "r")

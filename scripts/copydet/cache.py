@@ -82,12 +82,9 @@ class Cache:
         """Number of images."""
         return self.db.execute("SELECT count(*) FROM photos").fetchone()[0]
 
-    def attrs(self, root: str) -> dict:
-        """Attributes of train.py's descriptor files, the calibration measured on this root's images if there is one;
-        empty before the first."""
-        rows = self.db.execute("SELECT name, value FROM attrs UNION ALL SELECT 'calibration', value FROM calibrations "
-                               "WHERE root = ?", (os.fsencode(root),))
-        return {name: json.loads(value) for name, value in rows}
+    def attrs(self) -> dict:
+        """Attributes of train.py's descriptor files, with the network's own calibration; empty before the first."""
+        return {name: json.loads(value) for name, value in self.db.execute("SELECT name, value FROM attrs")}
 
     def store(self, root: str, images: list[tuple[str, Stamp, np.ndarray | None, str | None]], attrs: dict) -> None:
         """Write [(path, Stamp, row or None, reason or None)] in one transaction."""
@@ -95,12 +92,8 @@ class Cache:
             self.db.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?, ?, ?)", [
                 (os.fsencode(root), os.fsencode(path), stamp.size, stamp.mtime, stamp.sha256,
                  None if row is None else row.tobytes(), reason) for path, stamp, row, reason in images])
-            for name, value in attrs.items():
-                if name == "calibration" and json.loads(value).get("photos") == "references":
-                    self.db.execute("INSERT OR REPLACE INTO calibrations VALUES (?, ?)",
-                                    (os.fsencode(root), json.dumps(value)))
-                else:
-                    self.db.execute("INSERT OR REPLACE INTO attrs VALUES (?, ?)", (name, json.dumps(value)))
+            self.db.executemany("INSERT OR REPLACE INTO attrs VALUES (?, ?)", [
+                (name, json.dumps(value)) for name, value in attrs.items()])
 
     def measured(self, root: str, settings: str) -> dict | None:
         """The calibration of the answers found with these settings in this root, if there is one."""
@@ -171,24 +164,23 @@ def update(cache: Cache, root: str, stamps: dict[str, Stamp], odd: list[tuple[st
     """Describe what is new or changed below `root`, chunk by chunk, and forget what is gone. Returns [(path, reason)]
     of what failed for a reason that may pass: it is not remembered.
 
-    What cannot be looked at at the moment, and what lies in a folder of that kind, is not forgotten.
+    What cannot be looked at at the moment, what lies in a folder of that kind, and what is left out is not forgotten.
     """
     known = cache.stamps(root)
     same = {path for path, stamp in stamps.items() if path in known and stamp.same(known[path])}
     cache.touch(root, {path: stamps[path] for path in same if stamps[path] != known[path] and stamps[path].sha256})
     unseen = {path for path, _ in odd}
     below = tuple(os.path.join(path, "") for path in unseen)
-    cache.forget(root, [path for path in known if path not in stamps.keys() | unseen and not path.startswith(below)])
+    cache.forget(root, [path for path in known if path not in stamps.keys() | unseen and not path.startswith(below)
+                        and not os.path.lexists(path)])
     new = [path for path in stamps if path not in same]
     least, most = CHUNKS
-    done = len(same)
     passing: list[tuple[str, str]] = []
     while new:
         size = min(most, max(least, cache.count()))
         chunk, new = new[:size], new[size:]
         print(f"describing {len(chunk):,} of {len(chunk) + len(new):,} new images in {shown(root)}", file=sys.stderr)
-        described, attrs = extraction.describe(chunk, extraction.calibrates and len(chunk) > done)  # at each doubling
-        done += len(chunk)
+        described, attrs = extraction.describe(chunk)
         failed = {path: reason for path, (row, reason) in zip(chunk, described)
                   if row is None and reason and reason.startswith(NOT_NOW)}
         cache.forget(root, list(failed))
@@ -205,11 +197,9 @@ class Extraction:
     With several `regions`, as --query-regions has them, an image's row is the rows of its regions one after another.
     """
 
-    def __init__(self, weights: tuple[str, str], flags: list[str], folder: Path, regions: str = "whole",
-                 calibrates: bool = True) -> None:
+    def __init__(self, weights: tuple[str, str], flags: list[str], folder: Path, regions: str = "whole") -> None:
         self.weights, self.flags, self.folder, self.boxes = weights, flags, folder, parse_regions(regions)
         self.group = "reference" if len(self.boxes) == 1 else "query"
-        self.calibrates = calibrates  # on the images it describes, as train.py does
         if len(self.boxes) > 1:
             self.flags = [*flags, "--query-regions", regions]
         self.key = self.hash_settings(weights_sha256(weights[1]))
@@ -224,9 +214,9 @@ class Extraction:
         flags = neutral.parse_known_args(self.flags)[1]
         return hashlib.sha256(json.dumps([self.weights[0], sha256, flags]).encode()).hexdigest()[:16]
 
-    def describe(self, files: list[str], calibrate: bool) -> tuple[list[Described], dict]:
-        """What is known of each image, and the descriptor file's attributes, with a calibration measured on these
-        images if `calibrate`. Raises InputError or WorkError, as extract.py ended.
+    def describe(self, files: list[str]) -> tuple[list[Described], dict]:
+        """What is known of each image, and the descriptor file's attributes. Raises InputError or WorkError, as
+        extract.py ended.
 
         It takes ids from file names: here they are numbers, the names of links, so that any name will do.
         """
@@ -237,8 +227,7 @@ class Extraction:
             for i, file in enumerate(files):
                 os.symlink(file, images / f"{i:08d}.jpg")
             code = subprocess.run([sys.executable, HERE / "extract.py", "--target-set", self.group[0], "--exp", staging,
-                                   "-b", "128", *self.weights, *self.flags,
-                                   *([] if calibrate else ["--calibrate", "0"]), staging],
+                                   "-b", "128", *self.weights, *self.flags, "--calibrate", "0", staging],
                                   stdout=subprocess.DEVNULL).returncode
             described = {int(Path(path).stem): Described(None, why) for path, why in read_skipped(out / "skipped.csv")}
             attrs: dict = {}
@@ -259,8 +248,8 @@ class Extraction:
             described = {i: Described(row, BLANK if i in blank else None)
                          for i, row in zip(rows.images.astype(int).tolist(),
                                            rows.read().reshape(len(rows.images), -1))}
-            return described, {name: descriptors.attrs[name] if name == "calibration" else str(descriptors.attrs[name])
-                               for name in ("calibration", *COMPARABLE) if name in descriptors.attrs}
+            return described, {name: str(descriptors.attrs[name]) for name in ("calibration", *COMPARABLE)
+                               if name in descriptors.attrs}
 
     def fail(self, code: int) -> NoReturn:
         """Raise what extract.py's exit code means."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from copydet.common import InputError, parse_json
+from copydet.common import InputError, parse_json, shown
 
 POINTS = 100  # of a stored curve, at scores of copies
 TAIL = 30  # best scores of non-copies from which those above are extrapolated
@@ -78,8 +78,9 @@ class Calibration:
     """Precision at a score, for an archive of `references` images, from the attribute `text` of the file `source`.
 
     With R the recall and F the false rate at a score, c the copies ratio: c R / (c R + F x references). More queries
-    without an original, or a larger archive, bring more false pairs for as many true ones. Raises InputError: `text` is
-    no calibration.
+    without an original, or a larger archive, bring more false pairs for as many true ones.
+
+    Attributes: of_archive: measured on the archive's images, not on those of the network's training.
 
     Raises InputError: `text`, of the file `source`, is not of that form.
     """
@@ -88,6 +89,7 @@ class Calibration:
         self.source = source
         what = f"{source}: attribute `calibration` cannot be read"
         table = parse_json(text, what)
+        self.of_archive = isinstance(table, dict) and table.get("photos") == "references"
         try:
             self.scores, recall, false = (np.array(table[name], float) for name in ("scores", "recall", "false_rate"))
             self.copies_ratio = float(table["copies_ratio"]) if copies_ratio is None else copies_ratio
@@ -105,11 +107,12 @@ class Calibration:
         """Precision [n] of pairs of these scores [n] and above."""
         return np.interp(scores, self.scores, self.precision)
 
-    def threshold(self, precision: float, flag: str) -> float:
+    def threshold(self, precision: float, flag: str, advice: str = "") -> float:
         """The smallest score whose precision reaches `precision`. InputError naming `flag` where none does."""
         i = int(np.searchsorted(self.precision, precision))
         if i == len(self.precision):
-            raise InputError(f"{flag} {precision:g}: the calibration of {self.source} reaches {self.precision[-1]:.3f}")
+            raise InputError(f"{flag} {precision:g}: the calibration of {shown(self.source)} reaches "
+                             f"{self.precision[-1]:.3f}{advice}")
         if not i:
             return float(self.scores[0])
         return float(np.interp(precision, self.precision[i - 1:i + 1], self.scores[i - 1:i + 1]))

@@ -88,13 +88,13 @@ def read_folder(source: str, cache: Cache, extraction: Extraction, args: argpars
         write_skipped(Path(args.output) / "skipped.csv", skipped)
         raise InputError(f"none of the {len(stamps)} images in {shown(source)} can be read, see "
                          f"{Path(args.output) / 'skipped.csv'}")
-    names = [shown(os.path.relpath(path, root) if path != root else os.path.basename(path)) for path in paths]
+    names = [shown(os.path.relpath(path, root) if path != root else os.path.basename(source)) for path in paths]
     ids = [shown(os.path.join(source, os.path.relpath(path, root)) if path != root else source) for path in paths]
     boxes = np.tile(np.array(extraction.boxes), (len(paths), 1))
     image_of = np.repeat(np.arange(len(paths)), len(extraction.boxes))
     several = len(extraction.boxes) > 1
     return Collection(source, ids, names, paths, [stamps[path].inode for path in paths],
-                      ArrayRows(rows.reshape(len(image_of), -1), np.array(ids)[image_of]), blank, cache.attrs(root),
+                      ArrayRows(rows.reshape(len(image_of), -1), np.array(ids)[image_of]), blank, cache.attrs(),
                       skipped, image_of if several else None, boxes if several else None)
 
 
@@ -126,18 +126,21 @@ def check_comparable(queries: Collection, archive: Collection) -> None:
             raise InputError(f"{queries.source} and {archive.source} are of different {name}: {a[:12]}, {b[:12]}")
 
 
-def read_calibration(args: argparse.Namespace, queries: Collection, archive: Collection,
-                     measured: str | None) -> Calibration | None:
-    """Calibration that was measured, or one of the collections carries, or None, which is an error with --precision."""
+def read_calibration(args: argparse.Namespace, queries: Collection, archive: Collection, measured: str | None,
+                     verified: bool) -> Calibration | None:
+    """Calibration that was measured; else that of the descriptors, which says nothing of images that are verified or
+    described in regions; or None, which is an error with --precision."""
     if measured:
         return Calibration(measured, archive.source, len(archive.ids), args.copies_ratio)
-    for collection in (archive, queries):
+    images = all(isinstance(collection.rows, ArrayRows) for collection in (queries, archive))
+    for collection in () if images and (verified or queries.image_of is not None) else (archive, queries):
         if "calibration" in collection.attrs:
             return Calibration(collection.attrs["calibration"], collection.source, len(archive.ids), args.copies_ratio)
+    why = (f"{2 * LEAST_CALIBRATED} usable images are the least on which precision is measured" if images else
+           f"the descriptors of {shown(archive.source)} carry no calibration (train.py --calibrate)")
     if args.precision is not None:
-        raise InputError(f"--precision: the descriptors of {shown(archive.source)} carry no calibration; "
-                         "--threshold takes a score")
-    warn("no calibration (train.py --calibrate): scores only")
+        raise InputError(f"--precision: {why}; --threshold takes a score, 0: verified copies")
+    warn(f"{why}: scores only")
     return None
 
 
@@ -249,7 +252,7 @@ def calibrate(archive: Collection, cache: Cache, extraction: Extraction, folder:
     with tempfile.TemporaryDirectory(prefix=extraction.prefix, dir=folder) as copies:
         files = make_copies(plan, "hard", Path(copies), args.workers)
         made = [k for k, file in enumerate(files) if file]
-        described = extraction.describe([str(files[k]) for k in made], False)[0]
+        described = extraction.describe([str(files[k]) for k in made])[0]
         rows = [(k, row) for k, (row, _) in zip(made, described) if row is not None]
         queries = of_copies([(str(files[k]), row) for k, row in rows], len(extraction.boxes))
         pairs = find_pairs(queries, archive, CANDIDATES, args.ngpu)

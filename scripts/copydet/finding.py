@@ -62,6 +62,10 @@ def is_file_of_descriptors(source: str) -> bool:
 
 def check_args(args: argparse.Namespace) -> None:
     """Everything about the flags that can be wrong, before any work."""
+    if "" in (args.queries, args.archive):
+        raise InputError(f"{'ARCHIVE' if args.queries else 'QUERIES'} is empty")
+    if args.archive and os.path.realpath(args.archive) == os.path.realpath(args.queries):
+        args.archive = None
     for source in filter(None, (args.queries, args.archive)):
         if not os.path.exists(source):
             raise InputError(f"no such file or folder: {shown(source)}")
@@ -79,14 +83,15 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value:g}: is not between 0 and 1")
     if args.images and not any((Path(args.images) / folder).is_dir() for folder in FOLDERS.values()):
         raise InputError(f"--images {args.images}: none of {', '.join(FOLDERS.values())} in it")
-    ours = {"--mode", "--exp", "--target-set", "--weight", "--backbone-weights", "--dryrun", "--eval-subset"}
+    ours = {"--mode", "--exp", "--target-set", "--weight", "--backbone-weights", "--dryrun", "--eval-subset",
+            "--calibrate"}
     if taken := ours & set(args.flags):
         raise InputError(f"{', '.join(sorted(taken))} cannot be given to train.py after --")
     if args.zip:
         check_output("-o", args.zip)
+    if args.null and args.archive:
+        raise InputError("--null: duplicates.txt is written within one collection only")
     args.ngpu = count_gpus(args.ngpu)
-    if args.archive and os.path.realpath(args.archive) == os.path.realpath(args.queries):
-        args.archive = None
 
 
 def older_report(folder: Path) -> list[str]:
@@ -115,7 +120,7 @@ def open_cache(folder: Path, weights: tuple[str, str], args: argparse.Namespace,
                stack: contextlib.ExitStack) -> tuple[Cache, Extraction]:
     """What describes the folders on the command line, and where in `folder` that is kept. What a killed run with the
     same flags left there is removed."""
-    extraction = Extraction(weights, args.flags, folder, regions, args.no_verify and args.query_regions == "whole")
+    extraction = Extraction(weights, args.flags, folder, regions)
     file = folder / f"{extraction.key}.sqlite"
     try:
         cache = Cache(file)
@@ -155,6 +160,9 @@ def read_collections(sources: list[str | Descriptors], folder: Path | None, args
         elif isinstance(source, Descriptors):
             collections.append(read_file(source, names, args.images))
     queries, archive = collections[0], collections[-1]
+    if archive.image_of is not None:
+        raise InputError(f"{shown(archive.source)}: `query` is described in regions, which an archive is not; extract "
+                         "it without --query-regions")
     same = same_files(queries, archive)
     links = told(queries, archive, same)
     if same and queries is archive:
@@ -185,12 +193,13 @@ def write_found(args: argparse.Namespace) -> list[Pair]:
         run.counts |= {"queries": len(queries.ids), "references": len(archive.ids), "same_files": len(same),
                        "skipped": len(queries.skipped) + len(archive.skipped) * (archive is not queries)}
         measured = None
-        if folder and describer and not describer[1].calibrates:
+        if folder and describer:
             with run.stage("measure precision"):
                 measured = calibrate(archive, describer[0], describer[1], folder, args)
-        calibration, threshold = read_calibration(args, queries, archive, measured), args.threshold
+        calibration, threshold = read_calibration(args, queries, archive, measured, verify), args.threshold
         if calibration and args.precision is not None:
-            threshold = calibration.threshold(args.precision, "--precision")
+            advice = "; --threshold 0 takes what local features verify" if verify and measured else ""
+            threshold = calibration.threshold(args.precision, "--precision", advice)
         with run.stage("search"):
             pairs, matches = find_pairs(queries, archive, args.topk, args.ngpu), None
         if folder and verify:
@@ -201,8 +210,10 @@ def write_found(args: argparse.Namespace) -> list[Pair]:
                          decided, args.null)
             found = read_pairs(report.path / "pairs.csv")
         run.counts |= {"pairs": len(found), "copies": sum(pair.verdict == COPY for pair in found)}
-    if args.zip:
-        pack(report, args.zip)
+        if args.zip:
+            with run.stage("pack"):
+                pack(report, args.zip)
+            print(f"packed: {args.zip}")
     return found
 
 
@@ -237,8 +248,8 @@ def read_pairs(file: Path) -> list[Pair]:
 
 def find_copies(queries: str | Path, archive: str | Path | None = None, *, output: str | Path,
                 exp: str | None = None, weight: str | Path | None = None, backbone_weights: str | Path | None = None,
-                cache: str | Path | None = None, exclude: Sequence[str] = (), hash: bool = False,
-                query_regions: str = "whole", topk: int = TOPK, threshold: float | None = None,
+                cache: str | Path | None = None, exclude: str | Sequence[str] = (), hash: bool = False,
+                query_regions: str | int = "whole", topk: int = TOPK, threshold: float | None = None,
                 precision: float | None = None, copies_ratio: float | None = None, no_verify: bool = False,
                 workers: int | None = None, pairs: int = ON_PAGE, images: str | Path | None = None,
                 decisions: str | Path | None = None, null: bool = False, ngpu: int = -1,
@@ -258,11 +269,19 @@ def find_copies(queries: str | Path, archive: str | Path | None = None, *, outpu
     described is kept, and the same call goes on.
     """
     args = argparse.Namespace(**locals())
+    for name, kind in (("threshold", float), ("precision", float), ("copies_ratio", float), ("topk", int),
+                       ("pairs", int), ("workers", int), ("ngpu", int), ("query_regions", str)):
+        value = getattr(args, name)
+        try:
+            setattr(args, name, value if value is None else kind(value))
+        except (TypeError, ValueError):
+            raise InputError(f"{name}={value!r}: not a number") from None
     for name in ("queries", "archive", "output", "weight", "backbone_weights", "cache", "images",
                  "decisions"):
         if getattr(args, name) is not None:
             setattr(args, name, os.fspath(getattr(args, name)))
-    args.exclude, args.flags, args.workers = list(exclude), list(map(str, flags)), workers or count_cores()
+    args.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    args.flags, args.workers = list(map(str, flags)), args.workers or count_cores()
     args.zip = Path(args.output) if Path(args.output).suffix.lower() == ".zip" else None
     args.output = str(args.zip.with_suffix("")) if args.zip else args.output
     with database(cache or Path(args.output) / "cache", "what was described before is kept"):
