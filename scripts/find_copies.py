@@ -75,7 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--threshold", type=score, metavar="SCORE", help="pairs.csv holds pairs from this score on, the "
                    "page starts with it; 0: verified copies (default: all)")
     g.add_argument("--precision", type=fraction, metavar="P", help="the threshold that reaches this precision, as "
-                   "measured on edited copies of the archive's images; of descriptor files by their calibration")
+                   "measured on edited copies of the archive's images, which takes some hundred of them; of descriptor "
+                   "files by their calibration")
     g.add_argument("--copies-ratio", type=fraction, metavar="R", help="fraction of the queries that have a copy, for "
                    "the precision (default: the calibration's)")
     g.add_argument("--no-verify", action="store_true", help="do not compare the images of the best pairs by local "
@@ -91,7 +92,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--null", action="store_true", help="end the paths in duplicates.txt with a NUL in place of a line "
                    "break, for xargs -0")
     g.add_argument("--ngpu", type=int, default=-1, metavar="N", help="GPUs to search on; 0: CPU; default: all")
-    args = parser.parse_args(argv[:at])
+    args, unknown = parser.parse_known_args(argv[:at])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (flags of train.py come after --)")
     args.flags = argv[at + 1:]
     return args
 

@@ -17,10 +17,11 @@ from copydet import cache as cached
 from copydet import decisions, duplicates
 from copydet import page as page_of
 from copydet.calibration import Calibration
-from copydet.common import InputError
+from copydet.common import MANIFEST, InputError
 from copydet.copies import PAIRS
 from copydet.descriptors import write_descriptors
 from copydet.finding import read_pairs
+from copydet.images import list_images
 from copydet.verification import corners
 from helpers import draw_images, fake_describe, photo, turn, warp
 from test_find_copies import CALIBRATION, HOSTILE, planted, table, unit_rows
@@ -290,6 +291,30 @@ def test_two_images_swap_overlay_and_zoom_alike(browser, tmp_path):
     assert browser.complaints() == []
 
 
+def test_in_a_group_each_image_has_what_matches_in_it(browser, tmp_path):
+    """The one to keep, here the second of the pair, stands first."""
+    original, transform = photo("motorcycle_left"), turn(0, 0.8, (200, 150), (150, 100))
+    (tmp_path / "reference_images").mkdir()
+    warp(original, transform, (300, 200)).save(tmp_path / "reference_images" / "a.png")
+    original.save(tmp_path / "reference_images" / "z.png")
+    write_descriptors(tmp_path / "r.h5", {"reference": (unit_rows(2), ["a", "z"])}, {})
+    assert fc.main([str(tmp_path / "r.h5"), "-o", str(tmp_path / "r"), "--images", str(tmp_path), "-j", "1"]) == 0
+    browser.open(tmp_path / "r" / "index.html", 1400)
+    alts = "[...document.querySelectorAll('.card .box img')].map(i => i.alt)"
+    assert browser.eval(alts) == ["z", "a"]
+    drawn = """[...document.querySelectorAll('.card .box')].map(box => {
+        const img = box.querySelector('img').getBoundingClientRect(), polygon = box.querySelector('polygon');
+        return [...polygon.points].map(p => p.matrixTransform(polygon.getScreenCTM()))
+            .map(p => [(p.x - img.left) / img.width, (p.y - img.top) / img.height]); })"""
+    in_original = corners((300, 200), cv2.invertAffineTransform(transform)) / [400, 300]
+    in_crop = corners((400, 300), transform) / [300, 200]
+    assert np.allclose(browser.eval(drawn), [in_original, in_crop], atol=0.02)
+    browser.press("o")
+    spot = """[...document.querySelectorAll('.card .box img')].map(i => i.getBoundingClientRect()).map(
+        (r, i, [under]) => [(r.left - under.left) / under.width, (r.right - under.left) / under.width])[1]"""
+    assert np.allclose(browser.eval(spot), in_original[:2, 0], atol=0.02) and browser.complaints() == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Decisions
 
@@ -342,6 +367,19 @@ def test_decisions_leave_the_page_and_survive_reload_and_a_grown_archive(browser
     assert f"precision 0.500 (95 %: {low:.3f} to {high:.3f}); the calibration promised 0.900" in said
     left = {(row["query_id"], row["reference_id"]) for row in table(tmp_path / "r" / "pairs.csv")}
     assert left and tuple(first[1]) not in left
+    query, reference = first[0]
+    file.write_text(f"query,reference,verdict\n{query},{reference},not a copy\n")  # second thoughts
+    assert fc.main([*command, "--decisions", str(file)]) == 0
+    mine = f"decisionRows().find(row => row[0] == '{query}' && row[1] == '{reference}')[2]"
+    for _ in range(2):
+        browser.open(page, 1400)
+        assert browser.eval(mine) == "not a copy" and browser.eval(JUDGED).startswith("3 of 30 judged")
+    browser.press("f", "f", "c")  # and third ones
+    browser.open(page, 1400)
+    assert browser.eval(mine) == "copy"
+    wanted[0] = (*first[0], "copy", "0")
+    file.write_text("query,reference,verdict\n" + "".join(",".join(row[:3]) + "\n" for row in wanted))
+    assert fc.main([*command, "--decisions", str(file)]) == 0
     browser.eval("localStorage.clear()")
     browser.open(page, 1400)
     assert browser.eval(JUDGED).startswith("3 of 30 judged") and browser.eval("cards.length") == 27  # the file's
@@ -421,9 +459,24 @@ def test_duplicates_are_listed_but_for_the_one_to_keep(collection, capsys):
     assert "1 paths with a line break are left out" in capsys.readouterr().err
     assert collection("--pairs", 1) == 0  # not only what is on the page
     assert listed(b"\n") == OTHERS
+    decided = collection.report.parent / "d.csv"
+    decided.write_text(f"query,reference,verdict\n{collection.folder}/half.jpg,{collection.folder}/z.jpg,copy\n")
+    assert collection("--decisions", decided) == 0
+    assert "1 copies" in capsys.readouterr().out
     assert collection("--null") == 0
     assert listed(b"\0") == OTHERS | {"line\nbreak.jpg"}
     assert len(list(collection.folder.rglob("*.jpg"))) == 10  # all are there
+
+
+def test_how_coarse_a_compression_is(tmp_path):
+    img, steps = photo("coffee"), {}
+    for name, options in (("fine.jpg", {"quality": 95}), ("coarse.jpg", {"quality": 5}), ("all.png", {}),
+                          ("all.webp", {"lossless": True}), ("some.webp", {"quality": 5}),
+                          ("some.tif", {"compression": "jpeg", "quality": 5}), ("all.tif", {})):
+        img.save(tmp_path / name, **options)
+        steps[name] = duplicates.look_at(str(tmp_path / name)).step
+    assert steps["all.png"] == steps["all.tif"] == 1 and steps["all.webp"] < 4
+    assert steps["fine.jpg"] < 10 < min(steps["coarse.jpg"], steps["some.webp"], steps["some.tif"])
 
 
 def test_files_of_the_same_bytes_are_one_picture_with_a_count(browser, collection):
@@ -562,7 +615,8 @@ def test_a_report_is_one_file_to_send(browser, tmp_path):
     with zipfile.ZipFile(tmp_path / "report.zip") as packed:
         packed.extractall(tmp_path / "received")
     received = tmp_path / "received" / "report"
-    assert {path.name for path in received.iterdir()} == {"index.html", "pairs.csv", "thumbs"}
+    assert {path.name for path in received.iterdir()} == {"index.html", "pairs.csv", "thumbs", MANIFEST}
+    assert list_images(received)[0] == []  # inside an archive thumbnails are none of its images
     assert (received / "pairs.csv").read_bytes() == (tmp_path / "report" / "pairs.csv").read_bytes()
     shutil.rmtree(tmp_path / "report")
     browser.open(received / "index.html", 1400, 5000)

@@ -23,7 +23,8 @@ def read_decisions(path: str | Path) -> Decisions:
     check_ids(path, table, "query_id")
     check_ids(path, table, "reference_id")
     if (wrong := ~table["verdict"].isin(VERDICTS).to_numpy()).any():
-        raise InputError(f"{path}: the verdict is none of {', '.join(VERDICTS)}: {at_lines(table, wrong)}")
+        said = shown(repr(table["verdict"].to_numpy()[wrong][0]))
+        raise InputError(f"{path}: the verdict {said} is none of {', '.join(VERDICTS)}: {at_lines(table, wrong)}")
     return {(query, reference): verdict for query, reference, verdict in table.itertuples(index=False)}
 
 
@@ -44,14 +45,20 @@ def find_images(collection: Collection, names: Iterable[str]) -> dict[str, int]:
     return {name: known[name] for name in names if name in known}
 
 
-def find_decided(queries: Collection, archive: Collection, decisions: Decisions) -> dict[tuple[int, int], str]:
-    """{(query, reference): verdict} as numbers of images, where both are known; within one collection in the order in
-    which pairs are."""
+def find_decided(queries: Collection, archive: Collection,
+                 decisions: Decisions) -> tuple[dict[tuple[int, int], str], Decisions]:
+    """{(query, reference): verdict} as numbers of images, where both are known, within one collection in the order in
+    which pairs are; and the other decisions."""
     query = find_images(queries, (pair[0] for pair in decisions))
     reference = find_images(archive, (pair[1] for pair in decisions))
-    found = {(query[a], reference[b]): verdict for (a, b), verdict in decisions.items()
-             if a in query and b in reference}
-    return {(min(pair), max(pair)): verdict for pair, verdict in found.items()} if queries is archive else found
+    found, unknown = {}, {}
+    for (a, b), verdict in decisions.items():
+        if a in query and b in reference:
+            pair = query[a], reference[b]
+            found[(min(pair), max(pair)) if queries is archive else pair] = verdict
+        else:
+            unknown[a, b] = verdict
+    return found, unknown
 
 
 def verdicts_of(pairs: np.ndarray, decided: dict[tuple[int, int], str]) -> np.ndarray:

@@ -16,11 +16,13 @@ from copydet.images import UnreadableImage, orientation_of, reading
 from copydet.machine import count_cores
 
 LOSSLESS = ("PNG", "TIFF", "BMP", "PPM")
+LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compression of a TIFF
 
 
 class Look(NamedTuple):
     """What is known of an image file without decoding it: upright size in px, bytes, time of change in ns, and how
-    coarse its compression is: the mean quantization step of a JPEG, 1 where nothing is lost, infinite if unknown."""
+    coarse its compression is: the mean quantization step of a JPEG, 1 where nothing is lost, else 24 over the bits that
+    a pixel takes, which is of that order."""
     width: int
     height: int
     bytes: int
@@ -36,8 +38,10 @@ def look_at(file: str | None) -> Look | None:
         info = os.stat(file)
         with reading(file), Image.open(file) as img:
             size = img.size[::-1] if orientation_of(img) >= 5 else img.size
-            tables = getattr(img, "quantization", None)
-            step = float(np.mean(tables[0])) if tables else 1.0 if img.format in LOSSLESS else np.inf
+            tables = getattr(img, "quantization", None)  # number -> table, of brightness first
+            lossless = img.format in LOSSLESS and img.info.get("compression") not in LOSSY
+            guess = 3 * img.width * img.height / max(1, info.st_size)
+            step = float(np.mean(tables[min(tables)])) if tables else 1.0 if lossless else guess
     except (OSError, UnreadableImage):
         return None
     return Look(*size, info.st_size, info.st_mtime_ns, step)
@@ -67,7 +71,7 @@ def keeping_order(names: Sequence[str], looks: Sequence[Look | None]) -> list[in
         look = looks[i]
         if look is None:
             return 1, names[i]
-        return 0, -look.width * look.height, look.step, -look.bytes, look.mtime, len(names[i]), names[i]
+        return 0, -look.width * look.height, look.step, look.mtime, len(names[i]), names[i]
 
     rank = [0] * len(names)
     for position, i in enumerate(sorted(range(len(names)), key=key)):

@@ -45,7 +45,7 @@ function size(bytes) {
 
 const fullName = (image, side) => data.places[side] + data.images[image][NAME];
 const keyOf = (a, b) => (within && a > b ? [b, a] : [a, b]).join();
-const store = `find_copies ${JSON.stringify([data.places, data.queries, data.archive])}`;
+const store = `find_copies ${JSON.stringify(data.collections)}`;
 const verdicts = new Map();  // key of a pair -> { pair, verdict, score }; no verdict: it was taken back
 let elsewhere = [];  // decisions on pairs that are not on the page: [query, reference, verdict, score]
 const undone = [];  // what the last decisions replaced: [card's image, [[key, entry or undefined]]]
@@ -58,17 +58,21 @@ function findPair(a, b) {
 
 const verdictOf = (a, b) => (verdicts.size && verdicts.get(keyOf(a, b))?.verdict) || "";
 
+// Of --decisions and the browser's, which wins where they differ: the file, until something is decided on this page.
 function readDecisions() {
-  let kept = [];
-  try { kept = JSON.parse(localStorage.getItem(store) || "[]"); } catch { say("This browser keeps no decisions."); }
-  if (!data.decisions.length && !kept.length) return;
+  let kept = { read: "", rows: [] };
+  try {
+    kept = JSON.parse(localStorage.getItem(store)) || kept;
+  } catch { say("This browser keeps no decisions."); }
+  if (!data.decisions.length && !kept.rows.length) return;
+  const both = kept.read === data.decided ? [...data.decisions, ...kept.rows] : [...kept.rows, ...data.decisions];
   const rows = [new Map(), new Map()], others = new Map();
   for (const [a, b] of data.pairs) {
     for (const [image, side] of within ? [[a, 0], [a, 1], [b, 0], [b, 1]] : [[a, 0], [b, 1]]) {
       rows[side].set(fullName(image, side), image);
     }
   }
-  for (const [query, reference, verdict, score = ""] of [...data.decisions, ...kept]) {  // later ones win
+  for (const [query, reference, verdict, score = ""] of both) {  // later ones win
     const a = rows[0].get(query), b = rows[1].get(reference);
     if (a === undefined || b === undefined) others.set(`${query}\0${reference}`, [query, reference, verdict, score]);
     else setVerdict(a, b, verdict);
@@ -88,7 +92,7 @@ function decisionRows() {
 
 function keepDecisions() {
   try {
-    localStorage.setItem(store, JSON.stringify(decisionRows()));
+    localStorage.setItem(store, JSON.stringify({ read: data.decided, rows: decisionRows() }));
   } catch {
     say("The browser has no room for this decision: save decisions.csv.");
   }
@@ -152,10 +156,11 @@ function countAbove() {
   return low;
 }
 
-function addAnswer(card, image, score, match, region) {  // files of the same bytes are one answer
+// Files of the same bytes are one answer. turned: the card's image is the second of the pair, as its match has it.
+function addAnswer(card, image, score, match, region, turned = false) {
   const content = data.images[image][CONTENT], known = card.byContent.get(content);
   if (known) return void known.images.push(image);
-  const answer = { images: [image], score, match, region, verdict: verdictOf(card.image, image) };
+  const answer = { images: [image], score, match, region, turned, verdict: verdictOf(card.image, image) };
   card.byContent.set(content, answer);
   card.answers.push(answer);
 }
@@ -171,7 +176,7 @@ function queryCards(pairs) {
   return [...found.values()];
 }
 
-const links = match => !match || match.verdict === COPY || match.verdict === "not verifiable";
+const links = match => !match || match.verdict === COPY || data.asked && match.verdict === "not verifiable";
 
 function groupCards(pairs) {  // what equal bytes and links make, but for what is told to be apart; see duplicates.py
   const parent = new Map(), foes = new Map(), best = new Map(), groups = new Map(), first = new Map();
@@ -212,7 +217,7 @@ function groupCards(pairs) {  // what equal bytes and links make, but for what i
     const card = newCard(keep, others.filter(image => data.images[image][CONTENT] === same));
     for (const image of others.filter(image => data.images[image][CONTENT] !== same)) {
       const pair = findPair(keep, image);
-      addAnswer(card, image, pair ? pair[2] : best.get(image), pair?.[3]);
+      addAnswer(card, image, pair ? pair[2] : best.get(image), pair?.[3], null, pair?.[0] !== keep);
     }
     card.answers.sort((a, b) => b.score - a.score);
     return Object.assign(card, { score: top(images) });
@@ -296,6 +301,7 @@ function listNothing() {  // some hundred names at a time
 }
 
 function showMore() {  // lower the threshold until some more cards are there
+  if (more.hidden) return;
   const above = countAbove(), known = new Set(data.pairs.slice(0, above).map(([query]) => query));
   const target = known.size + MORE;
   let at = above;
@@ -386,13 +392,13 @@ function showPoints() {
 
 // What an answer says of the query (side 0) or of the reference (1), in thousandths: where local features lay each in
 // the other; else the region of the query that is nearest.
-function drawing({ match, region }, side) {
+function drawing({ match, region, turned }, side) {
   const svg = shape("svg", { viewBox: "0 0 1000 1000", preserveAspectRatio: "none", "aria-hidden": true });
   if (match?.outlines) {
     const kind = match.verdict === COPY ? "" : "part";
-    svg.append(shape("polygon", { points: match.outlines[side].join(" "), class: kind }));
-    const points = pointsOf(match);
-    for (let i = 2 * side; i < points.length; i += 4) {
+    const of = turned ? 1 - side : side, points = pointsOf(match);
+    svg.append(shape("polygon", { points: match.outlines[of].join(" "), class: kind }));
+    for (let i = 2 * of; i < points.length; i += 4) {
       const [x, y] = points.slice(i, i + 2);
       svg.append(shape("line", { x1: x, y1: y, x2: x, y2: y }));
     }
@@ -413,7 +419,7 @@ function pairBoxes(card, answer, pictures, mine) {
   }
   second.classList.add("laid");
   if (look.swapped) second.classList.add("full");
-  const corners = (answer.match?.outlines?.[0] || answer.region)?.map(c => c / 1000);
+  const corners = (answer.match?.outlines?.[answer.turned ? 1 : 0] || answer.region)?.map(c => c / 1000);
   if (corners) {  // top left, top right, bottom right, bottom left of the reference in the query, whose sides are 1
     const [x0, y0, x1, y1, , , x3, y3] = corners;
     const ratio = (data.images[card.image][WIDTH] || 1) / (data.images[card.image][HEIGHT] || 1);

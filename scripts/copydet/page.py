@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import copydet
 from copydet.calibration import Calibration
-from copydet.common import OutputFolder, manifest_of, replacing, shown
+from copydet.common import MANIFEST, OutputFolder, manifest_of, replacing, shown
 from copydet.copies import Collection, nearest_regions
 from copydet.decisions import NOT, Decisions, find_decided, place, summary, verdicts_of
 from copydet.duplicates import (group_numbers, keeping_order, link, look_at, number_contents,
@@ -83,7 +83,8 @@ def opening(pairs: np.ndarray, within: bool, threshold: float | None,
         return threshold, "the threshold that was asked for"
     percent = f"{100 * PRECISION:.0f} %"
     if calibration and calibration.precision[-1] >= PRECISION:
-        return calibration.threshold(PRECISION, ""), f"a precision of {percent}, as measured"
+        return calibration.threshold(PRECISION, ""), (
+            f"a precision of {percent}, as measured" + " on images of its training" * (not calibration.of_archive))
     why = f"the calibration reaches {100 * calibration.precision[-1]:.0f} % only" if calibration else "no calibration"
     images, scores = pairs["query"], pairs["score"]
     if within:
@@ -257,9 +258,10 @@ def fill(data: dict, points: list[str]) -> str:
 
 
 def pack(report: OutputFolder, file: Path) -> None:
-    """The report as one file to send, without its cache and what the run was asked for."""
+    """The report as one file to send, without its cache and what the run was asked for. With the manifest, by which
+    thumbnails are known as such."""
     with replacing(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(set(manifest_of(report.path)) - {"run.json"}):
+        for name in sorted({MANIFEST, *manifest_of(report.path)} - {"run.json"}):
             if (report.path / name).is_file():
                 stored = zipfile.ZIP_STORED if name.endswith(".jpg") else zipfile.ZIP_DEFLATED
                 archive.write(report.path / name, f"{file.stem}/{name}", stored)
@@ -271,12 +273,12 @@ def page_data(queries: Collection, archive: Collection, pairs: np.ndarray, found
     within = archive is queries
     drawn = [None] * len(pairs) if regions is None else map(region_on_page, regions.tolist())
     return {"queries": shown(queries.source), "archive": None if within else shown(archive.source),
+            "collections": [shown(os.path.abspath(c.source)) for c in ([queries] if within else [queries, archive])],
             "places": [place(queries), place(archive)], "count": [len(queries.ids), len(archive.ids)],
             "images": images.table,
             "pairs": [[images.of_query[i], images.of_reference[j], score, match and match_on_page(match),
                        *[region] * bool(region)]
                       for (i, j, score, _), match, region in zip(pairs.tolist(), found, drawn)],
-            "others": [] if within else [name for i, name in enumerate(queries.names) if i not in images.of_query],
             "calibration": calibration and {"scores": calibration.scores.tolist(),
                                             "precision": calibration.precision.tolist(),
                                             "copies_ratio": calibration.copies_ratio}}
@@ -289,7 +291,9 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     its final name only when it is whole. `null`: paths in duplicates.txt end with a NUL."""
     within, skipped = archive is queries, queries.skipped + (archive.skipped if archive is not queries else [])
     folder, decisions = report.path, decisions or {}
-    decided = find_decided(queries, archive, decisions)
+    decided, unknown = find_decided(queries, archive, decisions)
+    rows = [[place(queries) + queries.names[i], place(archive) + archive.names[j], verdict]
+            for (i, j), verdict in decided.items()] + [[*pair, verdict] for pair, verdict in unknown.items()]
     verdicts, blank = verdicts_of(pairs, decided), are_blank(queries, archive, pairs)
     rejected, apart = verdicts == NOT, [pair for pair, verdict in decided.items() if verdict == NOT]
     start, basis = opening(pairs[~blank], within, threshold, calibration)
@@ -302,7 +306,10 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     found = [None if matches is None or n < 0 else matches[n] for n in pairs["match"][:most].tolist()]
     data = page_data(queries, archive, pairs[:most], found, regions, images, calibration) | {
         "threshold": start, "basis": basis, "left_out": len(pairs) - len(found), "skipped": len(skipped),
-        "same_files": len(same), "decisions": [[*pair, verdict] for pair, verdict in decisions.items()]}
+        "same_files": len(same), "asked": threshold is not None, "decisions": rows,
+        "decided": rows and hashlib.blake2b(json.dumps(rows).encode(), digest_size=12).hexdigest()}
+    listed = {*images.of_query, *pairs["query"][pairs["score"] >= start].tolist()}  # on the page, or beyond `most`
+    data["others"] = [] if within else [name for i, name in enumerate(queries.names) if i not in listed]
     page = fill(data, list(map(points_on_page, found)))
     grouped = within and (threshold is not None or matches is not None)
     write_pairs(folder / "pairs.csv", queries, archive, kept, matches, same, calibration,
@@ -311,7 +318,7 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     write_skipped(folder / "skipped.csv", skipped)
     duplicates = 0
     if within and any(archive.files):
-        duplicates = list_duplicates(folder / "duplicates.txt", archive, likely[are_linked(likely, matches, start)],
+        duplicates = list_duplicates(folder / "duplicates.txt", archive, likely[are_linked(likely, matches, threshold)],
                                      images.looked_at, apart, null)
     else:
         (folder / "duplicates.txt").unlink(missing_ok=True)
@@ -319,9 +326,12 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
         temporary.write_text(page, encoding="utf-8")
     shown_now = {f"thumbs/{row[2]}" for row in images.table}
     report.remove(*(name for name in manifest_of(folder) if name.startswith("thumbs/") and name not in shown_now))
-    what = f"{len(queries.ids):,} images" if within else f"{len(queries.ids):,} queries and {len(archive.ids):,} images"
+    what = counted(len(queries.ids), "image") if within else (
+        f"{counted(len(queries.ids), 'query', 'queries')} and {counted(len(archive.ids), 'image')}")
+    copies = sum(matches[n].verdict == COPY for n in kept["match"].tolist() if n >= 0) if matches is not None else 0
+    verified = f", of which local features take {copies:,} for copies" if matches is not None else ""
     blank &= asked
-    print(f"{len(kept):,} pairs of {what}: {folder / 'index.html'}"
+    print(f"{counted(len(kept), 'pair')} of {what}{verified}: {folder / 'index.html'}"
           + (f"; {len(same):,} more names of the same files" if same else "")
           + (f"; {blank.sum():,} pairs with an image of one flat colour "
              f"{'marked' if threshold is None else 'left out'}" if blank.any() else "")
@@ -331,6 +341,10 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     if decisions:
         judged = verdicts != ""
         print(summary(pairs["score"][judged], verdicts[judged], start, calibration, len(decisions) - judged.sum()))
+
+
+def counted(n: int, one: str, several: str = "") -> str:
+    return f"{n:,} {one if n == 1 else several or one + 's'}"
 
 
 def list_duplicates(file: Path, archive: Collection, pairs: np.ndarray, looked_at: dict[int, tuple[int, int]],
