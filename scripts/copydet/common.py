@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sqlite3
 import stat
 import sys
@@ -446,7 +447,11 @@ def can_flush(stream: Any) -> bool:
 
 def run_main(work: Callable[[], int | None], stopped: str = "stopped") -> int:
     """Do the work of a command -> its exit code, the one place where errors become one line: 0 done, 1 failed while
-    working (WorkError, OSError, out of memory), 2 wrong input (InputError), 130 Ctrl-C, told as `stopped`."""
+    working (WorkError, OSError, out of memory), 2 wrong input (InputError), 130 Ctrl-C or SIGTERM, told as `stopped`.
+    """
+    if not (multiprocessing.parent_process() or "RANK" in os.environ):  # those are ended by who started them
+        with contextlib.suppress(ValueError):  # not of a thread's
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of every odd tag in an image
     open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -51,12 +51,21 @@ class Record:
 
 @contextlib.contextmanager
 def record(file: Path | None, args: argparse.Namespace) -> Iterator[Record]:
-    """The Record of what is done in here, written to `file` (None: nowhere) at the end, with its outcome: done; failed,
-    and the error in a line; or stopped. A wrong input is no run: an earlier record stays."""
+    """The Record of what is done in here, written to `file` (None: nowhere) with its outcome: running, and at the end
+    done; failed, and the error in a line; or stopped. A wrong input is no run: an earlier record stays."""
     run = Record(args)
+    before = file.read_bytes() if file and file.exists() else None
+    with contextlib.suppress(OSError, InputError):  # a full disk is told by who needs it
+        if file:
+            run.write(file, "running")
     try:
         yield run
     except InputError:
+        with contextlib.suppress(OSError):
+            if file and before is not None:
+                file.write_bytes(before)
+            elif file:
+                file.unlink(missing_ok=True)
         raise
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt) or isinstance(error, SystemExit) and error.code == 130
