@@ -65,7 +65,7 @@ from copydet.distributed import Rank, gather_objects, launch, leads, pick_precis
 from copydet.export import ENDINGS, FORMATS, INPUT
 from copydet.extraction import (Blocks, describe_images, describe_views, load_descriptor, run_extraction, settings_of,
                                 versions)
-from copydet.images import IMAGE_ENDINGS, list_images, list_negatives, list_pairs, not_read, write_skipped
+from copydet.images import FOLDERS, IMAGE_ENDINGS, list_images, list_negatives, list_pairs, not_read, write_skipped
 from copydet.log import Log
 from copydet.losses import (ArcFaceLoss, ContrastiveLoss, NTXentLoss, Objective, PairCriterion, SimSiamLoss,
                             SNRDistance)
@@ -141,6 +141,9 @@ def prepare_training(args: Args) -> tuple[Args, Data]:
         parse_ops(getattr(args, flag), args.op_prob, f"--{flag}")
     if not args.dir.is_dir():
         raise InputError(f"no such folder: {args.dir}")
+    for part in () if args.pairs else (FOLDERS["query"], FOLDERS["reference"]):
+        if (args.dir / part).is_dir():
+            raise InputError(f"{args.dir} holds {part}, which nobody trains on: give {args.dir / FOLDERS['train']}")
     images, odd = list_pairs(args) if args.pairs else list_images(args.dir, args.exclude)
     if not images:
         raise InputError(f"no images in {args.dir} ({', '.join(IMAGE_ENDINGS)}){not_read(odd)}")
@@ -626,8 +629,8 @@ class Need:
         measured = footprint(net, (args.input_size, args.input_size), rank.device, training=True)
         self.footprint = Footprint(*map(max, zip(*gather_objects(measured))))
 
-    def of(self, batch: int, parts: int) -> float:
-        """For `batch` images of a rank, computed in `parts`."""
+    def of(self, batch: int, parts: int, workers: int | None = None) -> float:
+        """For `batch` images of a rank, computed in `parts`, with --workers unless `workers` loading processes."""
         args, rank, rows = self.args, self.rank, batch * self.views
         trained = sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
         copies = 1 + {"sgd": 1}.get(args.optimizer, 2) + (rank.world_size > 1)  # gradients, moments, DDP's buckets
@@ -636,7 +639,7 @@ class Need:
                 + self.footprint.of(math.ceil(rows / parts)))
         if rank.device.type == "cuda":
             return size
-        loading = size_of_memory(args.workers, rank, shape_of_batch(args, batch))
+        loading = size_of_memory(args.workers if workers is None else workers, rank, shape_of_batch(args, batch))
         return (size + LATE_LIBRARIES) * rank.local_world_size + loading
 
     def parts(self) -> int:
@@ -650,7 +653,9 @@ class Need:
         if parts and not wanted:
             return parts
         batch = self.rank.local_world_size * largest(lambda n: self.of(n, at_once) <= self.free, self.batch)
-        flags = [f"--accumulate {parts} (or auto)"] * bool(parts) + [f"--batch-size {batch}"] * bool(batch)
+        workers = largest(lambda n: self.of(self.batch, at_once, n) <= self.free, args.workers)
+        flags = [f"-j {workers}"] * bool(workers)
+        flags += [f"--accumulate {parts} (or auto)"] * bool(parts) + [f"--batch-size {batch}"] * bool(batch)
         flags += ["--grad-checkpointing"] * (not args.grad_checkpointing and self.fits_twice_computed(at_once))
         raise InputError(
             f"--batch-size {args.batch_size} x {self.views} views of {args.input_size} px needs "

@@ -546,6 +546,8 @@ def search(args: argparse.Namespace) -> None:
             return write_pairs(args.output, query_ids, store.search(queries, args), args.topk)
     index = Index(args.index)
     index.check_queries(args.queries, maker, queries)
+    if args.shard is None and str(args.output).endswith(".npz"):
+        raise InputError(f"-o {args.output}: answers of one shard; give --shard N, or a name that ends in .csv")
     if args.shard is not None and not 0 <= args.shard < len(index.shards):
         raise InputError(f"--shard {args.shard}: {args.index} has shards 0 to {len(index.shards) - 1}")
     numbers = range(len(index.shards)) if args.shard is None else [args.shard]

@@ -6,6 +6,7 @@
 # scores of both. Everything goes to quickstart/, exp/quickstart*/ and quickstart.png, which a later run replaces.
 # Without IMAGES, tiles of the photos that scikit-image and scikit-learn ship are used.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit;; esac
 [ $# -le 1 ] || { echo "usage: bash scripts/quickstart.sh [IMAGES]" >&2; exit 2; }
 images=
 if [ $# = 1 ]; then

@@ -125,6 +125,15 @@ def test_training_that_does_not_fit_is_refused_with_flags_that_do(images, exp, m
         training(f"{exp}5", images, "--accumulate", "auto")
 
 
+def test_loading_processes_are_named_where_they_take_the_memory(images, exp, monkeypatch):
+    need = need_of(f"{exp}0", images, monkeypatch).of(8, 1, 0)
+    monkeypatch.setattr(train, "size_of_memory", lambda workers, rank, shape: workers * need)
+    monkeypatch.setattr(train, "check_shared_memory", lambda *_: None)
+    monkeypatch.setattr(train, "free_memory", lambda device: 3.5 * need)
+    with pytest.raises(InputError, match="what fits: -j 2"):
+        training(f"{exp}1", images, "-j", 4)
+
+
 def test_grad_checkpointing_is_named_where_it_makes_a_batch_fit(images, exp, monkeypatch):
     flags = ["-a", "test_vit", "--pool", "backbone", "--input-size", "160"]
     sizes = [need_of(exp + name, images, monkeypatch, *flags, *more).of(8, 1)

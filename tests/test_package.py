@@ -90,7 +90,10 @@ def test_wrong_arguments_raise(tmp_path):
     write_descriptors(tmp_path / "a.h5", {"query": (rows, list("abc")), "reference": (rows, list("def"))}, {})
     for words, keywords in (("no such file or folder: nowhere", {"queries": "nowhere"}),
                             ("--precision 2: is not between 0 and 1", {"precision": 2}),
-                            ("--workers to 1,024", {"workers": 5000}), ("--topk is at least 1", {"topk": 0})):
+                            ("--workers to 1,024", {"workers": 5000}), ("--topk is at least 1", {"topk": 0}),
+                            ("topk='some': not a number", {"topk": "some"}), ("QUERIES is empty", {"queries": ""}),
+                            ("--null: duplicates.txt", {"archive": tmp_path, "null": True}),
+                            ("--query-regions: '8'", {"query_regions": 8})):
         with pytest.raises(InputError, match=words):
             finding.find_copies(**{"queries": tmp_path / "a.h5", "output": tmp_path / "report"} | keywords)
     assert not (tmp_path / "report").exists()

@@ -156,6 +156,19 @@ def test_every_tool_takes_the_best_region(planted, tmp_path, capsys):
         assert np.allclose(list(pairs.values()), [wanted[int(q[1:]), int(r[1:])] for q, r in pairs], atol=1e-5), file
 
 
+def test_an_archive_has_one_vector_for_each_image(planted, tmp_path, capsys):
+    with Descriptors(planted / "sub.h5") as file:
+        rows = file["query"]
+        write_descriptors(tmp_path / "q.h5", {"query": (rows.read(), rows.ids)}, {}, regions=rows.regions)
+    for sources in ([tmp_path / "q.h5"], [planted / "sub.h5", tmp_path / "q.h5"]):
+        assert find_copies.main([*map(str, sources), "-o", str(tmp_path / "r")]) == 2
+        assert "`query` is described in regions" in capsys.readouterr().err
+    folder = str(draw_images(tmp_path / "images", 2))
+    for name in (folder, folder + "/"):
+        assert find_copies.main([folder, name, "-o", str(tmp_path / "r"), "--query-regions", "7"]) == 2
+        assert "within one collection whole images are compared" in capsys.readouterr().err
+
+
 def test_files_in_other_regions_are_not_put_together(planted, tmp_path, capsys):
     with Descriptors(planted / "sub.h5") as file:
         groups = {name: (rows.read(), rows.ids) for name, rows in file.groups.items()}

@@ -131,6 +131,9 @@ def test_wrong_flags_are_told_in_one_line(images, exp, flags, words):
 def test_missing_or_empty_folder(tmp_path, exp):
     assert "no such folder" in run("train.py", *TINY, "--exp", exp, tmp_path / "absent", code=2).stderr
     assert "no images in" in run("train.py", *TINY, "--exp", exp, tmp_path, code=2).stderr
+    (tmp_path / "query_images").mkdir()
+    said = run("train.py", *TINY, "--exp", exp, tmp_path, code=2).stderr
+    assert f"holds query_images, which nobody trains on: give {tmp_path / 'training_images'}" in said
 
 
 def test_old_timm_names_resolve_and_are_stored(images, exp):

@@ -9,7 +9,7 @@ if __name__ == "__main__":
     HERE = os.path.dirname(os.path.realpath(__file__))  # whose modules are no others' of the same name
     sys.path[:] = [path for path in sys.path if os.path.realpath(path) != HERE] + [os.path.dirname(HERE)]
 
-from copydet.common import run_main
+from copydet.common import InputError, run_main
 from copydet.machine import let_idle_threads_sleep
 from copydet.options import parse_args
 
@@ -20,6 +20,8 @@ def main() -> int:
     let_idle_threads_sleep()
 
     def work() -> None:
+        if args.mode != "extract":
+            raise InputError(f"--mode {args.mode}: of train.py, which is in the project's repository")
         from copydet.extraction import run_extraction
         run_extraction(args)
 

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from copydet.batches import collate_images, collate_views, make_loader, size_of_memory
@@ -375,8 +376,8 @@ def load_descriptor(weight: str | Path = DEFAULT, device: str = "cpu",
         descriptor = load_descriptor("sscd_disc_mixup.torchscript.pt", preset="sscd", allow_code=True)
         vectors = descriptor(["a.jpg", "b.png"])
 
-    Images are paths or PIL images; batches are up to the caller. `settings` are flags of train.py that win over the
-    file's, such as input_size=320, resize="square", gem_eval_p=1.0, mean=[0.5, 0.5, 0.5].
+    Images are paths or PIL images, or one of them; batches are up to the caller. `settings` are flags of train.py that
+    win over the file's, such as input_size=320, resize="square", gem_eval_p=1.0, mean=[0.5, 0.5, 0.5].
 
     Raises InputError for a file that cannot be used or a setting that does not exist, OSError for an image that
     cannot be read.
@@ -392,7 +393,10 @@ def load_descriptor(weight: str | Path = DEFAULT, device: str = "cpu",
     net = net.ready(args.input_size, torch.device(device))
 
     @torch.inference_mode()
-    def descriptor(images: Sequence) -> np.ndarray:
+    def descriptor(images: Sequence | str | Path | Image.Image) -> np.ndarray:
+        images = [images] if isinstance(images, (str, Path, Image.Image)) else images
+        if not len(images):
+            return np.empty((0, net.dim), np.float32)
         batches = [[image] for image in images] if args.resize == "short" else [images]
         return torch.cat([net(preprocessing.prepare(batch).to(device)) for batch in batches]).cpu().numpy()
 
