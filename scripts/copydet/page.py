@@ -292,8 +292,6 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     within, skipped = archive is queries, queries.skipped + (archive.skipped if archive is not queries else [])
     folder, decisions = report.path, decisions or {}
     decided, unknown = find_decided(queries, archive, decisions)
-    rows = [[place(queries) + queries.names[i], place(archive) + archive.names[j], verdict]
-            for (i, j), verdict in decided.items()] + [[*pair, verdict] for pair, verdict in unknown.items()]
     verdicts, blank = verdicts_of(pairs, decided), are_blank(queries, archive, pairs)
     rejected, apart = verdicts == NOT, [pair for pair, verdict in decided.items() if verdict == NOT]
     start, basis = opening(pairs[~blank], within, threshold, calibration)
@@ -304,12 +302,12 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
     more = np.unique([likely["query"], likely["reference"]]).tolist() if within else []
     images = PageImages(queries, archive, pairs[:most], more, report)
     found = [None if matches is None or n < 0 else matches[n] for n in pairs["match"][:most].tolist()]
-    data = page_data(queries, archive, pairs[:most], found, regions, images, calibration) | {
-        "threshold": start, "basis": basis, "left_out": len(pairs) - len(found), "skipped": len(skipped),
-        "same_files": len(same), "asked": threshold is not None, "decisions": rows,
-        "decided": rows and hashlib.blake2b(json.dumps(rows).encode(), digest_size=12).hexdigest()}
     listed = {*images.of_query, *pairs["query"][pairs["score"] >= start].tolist()}  # on the page, or beyond `most`
-    data["others"] = [] if within else [name for i, name in enumerate(queries.names) if i not in listed]
+    data = page_data(queries, archive, pairs[:most], found, regions, images, calibration) | {
+        "threshold": start, "basis": basis, "asked": threshold is not None, "left_out": len(pairs) - len(found),
+        "skipped": len(skipped), "same_files": len(same),
+        "others": [] if within else [name for i, name in enumerate(queries.names) if i not in listed],
+        **decisions_on_page(queries, archive, decided, unknown)}
     page = fill(data, list(map(points_on_page, found)))
     grouped = within and (threshold is not None or matches is not None)
     write_pairs(folder / "pairs.csv", queries, archive, kept, matches, same, calibration,
@@ -326,25 +324,41 @@ def write_report(report: OutputFolder, queries: Collection, archive: Collection,
         temporary.write_text(page, encoding="utf-8")
     shown_now = {f"thumbs/{row[2]}" for row in images.table}
     report.remove(*(name for name in manifest_of(folder) if name.startswith("thumbs/") and name not in shown_now))
-    what = counted(len(queries.ids), "image") if within else (
-        f"{counted(len(queries.ids), 'query', 'queries')} and {counted(len(archive.ids), 'image')}")
-    copies = sum(matches[n].verdict == COPY for n in kept["match"].tolist() if n >= 0) if matches is not None else 0
-    verified = f", of which local features take {copies:,} for copies" if matches is not None else ""
-    blank &= asked
-    print(f"{counted(len(kept), 'pair')} of {what}{verified}: {folder / 'index.html'}"
-          + (f"; {len(same):,} more names of the same files" if same else "")
-          + (f"; {blank.sum():,} pairs with an image of one flat colour "
-             f"{'marked' if threshold is None else 'left out'}" if blank.any() else "")
-          + (f"; {rejected.sum():,} rejected pairs left out" if rejected.any() else "")
-          + (f"; {duplicates:,} files beside those to keep: {folder / 'duplicates.txt'}" if duplicates else "")
-          + (f"; {len(skipped):,} skipped{not_read(skipped)}, see {folder / 'skipped.csv'}" if skipped else ""))
+    notes = ((len(same), "more names of the same files"),
+             ((blank & asked).sum(), "pairs with an image of one flat colour "
+              + ("marked" if threshold is None else "left out")),
+             (rejected.sum(), "rejected pairs left out"),
+             (duplicates, f"files beside those to keep: {folder / 'duplicates.txt'}"),
+             (len(skipped), f"skipped{not_read(skipped)}, see {folder / 'skipped.csv'}"))
+    print(f"{outcome(queries, archive, kept, matches)}: {folder / 'index.html'}",
+          *(f"{n:,} {what}" for n, what in notes if n), sep="; ")
     if decisions:
         judged = verdicts != ""
         print(summary(pairs["score"][judged], verdicts[judged], start, calibration, len(decisions) - judged.sum()))
 
 
-def counted(n: int, one: str, several: str = "") -> str:
-    return f"{n:,} {one if n == 1 else several or one + 's'}"
+def decisions_on_page(queries: Collection, archive: Collection, decided: dict[tuple[int, int], str],
+                      unknown: Decisions) -> dict:
+    """Those of --decisions, by full names where both images are known, and what tells them from another file's."""
+    rows = [[place(queries) + queries.names[i], place(archive) + archive.names[j], verdict]
+            for (i, j), verdict in decided.items()] + [[*pair, verdict] for pair, verdict in unknown.items()]
+    mark = hashlib.blake2b(json.dumps(rows).encode(), digest_size=12).hexdigest() if rows else ""
+    return {"decisions": rows, "decided": mark}
+
+
+def outcome(queries: Collection, archive: Collection, kept: np.ndarray, matches: list[Match] | None) -> str:
+    """What was found, in words, of the PAIRS that pairs.csv holds."""
+    def counted(n: int, one: str, several: str) -> str:
+        return f"{n:,} {one if n == 1 else several}"
+
+    text = f"{counted(len(kept), 'pair', 'pairs')} of "
+    if archive is not queries:
+        text += f"{counted(len(queries.ids), 'query', 'queries')} and "
+    text += counted(len(archive.ids), "image", "images")
+    if matches is None:
+        return text
+    copies = sum(matches[n].verdict == COPY for n in kept["match"].tolist() if n >= 0)
+    return f"{text}, of which local features take {copies:,} for copies"
 
 
 def list_duplicates(file: Path, archive: Collection, pairs: np.ndarray, looked_at: dict[int, tuple[int, int]],
