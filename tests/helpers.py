@@ -16,6 +16,7 @@ import skimage
 import sklearn
 from PIL import Image, ImageDraw, ImageOps
 
+from copydet.common import read_text
 from copydet.images import UnreadableImage, open_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,13 @@ def run_here(*command, code=0, cwd=ROOT):
             signal.signal(number, handler)
     assert code == expected, f"exit {code}, expected {expected}\n{out.getvalue()}\n{err.getvalue()}"
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+def children_of(pid, word):
+    """Processes that one has started, whose command holds a word, in their order; on Linux."""
+    children = [int(child.name) for child in Path("/proc").glob("[0-9]*")
+                if read_text(child / "stat").rpartition(")")[2].split()[1:2] == [str(pid)]]
+    return [child for child in sorted(children) if word in read_text(f"/proc/{child}/cmdline")]
 
 
 def draw_images(folder, count, size=64, seed=0, name="{:04d}.jpg"):

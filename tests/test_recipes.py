@@ -64,7 +64,7 @@ PARENTS = {  # recipe -> its parent and the flags that its note changes (besides
     "v101": ("v98", "weight pairs view0 view1 op-prob neg-margin memory-size epochs seed"),
     "v102": ("v101", "negatives batch-size"), "v103": ("v102", "negatives batch-size"),
     "v104": ("v103", "negatives lr"), "v105": ("v104", "lr"), "v106": ("v105", "lr"), "v107": ("v106", "lr"),
-    "default": ("laptop", "input-size eval-input-size epochs"),
+    "default": ("laptop", "input-size eval-input-size epochs view1"),
     "grid": ("laptop", "pool width grid gem-p gem-eval-p eval-crops view1 memory-size epochs lr whiten"),
     "best": ("laptop", "arch input-size eval-input-size memory-size epochs batch-size lr whiten calibrate freeze"),
 }

@@ -1,11 +1,9 @@
 """run.json: what a script reads of a run, however it ended."""
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ import copydet
 from copydet import finding
 from copydet.common import InputError, WorkError, read_text
 from copydet.descriptors import write_descriptors
-from helpers import ROOT, draw_images
+from helpers import ROOT, children_of, draw_images
 
 
 @pytest.fixture
@@ -61,12 +59,14 @@ def test_a_run_that_is_ended_leaves_no_process_and_says_so(tmp_path, weights):
     report = tmp_path / "report" / "run.json"
     process = subprocess.Popen([sys.executable, "scripts/find_copies.py", draw_images(tmp_path / "images", 3), "-o",
                                 report.parent, "--weight", weights], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not (children := [pid for pid in filter(str.isdecimal, os.listdir("/proc")) if read_text(
-            f"/proc/{pid}/stat").rpartition(")")[2].split()[1:2] == [str(process.pid)]]):
+    while not (children := children_of(process.pid, "extract.py")):
         assert process.poll() is None
         time.sleep(0.02)
     assert json.loads(report.read_text())["outcome"] == "running"
     process.send_signal(signal.SIGTERM)
     assert "stopped; what was described is kept" in process.communicate(timeout=60)[1]
     assert process.returncode == 130 and json.loads(report.read_text())["outcome"] == "stopped"
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    deadline = time.time() + 60
+    while any(read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[:1] not in ([], ["Z"]) for pid in children):
+        assert time.time() < deadline  # it was killed, which takes a moment
+        time.sleep(0.02)

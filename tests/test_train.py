@@ -27,10 +27,10 @@ from copydet.checkpoints import newest_checkpoint
 from copydet.distributed import launch
 from copydet.images import list_images, open_image
 from copydet.network import build_net, check_arch, gem, read_backbone_weights
-from copydet.common import InputError, read_text
+from copydet.common import InputError
 from copydet.options import build_parser, parse_args
 from copydet.views import Preprocessing, Views, parse_ops
-from helpers import ROOT, draw_images, odd_images, run, run_here
+from helpers import ROOT, children_of, draw_images, odd_images, run, run_here
 
 TINY = ["-a", "test_efficientnet", "--no-pretrained", "--input-size", 32, "--batch-size", 4, "--memory-size", 24,
         "--epochs", 2, "--neg-margin", 1.0, "--seed", 5, "-j", 1]
@@ -358,13 +358,6 @@ def test_spawned_processes_and_torchrun_train_alike(images, exp):
     assert checkpoint(f"{exp}a", "checkpoint_0002")["step"] == 18
 
 
-def rank_processes(pid):
-    """Processes that a run has spawned for its ranks, in their order."""
-    children = [int(child.name) for child in Path("/proc").glob("[0-9]*")
-                if read_text(child / "stat").rpartition(")")[2].split()[1:2] == [str(pid)]]
-    return [child for child in sorted(children) if "spawn_main" in read_text(f"/proc/{child}/cmdline")]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_where_a_rank_is_killed_the_others_end_in_words_and_the_run_goes_on(images, exp):
     """The one that writes; test_extract.py kills another."""
@@ -376,7 +369,7 @@ def test_where_a_rank_is_killed_the_others_end_in_words_and_the_run_goes_on(imag
     out = Path(exp) / "train"
     while newest_step(out) < 6 and process.poll() is None:
         time.sleep(0.05)
-    ranks = rank_processes(process.pid)
+    ranks = children_of(process.pid, "spawn_main")
     assert len(ranks) == 2, process.communicate(timeout=60)
     os.kill(ranks[0], signal.SIGKILL)
     _, told = process.communicate(timeout=60)
