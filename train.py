@@ -222,6 +222,14 @@ def freeze_stages(backbone: Any, n: int) -> None:
         backbone.get_parameter(name).requires_grad_(False)
 
 
+def checkpoint_gradients(backbone: Any, arch: str) -> None:
+    """Have feature maps computed again for the gradients, not kept. Raises InputError: a network that cannot."""
+    try:
+        getattr(backbone, "model", backbone).set_grad_checkpointing()  # timm wraps some networks
+    except (AttributeError, AssertionError):
+        raise InputError(f"--grad-checkpointing: {arch} does not offer it") from None
+
+
 def on_gpu(groups: list[dict]) -> bool:
     """Whether parameter groups are."""
     return groups[0]["params"][0].is_cuda
@@ -290,7 +298,7 @@ class Trainer:
         if args.freeze:
             freeze_stages(self.net.backbone, args.freeze)
         if args.grad_checkpointing:
-            self.net.backbone.set_grad_checkpointing()
+            checkpoint_gradients(self.net.backbone, args.arch)
         self.need = Need(args, self.data, self.net, self.rank)
         self.args = args = args.replace(accumulate=self.need.parts())
         self.preprocessing = Preprocessing.of(args, self.net)
@@ -666,8 +674,8 @@ class Need:
         """Whether --grad-checkpointing makes it fit."""
         net = copy.deepcopy(self.net)
         try:
-            net.backbone.set_grad_checkpointing()
-        except (AttributeError, AssertionError):  # a network without
+            checkpoint_gradients(net.backbone, self.args.arch)
+        except InputError:
             return False
         return Need(self.args, self.data, net, self.rank).of(self.batch, parts) <= self.free
 

@@ -134,6 +134,14 @@ def test_loading_processes_are_named_where_they_take_the_memory(images, exp, mon
         training(f"{exp}1", images, "-j", 4)
 
 
+@pytest.mark.parametrize("arch", ["test_vit", "test_resnet"])
+def test_networks_that_compute_feature_maps_twice(images, exp, arch):
+    flags = ["-a", arch, "--pool", "gem", "--input-size", "160", "--grad-checkpointing", "--epoch-steps", "1"]
+    assert training(exp, images, *flags)["grad_checkpointing"]
+    with pytest.raises(InputError, match="--grad-checkpointing: linear does not offer it"):
+        train.checkpoint_gradients(torch.nn.Linear(1, 1), "linear")
+
+
 def test_grad_checkpointing_is_named_where_it_makes_a_batch_fit(images, exp, monkeypatch):
     flags = ["-a", "test_vit", "--pool", "backbone", "--input-size", "160"]
     sizes = [need_of(exp + name, images, monkeypatch, *flags, *more).of(8, 1)
