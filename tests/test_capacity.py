@@ -186,8 +186,8 @@ def test_memory_that_ends_all_the_same_is_one_line_with_flags(images, tmp_path, 
 @pytest.mark.parametrize("files, count", [
     ({}, 8), ({"proc/self/cgroup": "0::/a\n", f"{V2}/a/cpu.max": "250000 100000\n"}, 3),
     ({"proc/self/cgroup": "0::/a\n", f"{V2}/cpu.max": "max 100000\n"}, 8),
-    ({"proc/self/cgroup": "3:cpu,cpuacct:/a\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
-      "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 1),
+    ({"proc/self/cgroup": "3:cpu,cpuacct:/a\n", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000\n",
+      "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 1),
     ({"proc/self/cgroup": "3:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
       "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 8)])
 def test_a_containers_share_of_the_cores_counts(tmp_path, monkeypatch, files, count):

@@ -22,10 +22,10 @@ def control_groups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
         _, controllers, group = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        top = root / "sys/fs/cgroup" / (controller if controllers else "")
         parts = Path(group.lstrip("/")).parts
-        for n in range(len(parts) + 1):  # a container may see the top alone
-            yield top.joinpath(*parts[:n]), bool(controllers)
+        for name in dict.fromkeys([controller, controllers]) if controllers else [""]:  # it may lie with others
+            for n in range(len(parts) + 1):  # a container may see the top alone
+                yield Path(root, "sys/fs/cgroup", name, *parts[:n]), bool(controllers)
 
 
 def count_cores(root: Path = Path("/")) -> int:
