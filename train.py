@@ -61,7 +61,7 @@ from copydet.batches import (EpochBatches, Images, check_shared_memory, collate_
 from copydet.calibration import measure
 from copydet.capacity import Footprint, footprint, free_memory, largest, out_of_memory, told
 from copydet.checkpoints import find_source, load_net, load_weights, newest_checkpoint, read_checkpoint
-from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
+from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision, threads_in_words
 from copydet.export import ENDINGS, FORMATS, INPUT
 from copydet.extraction import (Blocks, describe_images, describe_views, load_descriptor, run_extraction, settings_of,
                                 versions)
@@ -431,7 +431,7 @@ class Trainer:
               f"=> needs     {told(need, self.need.free, self.device)}"
               + f", in {args.accumulate} parts" * (args.accumulate > 1) + "\n"
               f"=> device    {world} process{'es' * (world > 1)} on {self.device.type}, backbone in "
-              f"{str(self.amp_dtype or torch.float32).removeprefix('torch.')}, {torch.get_num_threads()} threads, "
+              f"{str(self.amp_dtype or torch.float32).removeprefix('torch.')}, {threads_in_words()}, "
               f"{args.workers} loading processes, seed {args.seed}\n"
               f"=> output    {args.out}", flush=True)
 

@@ -120,6 +120,12 @@ def prepare_device(device: torch.device, local_world_size: int = 1, threads: int
         torch.set_num_threads(threads)
 
 
+def threads_in_words() -> str:
+    """Those that compute on the CPU."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of tensors that are gone for the next ones. It would give each back to the system, and
     fresh pages cost more than the computing on some virtual machines (a training step of 12 s against 2.6 s)."""

@@ -31,7 +31,7 @@ from copydet.checkpoints import DEFAULT, FROM_CHECKPOINT, OF_IMAGES, Source, fin
 from copydet.common import (COMMANDS, InputError, OutputFolder, WorkError, check_output, locked, open_folder, replacing,
                             shown)
 from copydet.descriptors import Descriptors, write_descriptors
-from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision
+from copydet.distributed import Rank, gather_objects, launch, leads, pick_precision, threads_in_words
 from copydet.images import BLANK, FOLDERS, Group, Odd, beside, list_group, not_read, read_skipped, write_skipped
 from copydet.network import quiet_timm
 from copydet.options import LEAST_CALIBRATED, LETTERS, PRESETS, Args, parse_args
@@ -209,7 +209,7 @@ def extract_recorded(args: Args, job: Job, rank: Rank, run: Record) -> None:
           f"({args.resize})" + f", GeM p {args.gem_eval_p:g}" * bool(job.source.arch_tag)
           + f", from {job.source.file or args.backbone_weights or 'random weights'}\n"
           f"=> device    {rank.world_size} process{'es' * (rank.world_size > 1)} on {rank.device.type}, "
-          f"{torch.get_num_threads()} threads")
+          f"{threads_in_words()}")
     if not job.source.graph:  # whose memory nobody can look into
         check_memory(args, job, net, rank)
     folder = job.h5.with_suffix(".blocks")
