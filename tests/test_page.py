@@ -367,19 +367,6 @@ def test_decisions_leave_the_page_and_survive_reload_and_a_grown_archive(browser
     assert f"precision 0.500 (95 %: {low:.3f} to {high:.3f}); the calibration promised 0.900" in said
     left = {(row["query_id"], row["reference_id"]) for row in table(tmp_path / "r" / "pairs.csv")}
     assert left and tuple(first[1]) not in left
-    query, reference = first[0]
-    file.write_text(f"query,reference,verdict\n{query},{reference},not a copy\n")  # second thoughts
-    assert fc.main([*command, "--decisions", str(file)]) == 0
-    mine = f"decisionRows().find(row => row[0] == '{query}' && row[1] == '{reference}')[2]"
-    for _ in range(2):
-        browser.open(page, 1400)
-        assert browser.eval(mine) == "not a copy" and browser.eval(JUDGED).startswith("3 of 30 judged")
-    browser.press("f", "f", "c")  # and third ones
-    browser.open(page, 1400)
-    assert browser.eval(mine) == "copy"
-    wanted[0] = (*first[0], "copy", "0")
-    file.write_text("query,reference,verdict\n" + "".join(",".join(row[:3]) + "\n" for row in wanted))
-    assert fc.main([*command, "--decisions", str(file)]) == 0
     browser.eval("localStorage.clear()")
     browser.open(page, 1400)
     assert browser.eval(JUDGED).startswith("3 of 30 judged") and browser.eval("cards.length") == 27  # the file's
@@ -397,6 +384,24 @@ def test_decisions_leave_the_page_and_survive_reload_and_a_grown_archive(browser
     browser.press("z")
     assert after[:2] == [True, True] and browser.eval(large) == [True, True, after[2] + 1]
     assert browser.complaints() == []
+
+
+def test_the_file_wins_over_the_browser_until_something_is_decided_anew(browser, tmp_path):
+    file, page = tmp_path / "decisions.csv", tmp_path / "r" / "index.html"
+    command = [str(planted(tmp_path, calibration=CALIBRATED)), "-o", str(tmp_path / "r")]
+    assert fc.main(command) == 0
+    browser.open(page, 1400)
+    query, reference = browser.eval("[cards[0].image, cards[0].answers[0].images[0]].map(i => data.images[i][0])")
+    browser.press("c", "n", "u")
+    file.write_text(f"query,reference,verdict\n{query},{reference},not a copy\n")  # second thoughts
+    assert fc.main([*command, "--decisions", str(file)]) == 0
+    mine = f"decisionRows().find(row => row[0] == '{query}' && row[1] == '{reference}')[2]"
+    for _ in range(2):
+        browser.open(page, 1400)
+        assert browser.eval(mine) == "not a copy" and browser.eval(JUDGED).startswith("3 of 30 judged")
+    browser.press("f", "f", "c")  # and third ones
+    browser.open(page, 1400)
+    assert browser.eval(mine) == "copy" and browser.complaints() == []
 
 
 def test_wilsons_interval():

@@ -47,8 +47,8 @@ def kind_of(file: str | Path) -> str:
         with zipfile.ZipFile(file) as archive:
             if any("/code/" in name for name in archive.namelist()):
                 return "torchscript"
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # damaged; its reader tells
-        pass
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        pass  # damaged, or a kind of zip that zipfile does not implement: its reader tells
     return "checkpoint"
 
 

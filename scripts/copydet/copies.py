@@ -133,8 +133,9 @@ def read_calibration(args: argparse.Namespace, queries: Collection, archive: Col
     if measured:
         return Calibration(measured, archive.source, len(archive.ids), args.copies_ratio)
     images = all(isinstance(collection.rows, ArrayRows) for collection in (queries, archive))
-    for collection in () if images and (verified or queries.image_of is not None) else (archive, queries):
-        if "calibration" in collection.attrs:
+    otherwise_found = images and (verified or queries.image_of is not None)
+    for collection in (archive, queries):
+        if not otherwise_found and "calibration" in collection.attrs:
             return Calibration(collection.attrs["calibration"], collection.source, len(archive.ids), args.copies_ratio)
     why = (f"{2 * LEAST_CALIBRATED} usable images are the least on which precision is measured" if images else
            f"the descriptors of {shown(archive.source)} carry no calibration (train.py --calibrate)")

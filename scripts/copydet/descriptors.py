@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,14 @@ def read_attrs(thing: h5py.File | h5py.Dataset, path: str | Path) -> dict[str, A
                 for name, value in thing.attrs.items()}
 
 
-class BlockRows:
+class BlockRows(ABC):
     """Rows [n, dim] that are read in blocks: what has `ids` [n], `shape` and `read(start, stop)`."""
     ids: np.ndarray
     shape: tuple[int, int]
 
+    @abstractmethod
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows start..stop as float32 [n, dim]."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.shape[0]

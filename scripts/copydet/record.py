@@ -54,27 +54,28 @@ def record(file: Path | None, args: argparse.Namespace) -> Iterator[Record]:
     """The Record of what is done in here, written to `file` (None: nowhere) with its outcome: running, and at the end
     done; failed, and the error in a line; or stopped. A wrong input is no run: an earlier record stays."""
     run = Record(args)
-    before = file.read_bytes() if file and file.exists() else None
+    if not file:
+        yield run
+        return
+    before = file.read_bytes() if file.exists() else None
     with contextlib.suppress(OSError, InputError):  # a full disk is told by who needs it
-        if file:
-            run.write(file, "running")
+        run.write(file, "running")
     try:
         yield run
     except InputError:
-        with contextlib.suppress(OSError):
-            if file and before is not None:
-                file.write_bytes(before)
-            elif file:
+        with contextlib.suppress(OSError, InputError):
+            if before is None:
                 file.unlink(missing_ok=True)
+            else:
+                with replacing(file) as temporary:
+                    temporary.write_bytes(before)
         raise
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt) or isinstance(error, SystemExit) and error.code == 130
         with contextlib.suppress(OSError, InputError):  # the disk may be full
-            if file:
-                run.write(file, *(["stopped"] if stopped else ["failed", in_a_line(error)]))
+            run.write(file, *(["stopped"] if stopped else ["failed", in_a_line(error)]))
         raise
-    if file:
-        run.write(file, "done")
+    run.write(file, "done")
 
 
 def check_record(flag: str, file: Path) -> None:
